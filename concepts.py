@@ -1,0 +1,324 @@
+"""From captions to concepts: the linguistic part of SimZSS (method, section 5).
+
+    python concepts.py captions_train2017.json          # noun phrases -> concepts, cached beside the input
+
+A caption is cleaned as the tokenizer cleans it and parsed by spaCy. Each noun chunk gives one concept, its root's lemma
+with the compound before it ("two wooden baseball bats" -> "baseball bat"), kept if it is in the concept bank, with the
+positions of its byte-pair tokens. The command prints captions per second, the share of captions with a concept and the
+most frequent concepts.
+"""
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+CLASSES = Path(__file__).parent / "classes"
+BENCHMARKS = ("voc", "voc20", "context", "context59", "coco-object", "coco-stuff", "cityscapes", "ade20k")
+DEFAULT_PARSER = "en_core_web_trf"                  # the paper's; en_core_web_sm is the light one
+CACHE_VERSION = 1                                   # raise it when annotations of the same input change
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+def read_classes(path):
+    """Read a class file: one class per line, synonyms after commas. Returns a list of lists of names.
+
+    Raises FileNotFoundError, or ValueError for a file without names and for a name that is there twice.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no class file {path}: expected a text file with one class name per line")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}); expected one class name per line") from None
+    return check_classes([[name.strip() for name in line.split(",")] for line in lines if line.strip()], path)
+
+
+def check_classes(classes, source):
+    """Return classes (lists of synonyms) if no name is empty or there twice, else raise ValueError naming source."""
+    if not classes:
+        raise ValueError(f"{source}: no class names found, expected at least one")
+    count = Counter(normalise_name(name) for names in classes for name in names)
+    twice = [name for name, times in count.items() if times > 1]
+    if "" in count or twice:
+        raise ValueError(f"{source}: " + ("an empty class name" if "" in count else f"duplicate class name {twice[0]!r}")
+                         + "; every class needs a name of its own")
+    return classes
+
+
+def normalise_name(name):
+    return " ".join(name.lower().replace("-", " ").split())
+
+
+class ConceptBank:
+    """The concepts that training knows: C names, each perhaps with synonyms that count as the same concept.
+
+    names: strings or lists of synonyms. `names[i]` is concept i's first name. Raises ValueError for duplicates.
+    """
+
+    def __init__(self, names):
+        classes = check_classes([[name] if isinstance(name, str) else list(name) for name in names], "concept bank")
+        self.names = [normalise_name(synonyms[0]) for synonyms in classes]
+        self.ids = {normalise_name(name): i for i, synonyms in enumerate(classes) for name in synonyms}
+
+    @classmethod
+    def from_file(cls, path):
+        return cls(read_classes(path))
+
+    @classmethod
+    def default(cls):
+        """The union of the eight benchmarks' class names, as in the paper."""
+        names = [name for b in BENCHMARKS for names in read_classes(CLASSES / f"{b}.txt") for name in names]
+        return cls(dict.fromkeys(map(normalise_name, names)))
+
+    def __len__(self):
+        return len(self.names)
+
+    def find(self, name):
+        """Bank id of a name, -1 if it is not in the bank."""
+        return self.ids.get(normalise_name(name), -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From words to tokens
+
+@lru_cache(maxsize=None)
+def _tokenizer():
+    from open_clip.tokenizer import SimpleTokenizer     # slow to import
+    return SimpleTokenizer()
+
+
+def clean(caption):
+    """The caption as the tokenizer sees it: repaired Unicode, HTML entities resolved, single spaces, lower case."""
+    return _tokenizer().clean_fn(caption)
+
+
+def tokenize(caption):
+    """Caption -> (77,) int64: start token, byte pairs (cut at the context), end token, zeros."""
+    return _tokenizer()(caption)[0]
+
+
+def token_spans(text):
+    """Characters of each byte-pair token of a caption, in `clean(text)`: [(start_char, end_char)].
+
+    One span per token that the tokenizer gives, without the start and end tokens and without truncation. Tokens that
+    share a character, as the bytes of an emoji do, have overlapping spans.
+    """
+    tokenizer, spans = _tokenizer(), []
+    for match in tokenizer.pat.finditer(clean(text)):
+        word = match.group()
+        character = [match.start() + i for i, letter in enumerate(word) for _ in letter.encode()]  # byte -> character
+        first = 0                                                                                   # in bytes
+        for piece in tokenizer.bpe("".join(tokenizer.byte_encoder[b] for b in word.encode())).split(" "):
+            last = first + len(piece.removesuffix("</w>")) - 1
+            spans.append((character[first], character[last] + 1))
+            first = last + 1
+    return spans
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From captions to concepts
+
+def noun_concepts(doc):
+    """Concepts of a parsed caption: [(concept, start_char, end_char)], one per noun chunk.
+
+    doc: a spaCy `Doc` with heads and dependencies. A concept is the lemma of the chunk's root, after the root's last
+    `compound` child if it has one; the characters run from the compound to the end of the root.
+    """
+    concepts = []
+    for chunk in doc.noun_chunks:
+        root = chunk.root
+        compound = [child for child in root.lefts if child.dep_ == "compound"][-1:]
+        words = [word.lower_ for word in compound] + [(root.lemma_ or root.text).lower()]
+        concepts.append((" ".join(words), (compound or [root])[0].idx, root.idx + len(root)))
+    return concepts
+
+
+def matched_concepts(doc):
+    """Concepts of a caption seen by the built-in matcher, in the form of `noun_concepts`."""
+    return [(entity.ent_id_, entity.start_char, entity.end_char) for entity in doc.ents]
+
+
+IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "sheep": "sheep",
+             "knife": "knives", "shelf": "shelves", "leaf": "leaves", "foot": "feet", "goose": "geese"}
+
+
+def plural(name):
+    """English plural of a name's last word."""
+    *before, word = name.split()
+    if word in IRREGULAR:
+        word = IRREGULAR[word]
+    elif word.endswith("y") and word[-2:-1] not in "aeiou":
+        word = word[:-1] + "ies"
+    else:
+        word += "es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s"
+    return " ".join([*before, word])
+
+
+def load_parser(name, bank):
+    """spaCy pipeline by name or folder; "match" = a blank one that finds the bank's names and their plurals.
+
+    Raises FileNotFoundError with the install command when the pipeline is not there.
+    """
+    import spacy                                    # slow to import, and only captions need it
+    if name == "match":
+        pipeline = spacy.blank("en")
+        ruler = pipeline.add_pipe("entity_ruler")   # prefers the longest match
+        forms = {plural(known): known for known in bank.ids} | {known: known for known in bank.ids}
+        forms |= {form.replace(" ", "-"): known for form, known in forms.items()}
+        ruler.add_patterns([{"label": "CONCEPT", "pattern": form, "id": known} for form, known in forms.items()])
+        return pipeline
+    try:
+        return spacy.load(name, exclude=["ner"])
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the parser {name!r} could not be loaded ({str(error).splitlines()[0]}). Install one with 'python -m spacy "
+            "download en_core_web_trf' or '... en_core_web_sm', name it or a folder with --parser, or use the built-in "
+            "--parser match.") from None
+
+
+def annotate(captions, bank, parser, processes=1):
+    """Find the bank's concepts in captions and the tokens that name them.
+
+    captions: iterable of str. bank: ConceptBank. parser: spaCy pipeline, or a name for `load_parser`. processes:
+    parser processes. Yields, caption by caption, [(concept_id, first_token, end_token)]; positions count the
+    start-of-text token as 0. An occurrence that does not fit whole into the context is left out.
+    Raises ValueError when the pipeline neither parses nor matches.
+    """
+    parser = load_parser(parser, bank) if isinstance(parser, str) else parser
+    captions, texts = itertools.tee(captions)
+    options = {"n_process": processes} if processes > 1 else {}
+    for caption, doc in zip(captions, parser.pipe(map(clean, texts), **options)):
+        if doc.has_annotation("DEP"):
+            concepts = noun_concepts(doc)
+        elif doc.has_annotation("ENT_IOB") or not len(doc):
+            concepts = matched_concepts(doc)
+        else:
+            raise ValueError("the spaCy pipeline has no dependency parser; expected one like en_core_web_sm")
+        found = []
+        tokens = token_spans(caption) if concepts else ()
+        for concept, start, end in concepts:
+            id = bank.find(concept)
+            id = bank.find(doc.text[start:end]) if id < 0 else id           # a bank may hold a plural: "clouds"
+            positions = [i for i, (s, e) in enumerate(tokens, start=1) if s < end and e > start]
+            if id >= 0 and positions and positions[-1] < _tokenizer().context_length - 1:
+                found.append((id, positions[0], positions[-1] + 1))
+        yield found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Caption files and the annotation cache
+
+def read_captions(path):
+    """Read a captions file: COCO JSON, or TSV / JSONL of (image, caption). Returns [(image file name, caption)].
+
+    A TSV may begin with a header line "image<tab>caption" (or open_clip's "filepath<tab>title"); JSONL lines are
+    {"image": ..., "caption": ...}. Raises FileNotFoundError, or ValueError for a file that is none of these or empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no captions file {path}. For COCO expected\n  data/coco/annotations/captions_train2017.json\n"
+            "  data/coco/train2017/*.jpg\nfrom https://cocodataset.org/#download (2017 train images and annotations); "
+            "or pass --train-data FILE, or --train-data toy, which needs no files")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            content = json.loads(text)
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            pairs = [(names[a["image_id"]], a["caption"]) for a in content["annotations"]]
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            pairs = [(row["image"], row["caption"]) for row in rows]
+        elif path.suffix == ".tsv":
+            rows = [line.split("\t") for line in text.split("\n") if line.strip()]
+            header = bool(rows) and [cell.strip() for cell in rows[0][:2]] in (["image", "caption"], ["filepath", "title"])
+            pairs = [(row[0], row[1].strip()) for row in rows[header:]]
+        else:
+            raise ValueError("its name must end in .json (COCO), .jsonl or .tsv")
+        if not all(isinstance(cell, str) for pair in pairs for cell in pair):
+            raise TypeError("an image name or caption that is no text")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is no captions file ({type(error).__name__}: {error}). Expected COCO's JSON with "
+                         "'images' and 'annotations', or rows of image and caption") from None
+    pairs = [(image, caption) for image, caption in pairs if caption.strip()]
+    if not pairs:
+        raise ValueError(f"{path} holds no captions; expected at least one pair of image and caption")
+    return pairs
+
+
+def load_annotations(path, captions, bank, parser, processes=1):
+    """Annotations of all captions, from the cache beside their file if it is still true, else made and cached.
+
+    path: captions file, its cache is `<path>.concepts.npz`; None = no cache. captions: list of str. parser: name.
+    Returns (offsets (K + 1,), rows (occurrences, 3)) int32: rows[offsets[i]:offsets[i + 1]] are the (concept id,
+    first token, end token) of caption i.
+    """
+    pipeline = load_parser(parser, bank)
+    key = hashlib.sha256(json.dumps([CACHE_VERSION, captions, sorted(bank.ids.items()), pipeline.meta],
+                                    sort_keys=True, default=str).encode()).hexdigest()
+    cache = path and Path(f"{path}.concepts.npz")
+    if cache and cache.exists():
+        try:
+            with np.load(cache) as file:
+                if str(file["key"]) == key:
+                    return file["offsets"], file["rows"]
+        except Exception:                           # a broken file raises almost anything; it is made again below
+            pass
+    annotations = annotate(captions, bank, pipeline, processes)
+    bar = tqdm(annotations, total=len(captions), desc="concepts", unit=" captions", disable=None if path else True)
+    found = list(bar)
+    offsets = np.cumsum([0, *map(len, found)], dtype=np.int32)
+    rows = np.array([row for rows in found for row in rows], dtype=np.int32).reshape(-1, 3)
+    if cache:
+        partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial.npz")
+        try:
+            np.savez(partial, key=key, offsets=offsets, rows=rows)
+            os.replace(partial, cache)
+        except OSError as error:
+            print(f"the annotations were not cached, {cache}: {error.strerror}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    return offsets, rows
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Find the concepts of a captions file and cache them beside it.")
+    parser.add_argument("captions", help="COCO captions JSON, or TSV / JSONL of (image, caption)")
+    parser.add_argument("--parser", default=DEFAULT_PARSER,
+                        help="spaCy pipeline (name or folder), or 'match', the built-in matcher (default: %(default)s)")
+    parser.add_argument("--bank", help="concept bank, one name per line (default: the eight benchmarks' classes)")
+    parser.add_argument("--processes", type=int, default=1, help="parser processes (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        bank = ConceptBank.from_file(args.bank) if args.bank else ConceptBank.default()
+        captions = [caption for _, caption in read_captions(args.captions)]
+        start = time.time()
+        offsets, rows = load_annotations(args.captions, captions, bank, args.parser, args.processes)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    seconds = time.time() - start
+    share = np.mean(np.diff(offsets) > 0)
+    print(f"{len(captions):,} captions in {seconds:.1f} s ({len(captions) / seconds:,.0f} captions/s); "
+          f"{share:.1%} have a concept, {len(rows) / len(captions):.2f} per caption; bank of {len(bank)}")
+    for concept, times in Counter(rows[:, 0].tolist()).most_common(20):
+        print(f"{times:8,}  {bank.names[concept]}")
+
+
+if __name__ == "__main__":
+    main()

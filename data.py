@@ -1,0 +1,423 @@
+"""Images: captioned ones to train on, masked ones to score on, and a toy world that has both.
+
+Captions files are read by `concepts.py`; here images are found, opened and cropped, and pairs become batches.
+
+    image --crop--> pixels uint8 (B, 3, S, S)       caption --concepts.py--> tokens (B, 77), ids (B, M), spans (B, M, 2)
+"""
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from concepts import load_annotations, read_captions, read_classes, tokenize
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IGNORE = 255                                        # mask value of pixels that are not scored
+MAX_BAD = 0.01                                      # share of missing or unreadable images that is bad luck, not a mistake
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+def load_image(path):
+    """Any photo as an upright 8-bit RGB image: grey, palette, alpha (over white), 16-bit, CMYK, EXIF-rotated.
+
+    Raises FileNotFoundError, or ValueError for a file that is no image or is cut short.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":             # 16-bit grey: keep the high byte
+                image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 256).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image {path}") from None
+    except Exception as error:                      # Pillow raises almost anything on a broken file
+        raise ValueError(f"{path} is no readable image ({error})") from None
+
+
+def to_pixels(image):
+    """PIL image -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def random_resized_crop(image, size, rng, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)):
+    """Cut a random part out and resize it to size x size, bicubic (method, section 3).
+
+    scale: range of the part's share of the area. ratio: range of its width / height. Where ten draws do not fit into
+    the image, its largest central part within the ratios is taken.
+    """
+    W, H = image.size
+    for _ in range(10):
+        area = W * H * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if w <= W and h <= H:
+            x, y = rng.integers(W - w + 1), rng.integers(H - h + 1)
+            break
+    else:
+        w, h = min(W, round(H * ratio[1])), min(H, round(W / ratio[0]))
+        x, y = (W - w) // 2, (H - h) // 2
+    return image.resize((size, size), Image.BICUBIC, box=(x, y, x + w, y + h))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs to train on
+
+class CaptionedImages(Dataset):
+    """Pairs of image and caption with the caption's concepts.
+
+    images: paths or arrays (H, W, 3), one per pair. captions: str, one per pair. annotations: of `load_annotations`.
+    An item is asked for by (position in the run, index of the pair): the position seeds the crop, so that it depends
+    neither on the number of processes nor on the number of workers. An unreadable image is replaced by the next pair.
+    """
+
+    def __init__(self, images, captions, annotations, size, seed=0):
+        self.images, self.captions, (self.offsets, self.rows) = images, captions, annotations
+        self.size, self.seed = size, seed
+
+    def __len__(self):
+        return len(self.captions)
+
+    def picture(self, i):
+        """The whole image of pair i. Raises ValueError or OSError."""
+        return Image.fromarray(self.images[i]) if isinstance(self.images[i], np.ndarray) else load_image(self.images[i])
+
+    def view(self, i, position):
+        """What the model is to see of pair i, as a dict of tensors. Raises ValueError or OSError."""
+        rng = np.random.default_rng((self.seed, position))
+        return {"pixels": to_pixels(random_resized_crop(self.picture(i), self.size, rng))}
+
+    def __getitem__(self, key):
+        position, index = key
+        for bad in range(10):
+            i = (index + bad) % len(self)
+            try:
+                view = self.view(i, position)
+                break
+            except (ValueError, OSError) as error:
+                failure = error
+        else:
+            raise ValueError(f"ten unreadable images in a row, the last: {failure}")
+        rows = torch.from_numpy(self.rows[self.offsets[i]:self.offsets[i + 1]]).long()          # (M, 3)
+        return {**view, "tokens": tokenize(self.captions[i]), "rows": rows, "bad": bad}
+
+
+def collate(items):
+    """Items -> pixels uint8 (B, 3, S, S), tokens (B, 77), ids (B, M) padded with -1, spans (B, M, 2), bad (count).
+
+    Pairs with cached features have class_token (B, D) and patch_tokens (B, N, D) in place of pixels.
+    """
+    rows = torch.nn.utils.rnn.pad_sequence([item["rows"] for item in items], batch_first=True, padding_value=-1)
+    stacked = {key: torch.stack([item[key] for item in items]) for key in items[0] if key not in ("rows", "bad")}
+    return {**stacked, "ids": rows[..., 0], "spans": rows[..., 1:], "bad": sum(item["bad"] for item in items)}
+
+
+class CachedFeatures(CaptionedImages):
+    """Pairs with the frozen backbone's features, computed once, in place of pixels: fast, but without random crops.
+
+    Features lie in folder as float16 arrays, one row per image, with the key they were made for in features.json,
+    which is written last. Raises ValueError if the folder holds the features of something else.
+    """
+
+    def __init__(self, pairs, backbone, folder, batch=32):
+        super().__init__(pairs.images, pairs.captions, (pairs.offsets, pairs.rows), pairs.size, pairs.seed)
+        first = {}                                  # image -> its first pair; several captions share one image
+        self.row = [first.setdefault(i if isinstance(image, np.ndarray) else image, i)
+                    for i, image in enumerate(pairs.images)]
+        pictured = sorted(set(self.row))            # the pairs whose images are rows of the arrays, in order
+        self.row = np.searchsorted(pictured, self.row)
+        names = hashlib.sha256(b"".join(np.ascontiguousarray(image).tobytes() if isinstance(image, np.ndarray)
+                                        else str(image).encode() for image in (pairs.images[i] for i in pictured)))
+        key = {"backbone": backbone.config, "size": pairs.size, "transform": "whole image, bicubic",
+               "images": len(pictured), "names_sha256": names.hexdigest()}
+        folder = Path(folder)
+        if not (folder / "features.json").exists():
+            self._compute(backbone, folder, pictured, key, batch)
+        found = json.loads((folder / "features.json").read_text())
+        if found != key:
+            differ = [name for name in key if found.get(name) != key[name]]
+            raise ValueError(f"{folder} holds the features of something else ({', '.join(differ)} differ); name another "
+                             "folder with --cache-features, or delete this one")
+        self.class_tokens = np.load(folder / "class_tokens.npy", mmap_mode="r")                 # (images, D)
+        self.patch_tokens = np.load(folder / "patch_tokens.npy", mmap_mode="r")                 # (images, N, D)
+
+    def _compute(self, backbone, folder, pictured, key, batch):
+        device = backbone.mean.device
+        h, w = (-(-self.size // patch) for patch in backbone.patch_size)
+        disk = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+        need, free = len(pictured) * (1 + h * w) * backbone.width * 2, shutil.disk_usage(disk).free
+        if need > free:
+            raise OSError(f"the features need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
+        folder.mkdir(parents=True, exist_ok=True)
+        open_array = np.lib.format.open_memmap
+        class_tokens = open_array(folder / "class_tokens.npy", "w+", np.float16, (len(pictured), backbone.width))
+        patch_tokens = open_array(folder / "patch_tokens.npy", "w+", np.float16, (len(pictured), h * w, backbone.width))
+        for start in tqdm(range(0, len(pictured), batch), desc="features", unit=" batches", disable=None):
+            rows, pixels = [], []
+            for row in range(start, min(start + batch, len(pictured))):
+                try:
+                    image = self.picture(pictured[row]).resize((self.size, self.size), Image.BICUBIC)
+                except (ValueError, OSError):
+                    continue                        # its row stays zero, which no unit-norm feature is
+                rows.append(row)
+                pixels.append(to_pixels(image))
+            if rows:
+                class_token, patches, _ = backbone(backbone.normalise(torch.stack(pixels).to(device)))
+                class_tokens[rows], patch_tokens[rows] = class_token.cpu().half(), patches.cpu().half()
+        class_tokens.flush(), patch_tokens.flush()
+        (folder / "features.json.partial").write_text(json.dumps(key))
+        (folder / "features.json.partial").rename(folder / "features.json")
+
+    def view(self, i, position):
+        class_token = torch.from_numpy(self.class_tokens[self.row[i]].astype(np.float32))
+        if not class_token.any():
+            raise ValueError(f"{self.images[i]} was unreadable when the features were computed")
+        return {"class_token": class_token,
+                "patch_tokens": torch.from_numpy(self.patch_tokens[self.row[i]].astype(np.float32))}
+
+
+class GlobalBatches(Sampler):
+    """The run's batches, of which each process takes its own slice: the same pairs however many processes there are.
+
+    Passes follow one another without a gap, each a fresh shuffle of the data cut to pass_pairs; a batch may hold the
+    end of one pass and the start of the next. Yields lists of (position, index).
+    """
+
+    def __init__(self, length, batch, steps, pass_pairs, rank=0, world=1, seed=0):
+        self.length, self.batch, self.steps, self.pass_pairs = length, batch, steps, min(pass_pairs, length)
+        self.rank, self.world, self.seed = rank, world, seed
+
+    def __len__(self):
+        return self.steps
+
+    def __iter__(self):
+        share, shuffled_pass = self.batch // self.world, None
+        for step in range(self.steps):
+            keys = []
+            for position in range(step * self.batch + self.rank * share, step * self.batch + (self.rank + 1) * share):
+                number, place = divmod(position, self.pass_pairs)
+                if number != shuffled_pass:
+                    order, shuffled_pass = np.random.default_rng((self.seed, number)).permutation(self.length), number
+                keys.append((position, int(order[place])))
+            yield keys
+
+
+def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
+    """Training pairs by the name of their source: "toy", or a captions file.
+
+    images: folder of the images; by default COCO's place for a COCO file (annotations/captions_X.json -> X/), else
+    the captions file's folder. Pairs whose image is missing are left out and counted; more than 1 % is an error.
+    """
+    if source == "toy":
+        scenes = [toy_scene(np.random.default_rng((seed, 0, i))) for i in range(toy_scenes)]
+        captions = [scene[2] for scene in scenes]
+        return CaptionedImages([scene[0] for scene in scenes], captions,
+                               load_annotations(None, captions, bank, parser), size, seed)
+    path = Path(source)
+    pairs = read_captions(path)
+    coco = path.suffix == ".json"
+    folder = Path(images or (path.parent.parent / path.stem.removeprefix("captions_") if coco else path.parent))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no image folder {folder}; expected the images that {path} names, for example "
+                                f"{folder / pairs[0][0]}. Name the folder with --images")
+    annotations = load_annotations(path, [caption for _, caption in pairs], bank, parser)
+    there = {name: (folder / name).is_file() for name in {name for name, _ in pairs}}
+    missing = [name for name, found in there.items() if not found]
+    if len(missing) > MAX_BAD * len(there):
+        raise FileNotFoundError(f"{len(missing)} of the {len(there)} images of {path} are not in {folder}, for example "
+                                f"{sorted(missing)[0]}; at most {MAX_BAD:.0%} may be missing. Name the folder with --images")
+    if missing:
+        print(f"{len(missing)} of {len(there)} images are missing in {folder}; their captions are skipped")
+    kept = np.array([there[name] for name, _ in pairs])
+    offsets, rows = annotations
+    rows = rows[np.repeat(kept, np.diff(offsets))]
+    offsets = np.concatenate([[0], np.cumsum(np.diff(offsets)[kept])])
+    pairs = [pair for pair, keep in zip(pairs, kept) if keep]
+    return CaptionedImages([folder / name for name, _ in pairs], [c for _, c in pairs], (offsets, rows), size, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks to score on
+
+class SegmentationFolder:
+    """A folder with images/, masks/ (PNG of the same stem, value = line of classes.txt from 0, 255 ignored), classes.txt.
+
+    Items are (name, RGB image, mask (H, W) uint8). without: names of classes that are neither scored nor predicted,
+    such as "background"; their pixels become ignored. names: class file to prompt with in place of classes.txt, the same
+    classes in the same order, in other words and with synonyms. Raises FileNotFoundError or ValueError, naming the file.
+    """
+
+    def __init__(self, folder, without=(), names=None):
+        self.folder = Path(folder)
+        for part in ("images", "masks"):
+            if not (self.folder / part).is_dir():
+                raise FileNotFoundError(f"no folder {self.folder / part}; a segmentation folder holds images/, masks/ "
+                                        "(PNG, value = class) and classes.txt (one name per line)")
+        classes = read_classes(self.folder / "classes.txt")
+        if len(classes) > IGNORE:
+            raise ValueError(f"{self.folder}/classes.txt has {len(classes)} classes; 8-bit masks hold at most {IGNORE}")
+        unknown = set(without) - {synonyms[0] for synonyms in classes}
+        if unknown:
+            raise ValueError(f"{self.folder}/classes.txt has no class {sorted(unknown)[0]!r} to leave out")
+        kept = [i for i, synonyms in enumerate(classes) if synonyms[0] not in without]
+        if not kept:
+            raise ValueError(f"{self.folder}/classes.txt: every class is left out, expected at least one to score")
+        if names:
+            worded = read_classes(names)
+            if len(worded) != len(classes):
+                raise ValueError(f"{names} has {len(worded)} classes; expected the {len(classes)} of {self.folder}/classes.txt")
+            classes = worded
+        self.classes = [classes[i] for i in kept]
+        self.remap = np.full(256, IGNORE, np.uint8)                                     # mask value -> class
+        self.remap[kept] = np.arange(len(kept))
+        self.values = len(classes)                  # of masks; other values but 255 are mistakes
+        self.paths = sorted(p for p in (self.folder / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.paths:
+            raise FileNotFoundError(f"no images in {self.folder / 'images'}")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        image = load_image(self.paths[i])
+        path = self.folder / "masks" / f"{self.paths[i].stem}.png"
+        if not path.is_file():
+            raise FileNotFoundError(f"no mask {path} for image {self.paths[i].name}")
+        try:
+            with Image.open(path) as file:
+                mask = np.array(file).astype(np.int32)      # not converted: palette masks keep their indices
+        except Exception as error:                  # Pillow raises almost anything on a broken file
+            raise ValueError(f"{path} is no readable mask ({error})") from None
+        if mask.ndim != 2 or mask.shape != image.size[::-1]:
+            raise ValueError(f"{path} has shape {mask.shape}; expected one value per pixel of its image, "
+                             f"{image.size[::-1]}")
+        wrong = mask[(mask >= self.values) & (mask != IGNORE)]
+        if wrong.size:
+            raise ValueError(f"{path} holds the value {wrong[0]}; expected 0..{self.values - 1} (the lines of classes.txt) "
+                             f"or {IGNORE} for pixels that are not scored")
+        return self.paths[i].stem, image, self.remap[mask]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy world
+
+TOY_SIZE = 128                                      # pixels a side
+STUFF = {"sky": ((150, 200, 250), "plain"), "sea": ((30, 90, 190), "waves"), "grass": ((60, 150, 50), "noise"),
+         "sand": ((220, 195, 130), "noise"), "road": ((110, 110, 115), "plain"), "snow": ((240, 240, 245), "noise")}
+THINGS = {"boat": ((130, 60, 30), "stripes", "hull"), "surfboard": ((245, 220, 40), "plain", "oval"),
+          "cow": ((120, 90, 80), "waves", "oval"), "sheep": ((225, 215, 195), "checks", "oval"),
+          "horse": ((125, 70, 35), "plain", "oval"), "car": ((200, 30, 35), "plain", "box"),
+          "bus": ((240, 140, 20), "stripes", "box"), "truck": ((40, 50, 120), "checks", "box"),
+          "umbrella": ((160, 60, 170), "stripes", "hull"), "dog": ((70, 45, 30), "noise", "oval"),
+          "kite": ((230, 40, 150), "checks", "diamond"), "airplane": ((175, 180, 190), "stripes", "oval")}
+HOME = {"sea": ("boat", "surfboard"), "grass": ("cow", "sheep", "horse"), "road": ("car", "bus", "truck"),
+        "sand": ("umbrella", "dog"), "snow": ("dog",), "sky": ("kite", "airplane")}
+TOY_CLASSES = [[name] for name in (*STUFF, *THINGS)]
+PLURALS = {"sheep": "sheep", "bus": "buses"}
+
+
+def _material(colour, kind, noise, rng):
+    """(128, 128, 3) float32: one material, its colour a little off, with its pattern."""
+    y, x = np.ogrid[:TOY_SIZE, :TOY_SIZE]
+    x, y = x + rng.integers(TOY_SIZE), y + rng.integers(TOY_SIZE)
+    pattern = {"plain": lambda: 4 * noise, "noise": lambda: 25 * noise,
+               "waves": lambda: 4 * noise + 25 * np.sin(0.8 * y + 2 * np.sin(0.1 * x)),
+               "stripes": lambda: 4 * noise + 50 * np.sign(np.sin(1.3 * x)),
+               "checks": lambda: 4 * noise + 60 * np.sign(np.sin(0.8 * x)) * np.sign(np.sin(0.8 * y))}[kind]()
+    return (colour + rng.normal(0, 10, 3) + pattern[..., None]).astype(np.float32)
+
+
+def _outline(kind, x, y, r):
+    """(128, 128) bool: where a thing of that shape and radius is."""
+    picture, q = Image.new("1", (TOY_SIZE, TOY_SIZE)), 0.6 * r
+    draw = ImageDraw.Draw(picture)
+    if kind == "oval":
+        draw.ellipse((x - r, y - q, x + r, y + q), fill=1)
+    else:
+        draw.polygon({"box": [(x - r, y - q), (x + r, y - q), (x + r, y + q), (x - r, y + q)],
+                      "hull": [(x - r, y - q), (x + r, y - q), (x + q, y + q), (x - q, y + q)],
+                      "diamond": [(x - q, y), (x, y - r), (x + q, y), (x, y + r)]}[kind], fill=1)
+    return np.array(picture)
+
+
+def toy_scene(rng):
+    """Draw a scene and say what is in it: (image (128, 128, 3) uint8, mask (128, 128) uint8, caption).
+
+    A ground under a sky and small things, which are usually at home there. As people do, the caption names mostly the
+    things, at times the ground, seldom the sky. So the caption of the whole image alone leaves open what a word means:
+    a boat comes with the sea around it, which is most of what one sees.
+    """
+    names = [*STUFF, *THINGS]
+    ground = str(rng.choice([name for name in STUFF if name != "sky"]))
+    horizon = rng.integers(30, 60)
+    noise = rng.standard_normal((TOY_SIZE, TOY_SIZE), np.float32)
+    image, mask = _material(*STUFF["sky"], noise, rng), np.zeros((TOY_SIZE, TOY_SIZE), np.uint8)
+    image[horizon:] = _material(*STUFF[ground], noise, rng)[horizon:]
+    mask[horizon:] = names.index(ground)
+
+    def put(thing, low, high):
+        """Draw a thing with its middle between two heights; say what was drawn."""
+        colour, material, shape = THINGS[thing]
+        radius = rng.uniform(12, 26)
+        where = _outline(shape, rng.uniform(20, 108), rng.uniform(low, high), radius)
+        image[where] = _material(colour, material, noise, rng)[where]
+        mask[where] = names.index(thing)
+        size = "large " if radius > 22 else "small " if radius < 16 else ""
+        return f"{'an' if not size and thing[0] in 'aeiou' else 'a'} {size}{thing}"
+
+    def some(place):                                # nine in ten things are where they belong
+        elsewhere = [thing for thing in THINGS if thing not in HOME["sky"]]
+        return str(rng.choice(HOME[place] if rng.random() < 0.9 else elsewhere))
+
+    first = some(ground)
+    said = [put(first, horizon + 10, 85)]
+    if rng.random() < 0.2:
+        put(first, 90, 118)
+        said = [f"two {PLURALS.get(first, first + 's')}"]
+    elif rng.random() < 0.5:
+        said.append(put(some(ground), 90, 118))
+    if rng.random() < 0.4:
+        said.append(put(str(rng.choice(HOME["sky"])), 10, horizon - 12))
+    rng.shuffle(said)
+    place = f"the {rng.choice(['wide ', 'wet ', '', ''])}{ground}"
+    sky = f"{rng.choice(['a clear', 'a blue', 'the'])} sky"
+    form = rng.random()
+    if form < 0.1:
+        caption = f"{place} under {sky}" if rng.random() < 0.5 else place
+    elif form < 0.3:
+        caption = said[0]
+    else:
+        caption = " and ".join(said[:2])
+        if form < 0.75:
+            caption += f" {rng.choice(['on', 'near', 'in front of'])} {place}"
+        if rng.random() < 0.3:
+            caption += f" under {sky}"
+    return image.clip(0, 255).astype(np.uint8), mask, caption
+
+
+class ToyScenes:
+    """Toy scenes to score on, in the form of `SegmentationFolder`; never those of training."""
+    classes = TOY_CLASSES
+
+    def __init__(self, count=100, seed=0):
+        self.count, self.seed = count, seed
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        image, mask, _ = toy_scene(np.random.default_rng((self.seed, 1, i)))
+        return f"toy{i:04d}", Image.fromarray(image), mask

@@ -1,0 +1,490 @@
+"""SimZSS, the method: a frozen vision backbone, a text encoder that learns to speak its language, two losses.
+
+Paper: "A Simple Framework for Open-Vocabulary Zero-Shot Segmentation", ICLR 2025, arXiv 2406.16085.
+The file follows the method: vision side, text side, concepts, pooling, losses, the whole, saving and loading.
+Nothing here knows of files of photographs, of parsers or of command lines; `train.py` runs it.
+
+One legend of letters for every shape in this project:
+
+    B   images (= captions) in the batch          T   text tokens of a caption
+    N   patch tokens of an image, N = h * w       M   concepts found in a caption, padded with id -1
+    D   width of the shared space (= the vision   C   concepts in the bank, or classes at test time
+        backbone's width)
+
+The losses are those of the global batch. Where a process group exists, sums and gathers run over all processes and
+carry gradient, so every process returns the same loss; the mean of the processes' gradients is the exact gradient.
+"""
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+DEFAULT_BACKBONE = "vit_base_patch14_reg4_dinov2.lvd142m"
+CONTEXT_LENGTH = 77                                 # CLIP's context, start and end token included
+TEXT_TOWERS = {384: (384, 6), 1024: (768, 12)}      # D -> (width, heads) of CLIP's towers for ViT-S and ViT-L ...
+DEFAULT_TEXT_TOWER = (512, 8)                       # ... and for ViT-B, also used for any other D
+MAX_LOGIT_SCALE = 100.0                             # CLIP's bound on the learned 1 / temperature
+FORMAT = "simzss-1"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums and gathers over processes, with gradient. Each is its own transpose's counterpart, so that the gradient of the
+# sum of all processes' losses arrives everywhere; without a process group both are the identity.
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def distributed():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_over_processes(x):
+    return _SumOverProcesses.apply(x) if distributed() else x
+
+
+def gather_rows(x):
+    """(rows, D) of every process, in rank order -> (world * rows, D). Every process must hold as many rows."""
+    return _GatherRows.apply(x) if distributed() else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method, in pure functions of tensors
+
+def concept_embeddings(tokens, spans):
+    """Text embedding of each concept occurrence: the sum of its token embeddings (method, section 6).
+
+    tokens: (B, T, D) unit-norm token embeddings. spans: (B, M, 2) int, token positions [start, end) with the
+    start-of-text token at 0; an empty span gives zeros. Returns (B, M, D), not normalised.
+    """
+    position = torch.arange(tokens.shape[1], device=tokens.device)                      # (T,)
+    inside = (position >= spans[..., :1]) & (position < spans[..., 1:])                 # (B, M, T)
+    return inside.to(tokens.dtype) @ tokens                                             # (B, M, D)
+
+
+def class_weights(concepts, ids, bank_size):
+    """One weight per concept of the bank: w_c = normalize(sum of c's occurrences) (paper: h_i = sum_j 1{q_j = i} g(c_j)).
+
+    concepts: (B, M, D). ids: (B, M) int bank ids, -1 = padding. Sums run over the global batch, with gradient.
+    Returns (weights (C, D) with unit-norm rows, zero rows for absent concepts; counts (C,) occurrences, float).
+    """
+    found = ids >= 0
+    sums = concepts.new_zeros(bank_size, concepts.shape[-1]).index_add(0, ids[found], concepts[found])      # (C, D)
+    counts = torch.bincount(ids[found], minlength=bank_size).to(concepts.dtype)                             # (C,)
+    return F.normalize(sum_over_processes(sums), dim=-1), sum_over_processes(counts)
+
+
+def similarity_pool(queries, patches, temperature):
+    """Visual concept of each query: patches averaged by their similarity to it (method, section 7).
+
+    queries: (B, M, D). patches: (B, N, D), unit-norm. temperature: tau_pool. Returns (B, M, D), unit-norm.
+    """
+    attention = (queries @ patches.transpose(1, 2) / temperature).softmax(dim=-1)      # (B, M, N)
+    return F.normalize(attention @ patches, dim=-1)                                     # (B, M, D)
+
+
+def global_loss(image, text, logit_scale):
+    """L_g, the CLIP loss: each image must find its caption among all captions, and the reverse (method, section 8).
+
+    image, text: (B, D), unit-norm, row i of one belongs to row i of the other. logit_scale: 1 / temperature.
+    Every process scores its own rows against the columns of all. Returns the global batch's mean, a scalar.
+    """
+    all_image, all_text = gather_rows(image), gather_rows(text)                         # (global B, D)
+    rank = dist.get_rank() if distributed() else 0
+    target = torch.arange(len(image), device=image.device) + rank * len(image)         # own rows' place in all rows
+    loss = F.cross_entropy(logit_scale * image @ all_text.T, target, reduction="sum") \
+        + F.cross_entropy(logit_scale * text @ all_image.T, target, reduction="sum")
+    return sum_over_processes(loss) / (2 * len(all_image))
+
+
+def concept_loss(visual, ids, weights, counts, temperature, target="concept"):
+    """L_l: each visual concept must be classified as its concept, among the concepts present (method, section 8).
+
+    visual: (B, M, D) unit-norm visual concepts. ids: (B, M) bank ids, -1 = padding. weights: (C, D) and
+    counts: (C,) of `class_weights`. temperature: tau_local. target: "concept", the occurrence's own id (paper), or
+    "argmax", the prediction itself (the authors' release). Returns the mean over the global batch's occurrences,
+    a scalar; 0 with zero gradient when there is none.
+    """
+    if target not in ("concept", "argmax"):
+        raise ValueError(f"local target must be 'concept' or 'argmax', found {target!r}")
+    present = counts > 0                                                                # (C,)
+    found = ids >= 0                                                                    # (B, M)
+    logits = visual[found] @ weights[present].T / temperature                           # (occurrences, present)
+    column = present.cumsum(0) - 1                                                      # bank id -> column of logits
+    truth = column[ids[found]] if target == "concept" or not len(logits) else logits.argmax(dim=-1)
+    loss = F.cross_entropy(logits, truth, reduction="sum") if len(logits) else visual.sum() * 0 + weights.sum() * 0
+    return sum_over_processes(loss) / counts.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision side (frozen)
+
+class ToyTrunk(nn.Module):
+    """A hand-made backbone for the toy world: nothing to download, nothing learned, nothing that ever saw a mask.
+
+    A patch token describes one 8 x 8 patch by its colour and texture, with a touch of the whole image as in any
+    transformer. As there too, the class token is *not* just the mean of the patch tokens: half of it is the image at
+    a glance, from a quarter of the resolution, where textures fade and small things melt into what is around them.
+    The class offers what is used of a timm ViT.
+    """
+    patch_size, num_features, num_prefix_tokens = (8, 8), 128, 1
+    pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("frequency", 3 * torch.randn(8, self.num_features, generator=generator))
+        self.register_buffer("phase", 2 * math.pi * torch.rand(self.num_features, generator=generator))
+
+    def describe(self, images):
+        """(B, 3, H, W) in [-1, 1] -> (B, H * W / 64, D): random Fourier features of each patch's mean and spread."""
+        grey = images.mean(1, keepdim=True)
+        across = F.pad((grey[..., 1:] - grey[..., :-1]).abs(), (0, 1, 0, 0))
+        down = F.pad((grey[..., 1:, :] - grey[..., :-1, :]).abs(), (0, 0, 0, 1))
+        mean = F.avg_pool2d(torch.cat([images, 2 * across, 2 * down], 1), 8)            # (B, 5, h, w)
+        spread = (F.avg_pool2d(images ** 2, 8) - mean[:, :3] ** 2).clamp(min=0).sqrt()  # (B, 3, h, w)
+        statistics = torch.cat([mean, spread], 1).flatten(2).transpose(1, 2)            # (B, N, 8)
+        return F.normalize(torch.cos(statistics @ self.frequency + self.phase), dim=-1)  # (B, N, D)
+
+    def forward_features(self, images):
+        patches = self.describe(images)
+        context = patches.mean(1, keepdim=True)
+        size = [-(-length // 32) * 8 for length in images.shape[-2:]]                   # a quarter, in whole patches
+        glance = self.describe(F.interpolate(images, size, mode="area")).mean(1, keepdim=True)
+        class_token = F.normalize(glance, dim=-1) + F.normalize(context, dim=-1)
+        return torch.cat([class_token, patches + 0.3 * context], dim=1)                 # (B, 1 + N, D)
+
+
+def _create_trunk(name, weights, options):
+    """A timm model without head that takes any image size, with weights "pretrained", "random" or of a local file."""
+    if name == "toy":
+        if weights != "pretrained" or options:
+            raise ValueError(f"the toy backbone is made by hand; it takes no weights ({weights}) and no options {options}")
+        return ToyTrunk()
+    import timm                                     # slow to import, and not needed for the toy world
+    options = {"num_classes": 0, "pretrained": weights == "pretrained", **options}
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
+    try:
+        hub_log.setLevel(logging.ERROR)             # our one line says it, not a dozen retries
+        try:                                        # transformers resample their position table to any grid ...
+            trunk = timm.create_model(name, dynamic_img_size=True, **options)
+        except TypeError:                           # ... CNNs do not know the argument
+            trunk = timm.create_model(name, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). Connect to the network "
+            "once, or pass --backbone-weights FILE with a local copy (or --backbone-weights random for a trial that "
+            "cannot give useful masks).") from None
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"unknown backbone {name!r} with options {options}: {error} Expected 'toy' or a name from "
+                         "timm.list_models().") from None
+    finally:
+        hub_log.setLevel(level)
+    if weights not in ("pretrained", "random"):
+        _load_trunk(trunk, weights)
+    return trunk
+
+
+def _load_trunk(trunk, path):
+    """Load a local weights file strictly; only a classifier that we do not use may be left over."""
+    from timm.models import load_state_dict
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--backbone-weights: no file {path}")
+    try:
+        state = load_state_dict(str(path))
+        convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+        state = convert(state, trunk) if convert else state     # timm's own reading of the original releases' keys
+    except Exception as error:                      # whatever a broken file makes the readers raise
+        raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): {error}") from None
+    heads = trunk.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    state = {key: value for key, value in state.items() if not any(key.startswith(f"{head}.") for head in heads)}
+    try:
+        missing, unexpected = trunk.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the backbone: {' '.join(str(error).split())}") from None
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]   # a counter of training steps
+    if missing or unexpected:
+        raise ValueError(f"{path} does not fit the backbone: missing {missing[:5]}, unexpected {unexpected[:5]} "
+                         f"({len(missing)} and {len(unexpected)} keys in all)")
+
+
+class VisionBackbone(nn.Module):
+    """The frozen vision side: any timm vision transformer or CNN by name, or "toy" (method, section 3).
+
+    name: timm model name. pretrained: download timm's weights; False alone means random ones. weights: local file
+    instead. mean, std: pixel statistics, 3 floats each; None = the backbone's own. options: passed on to timm.
+    Raises ValueError for an unknown name or a file that does not fit, FileNotFoundError for a missing download.
+    """
+
+    def __init__(self, name=DEFAULT_BACKBONE, pretrained=True, weights=None, mean=None, std=None, **options):
+        super().__init__()
+        source = str(weights) if weights else "pretrained" if pretrained or name == "toy" else "random"
+        self.trunk = _create_trunk(name, source, options).eval().requires_grad_(False)
+        self.width = self.trunk.num_features                                            # D
+        self.prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
+        self.has_class_token = name == "toy" or getattr(self.trunk, "cls_token", None) is not None
+        if hasattr(self.trunk, "num_prefix_tokens"):
+            patch = getattr(self.trunk, "patch_size", None) or self.trunk.patch_embed.patch_size
+        else:
+            patch = (self.trunk.feature_info[-1]["reduction"],) * 2
+        self.patch_size = tuple(patch)
+        statistics = self.trunk.pretrained_cfg
+        mean, std = mean or statistics["mean"], std or statistics["std"]
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.config = {"name": name, "weights": source, "options": options, "mean": list(mean), "std": list(std),
+                       "sha256": _sha256(self.trunk.state_dict())}
+
+    def train(self, mode=True):
+        return super().train(False)                 # frozen: no dropout, no batch statistics, ever
+
+    def normalise(self, pixels):
+        """uint8 (..., 3, H, W) -> float32, with the statistics kept in the checkpoint."""
+        return (pixels.float() / 255 - self.mean) / self.std
+
+    @torch.no_grad()
+    def forward(self, images):
+        """images: normalised (B, 3, H, W), any H and W: padded with zeros at the right and the bottom to whole patches.
+
+        Returns class token (B, D), patch tokens (B, N, D), both float32 and unit-norm, and their grid (h, w). The
+        last row and column of patches may reach beyond the image; who enlarges the grid cuts that away.
+        """
+        (ph, pw), (H, W) = self.patch_size, images.shape[-2:]
+        images = F.pad(images, (0, -W % pw, 0, -H % ph))
+        features = self.trunk.forward_features(images)
+        if features.ndim == 4:                                                          # CNN: (B, D, h, w) ...
+            if features.shape[1] != self.width:                                         # ... or (B, h, w, D)
+                features = features.permute(0, 3, 1, 2)
+            patches = features.flatten(2).transpose(1, 2)                               # (B, N, D)
+        else:                                                                           # (B, prefix + N, D)
+            patches = features[:, self.prefix_tokens:]                                  # class and registers dropped
+        class_token = features[:, 0] if self.has_class_token else patches.mean(dim=1)   # (B, D)
+        grid = (images.shape[-2] // ph, images.shape[-1] // pw)
+        return F.normalize(class_token.float(), dim=-1), F.normalize(patches.float(), dim=-1), grid
+
+
+def _sha256(state):
+    """One hash of all names and values, to know a backbone again."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(state[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text side (trained from scratch)
+
+class TextEncoder(nn.Module):
+    """CLIP's causal text transformer, from random initialisation (method, section 4).
+
+    output_dim: D. width, heads: CLIP's for that D if None. Its parameters are open_clip's, under `tower.`.
+    """
+
+    def __init__(self, output_dim, width=None, heads=None, layers=12):
+        super().__init__()
+        from open_clip.transformer import TextTransformer
+        default_width, default_heads = TEXT_TOWERS.get(output_dim, DEFAULT_TEXT_TOWER)
+        width = width or default_width
+        heads = heads or (default_heads if width == default_width else max(1, width // 64))
+        self.config = {"output_dim": output_dim, "width": width, "heads": heads, "layers": layers}
+        self.tower = TextTransformer(CONTEXT_LENGTH, width=width, heads=heads, layers=layers, output_dim=output_dim)
+
+    def forward(self, tokens):
+        """tokens: (B, T) int64, zeros after the end token, which has the highest id of all.
+
+        Cut to the longest caption first: attention is causal, so no state depends on the padding behind it.
+        Returns caption (B, D), the state at the end token, and token embeddings (B, T of the longest, D), both
+        float32 and unit-norm. Rows behind a caption's end hold padding and mean nothing.
+        """
+        end = tokens.argmax(dim=-1)                                                     # (B,)
+        tokens = tokens[:, : int(end.max()) + 1]                                        # (B, T)
+        T, tower = tokens.shape[1], self.tower
+        x = tower.token_embedding(tokens) + tower.positional_embedding[:T]              # (B, T, width)
+        x = tower.transformer(x, attn_mask=tower.attn_mask[:T, :T])
+        x = tower.ln_final(x) @ tower.text_projection                                   # (B, T, D)
+        x = F.normalize(x.float(), dim=-1)
+        return x[torch.arange(len(x), device=x.device), end], x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+class SimZSS(nn.Module):
+    """Both sides and both losses: L = L_g + lambda * L_l, lambda = 0 is LiT (method, section 8).
+
+    bank: names of the C concepts. weight: lambda. pool_temperature: tau_pool. local_temperature: tau_local.
+    local_target: see `concept_loss`.
+    """
+
+    def __init__(self, backbone, text, bank=(), weight=0.05, pool_temperature=0.1, local_temperature=0.07,
+                 local_target="concept"):
+        super().__init__()
+        self.backbone, self.text, self.bank = backbone, text, list(bank)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))               # as a logarithm, like CLIP's
+        self.weight, self.local_target = weight, local_target
+        self.pool_temperature, self.local_temperature = pool_temperature, local_temperature
+        self.method = {"weight": weight, "pool_temperature": pool_temperature,
+                       "local_temperature": local_temperature, "local_target": local_target}
+
+    def trained(self):
+        """Names and parameters of what is trained: the text encoder and the logit scale."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("backbone.")}
+
+    def forward(self, images, tokens, ids, spans):
+        """images: normalised (B, 3, H, W). tokens: (B, T). ids: (B, M). spans: (B, M, 2). Returns `losses`' dict."""
+        class_token, patches, _ = self.backbone(images)                                 # (B, D), (B, N, D)
+        caption, token_embeddings = self.text(tokens)                                   # (B, D), (B, T, D)
+        return self.losses(class_token, patches, caption, token_embeddings, ids, spans)
+
+    def losses(self, class_token, patches, caption, token_embeddings, ids, spans):
+        """float32 embeddings -> dict of scalars: loss = global + lambda * local, and the number of occurrences."""
+        with torch.autocast(caption.device.type, enabled=False):
+            scale = self.logit_scale.exp()                             # train.py keeps it at or below 100
+            loss_global = global_loss(class_token, caption, scale)
+            concepts = concept_embeddings(token_embeddings, spans)                      # (B, M, D)
+            weights, counts = class_weights(concepts, ids, len(self.bank))              # (C, D), (C,)
+            queries = weights[ids.clamp(min=0)]                                         # (B, M, D)
+            visual = similarity_pool(queries, patches, self.pool_temperature)           # (B, M, D)
+            loss_local = concept_loss(visual, ids, weights, counts, self.local_temperature, self.local_target)
+        return {"loss": loss_global + self.weight * loss_local, "global": loss_global, "local": loss_local,
+                "logit_scale": scale, "concepts": counts.sum(), "present": (counts > 0).sum()}
+
+    # Inference: all that segment.py and eval.py ask of a model
+
+    @torch.no_grad()
+    def embed_classes(self, classes, templates=("{}",), pooling="caption", batch=256):
+        """Class names -> embeddings.
+
+        classes: C names, or C lists of names (synonyms). templates: prompts with one {} each. pooling: "caption", the
+        state at the prompt's end token, or "concept", the sum of the name's own token embeddings, as class weights are
+        made in training. Each prompt's embedding is normalised, averaged over the templates, normalised again.
+        Returns (C, S, D), S the most names of any class; classes with fewer repeat their first name, which changes no
+        maximum.
+        """
+        from open_clip import tokenize
+        classes = [[names] if isinstance(names, str) else list(names) for names in classes]
+        names = [name for synonyms in classes for name in synonyms]
+        filled = [(template.partition("{}")[0], name, template.replace("{}", name))
+                  for name in names for template in templates]
+        embeddings = []
+        for i in range(0, len(filled), batch):
+            before, until, prompts = (tokenize(texts, CONTEXT_LENGTH).to(self.logit_scale.device) for texts in zip(
+                *[(prefix, prefix + name, prompt) for prefix, name, prompt in filled[i:i + batch]]))
+            caption, tokens = self.text(prompts)                                        # (P, D), (P, T, D)
+            if pooling == "concept":                # the end token's place tells how many tokens come before it
+                spans = torch.stack([before.argmax(dim=-1), until.argmax(dim=-1)], dim=-1)              # (P, 2)
+                caption = F.normalize(concept_embeddings(tokens, spans[:, None])[:, 0], dim=-1)
+            embeddings.append(caption)
+        mean = F.normalize(torch.cat(embeddings).view(len(names), len(templates), -1).mean(dim=1), dim=-1)
+        parts = mean.split([len(synonyms) for synonyms in classes])
+        most = max(map(len, parts))
+        return torch.stack([torch.cat([part, part[:1].expand(most - len(part), -1)]) for part in parts])
+
+    @torch.no_grad()
+    def patch_scores(self, pixels, class_embeddings):
+        """pixels: uint8 (B, 3, H, W). class_embeddings: (C, D), or (C, S, D) of which the best counts.
+
+        Returns cosine similarities (B, C, h, w) and the pixel size (H', W') that the grid covers, H' >= H, W' >= W.
+        """
+        _, patches, (h, w) = self.backbone(self.backbone.normalise(pixels))             # (B, N, D)
+        embeddings = class_embeddings if class_embeddings.ndim == 3 else class_embeddings[:, None]
+        scores = torch.einsum("bnd,csd->bcsn", patches, embeddings).amax(dim=2)         # (B, C, N)
+        return scores.unflatten(-1, (h, w)), (h * self.backbone.patch_size[0], w * self.backbone.patch_size[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving and loading: one safetensors file, its settings as JSON in the header, no pickle
+
+def save_model(path, model, config):
+    """Write what was trained, the frozen backbone's name and hash, and config (anything JSON) to one file, atomically.
+
+    A random backbone is written too, for there is no other way to have it again.
+    """
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.trained().items()}
+    if model.backbone.config["weights"] == "random":
+        tensors.update({f"backbone.trunk.{key}": value.cpu().contiguous()
+                        for key, value in model.backbone.trunk.state_dict().items()})
+    settings = {"format": FORMAT, "backbone": model.backbone.config, "text": model.text.config,
+                "method": model.method, "bank": model.bank, "training": config}
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(tensors, partial, metadata={"simzss": json.dumps(settings)})
+    os.replace(partial, path)                       # a crash leaves the old file or the new one, never half of one
+
+
+def load_model(path, device="cpu", backbone_weights=None):
+    """Rebuild a saved model from its file (or the folder that holds `model.safetensors`), ready for inference.
+
+    backbone_weights: local file to take the backbone from, if not where training found it. Raises FileNotFoundError
+    for a missing file, ValueError for a file that is no checkpoint, is cut short, or whose backbone is another one.
+    """
+    path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; train.py writes one, or name one with --checkpoint")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {})["simzss"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no SimZSS checkpoint, or is cut short ({type(error).__name__}: {error})") from None
+    if settings.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {settings.get('format')!r}, expected {FORMAT!r}")
+
+    saved = settings["backbone"]
+    source = backbone_weights or saved["weights"]
+    backbone = VisionBackbone(saved["name"], pretrained=source == "pretrained", mean=saved["mean"], std=saved["std"],
+                              weights=None if source in ("pretrained", "random") else source, **saved["options"])
+    model = SimZSS(backbone, TextEncoder(**settings["text"]), settings["bank"], **settings["method"])
+    expected = set(model.trained())
+    if saved["weights"] == "random":
+        expected |= {f"backbone.trunk.{key}" for key in backbone.trunk.state_dict()}
+    if set(tensors) != expected:
+        raise ValueError(f"{path} does not hold the tensors of its own settings: {sorted(set(tensors) ^ expected)[:5]}")
+    try:
+        model.load_state_dict(tensors, strict=False)    # strict by the comparison above; the backbone is already there
+    except RuntimeError as error:
+        raise ValueError(f"{path} contradicts its own settings: {' '.join(str(error).split())}") from None
+    if _sha256(backbone.trunk.state_dict()) != saved["sha256"]:
+        raise ValueError(f"the backbone's weights ({source}) are not those that {path} was trained with; pass "
+                         "--backbone-weights FILE with the right ones")
+    model.config = settings
+    return model.to(device).eval()
