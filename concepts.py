@@ -202,7 +202,7 @@ def annotate(captions, bank, parser, processes=1):
     for caption, doc in zip(captions, parser.pipe(map(clean, texts), **options)):
         if doc.has_annotation("DEP"):
             concepts = noun_concepts(doc)
-        elif doc.has_annotation("ENT_IOB") or not len(doc):
+        elif doc.has_annotation("ENT_IOB"):
             concepts = matched_concepts(doc)
         else:
             raise ValueError("the spaCy pipeline has no dependency parser; expected one like en_core_web_sm")
@@ -229,8 +229,8 @@ def read_captions(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no captions file {path}. For COCO expected\n  data/coco/annotations/captions_train2017.json\n"
-            "  data/coco/train2017/*.jpg\nfrom https://cocodataset.org/#download (2017 train images and annotations); "
+            f"no captions file {path}. For COCO expected data/coco/annotations/captions_train2017.json and "
+            "data/coco/train2017/*.jpg from https://cocodataset.org/#download (2017 train images, train/val annotations); "
             "or pass --train-data FILE, or --train-data toy, which needs no files")
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -137,7 +137,7 @@ class CachedFeatures(CaptionedImages):
                     for i, image in enumerate(pairs.images)]
         pictured = sorted(set(self.row))            # the pairs whose images are rows of the arrays, in order
         self.row = np.searchsorted(pictured, self.row)
-        names = hashlib.sha256(b"".join(np.ascontiguousarray(image).tobytes() if isinstance(image, np.ndarray)
+        names = hashlib.sha256(b"\n".join(np.ascontiguousarray(image).tobytes() if isinstance(image, np.ndarray)
                                         else str(image).encode() for image in (pairs.images[i] for i in pictured)))
         key = {"backbone": backbone.config, "size": pairs.size, "transform": "whole image, bicubic",
                "images": len(pictured), "names_sha256": names.hexdigest()}
@@ -216,7 +216,7 @@ class GlobalBatches(Sampler):
 def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
     """Training pairs by the name of their source: "toy", or a captions file.
 
-    images: folder of the images; by default COCO's place for a COCO file (annotations/captions_X.json -> X/), else
+    toy_scenes: how many scenes the toy world draws. images: folder of the images; by default COCO's place for a COCO file (annotations/captions_X.json -> X/), else
     the captions file's folder. Pairs whose image is missing are left out and counted; more than 1 % is an error.
     """
     if source == "toy":
@@ -231,7 +231,6 @@ def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}; expected the images that {path} names, for example "
                                 f"{folder / pairs[0][0]}. Name the folder with --images")
-    annotations = load_annotations(path, [caption for _, caption in pairs], bank, parser)
     there = {name: (folder / name).is_file() for name in {name for name, _ in pairs}}
     missing = [name for name, found in there.items() if not found]
     if len(missing) > MAX_BAD * len(there):
@@ -239,8 +238,8 @@ def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
                                 f"{sorted(missing)[0]}; at most {MAX_BAD:.0%} may be missing. Name the folder with --images")
     if missing:
         print(f"{len(missing)} of {len(there)} images are missing in {folder}; their captions are skipped")
+    offsets, rows = load_annotations(path, [caption for _, caption in pairs], bank, parser)
     kept = np.array([there[name] for name, _ in pairs])
-    offsets, rows = annotations
     rows = rows[np.repeat(kept, np.diff(offsets))]
     offsets = np.concatenate([[0], np.cumsum(np.diff(offsets)[kept])])
     pairs = [pair for pair, keep in zip(pairs, kept) if keep]
@@ -316,7 +315,7 @@ TOY_SIZE = 128                                      # pixels a side
 STUFF = {"sky": ((150, 200, 250), "plain"), "sea": ((30, 90, 190), "waves"), "grass": ((60, 150, 50), "noise"),
          "sand": ((220, 195, 130), "noise"), "road": ((110, 110, 115), "plain"), "snow": ((240, 240, 245), "noise")}
 THINGS = {"boat": ((130, 60, 30), "stripes", "hull"), "surfboard": ((245, 220, 40), "plain", "oval"),
-          "cow": ((120, 90, 80), "waves", "oval"), "sheep": ((225, 215, 195), "checks", "oval"),
+          "cow": ((70, 60, 55), "stripes", "oval"), "sheep": ((225, 215, 195), "checks", "oval"),
           "horse": ((125, 70, 35), "plain", "oval"), "car": ((200, 30, 35), "plain", "box"),
           "bus": ((240, 140, 20), "stripes", "box"), "truck": ((40, 50, 120), "checks", "box"),
           "umbrella": ((160, 60, 170), "stripes", "hull"), "dog": ((70, 45, 30), "noise", "oval"),

@@ -74,7 +74,11 @@ def open_dataset(name, without=(), names=None):
 
 
 def evaluate(model, dataset, protocol, batch=8, pictures=0):
-    """Segment every image of a dataset and compare. Returns (result dict, pictures of the first images)."""
+    """Segment every image of a dataset and count its pixels.
+
+    pictures: for how many images, from the first on, to return [photo, truth, prediction], the masks with legends.
+    Returns (result dict, these rows of pictures).
+    """
     names = [synonyms[0] for synonyms in dataset.classes]
     embeddings = model.embed_classes(dataset.classes, read_templates(protocol["templates"]), protocol["class_embedding"])
     sliding = {key: protocol[key] for key in SLIDING}
@@ -84,7 +88,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0):
         mask, _ = segment_image(model, image, embeddings, batch=batch, **sliding)
         matrix += confusion_matrix(mask, truth, len(names))
         if len(shown) < pictures:
-            shown.append(side_by_side(image, truth, mask.numpy(), names))
+            shown.append([image, overlay(image, truth, names), overlay(image, mask, names)])
     if not matrix.any():
         raise ValueError(f"{getattr(dataset, 'folder', 'the dataset')} has no pixel to score: all are ignored")
     seconds = time.time() - start
@@ -95,20 +99,14 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0):
     return result, shown
 
 
-def side_by_side(image, truth, prediction, names):
-    """Photo, truth and prediction in one picture, the masks with their legends."""
-    parts = [image, overlay(image, truth, names), overlay(image, prediction, names)]
-    canvas = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")
-    for i, part in enumerate(parts):
-        canvas.paste(part, (sum(p.width for p in parts[:i]), 0))
-    return canvas
-
-
-def stack(pictures):
-    """Pictures below each other, in one."""
-    canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    for i, picture in enumerate(pictures):
-        canvas.paste(picture, (0, sum(p.height for p in pictures[:i])))
+def grid(rows):
+    """Rows of pictures in one, columns aligned."""
+    widths = [max(picture.width for picture in column) for column in zip(*rows)]
+    heights = [max(picture.height for picture in row) for row in rows]
+    canvas = Image.new("RGB", (sum(widths), sum(heights)), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            canvas.paste(picture, (sum(widths[:j]), sum(heights[:i])))
     return canvas
 
 

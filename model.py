@@ -1,8 +1,8 @@
 """SimZSS, the method: a frozen vision backbone, a text encoder that learns to speak its language, two losses.
 
 Paper: "A Simple Framework for Open-Vocabulary Zero-Shot Segmentation", ICLR 2025, arXiv 2406.16085.
-The file follows the method: vision side, text side, concepts, pooling, losses, the whole, saving and loading.
-Nothing here knows of files of photographs, of parsers or of command lines; `train.py` runs it.
+The method comes first: its formulas as pure functions, the two sides, the whole. What a program needs beside it comes
+after: sums over processes, where backbones come from, saving and loading. `train.py` runs it.
 
 One legend of letters for every shape in this project:
 
@@ -35,51 +35,6 @@ TEXT_TOWERS = {384: (384, 6), 1024: (768, 12)}      # D -> (width, heads) of CLI
 DEFAULT_TEXT_TOWER = (512, 8)                       # ... and for ViT-B, also used for any other D
 MAX_LOGIT_SCALE = 100.0                             # CLIP's bound on the learned 1 / temperature
 FORMAT = "simzss-1"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sums and gathers over processes, with gradient. Each is its own transpose's counterpart, so that the gradient of the
-# sum of all processes' losses arrives everywhere; without a process group both are the identity.
-
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def distributed():
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def sum_over_processes(x):
-    return _SumOverProcesses.apply(x) if distributed() else x
-
-
-def gather_rows(x):
-    """(rows, D) of every process, in rank order -> (world * rows, D). Every process must hold as many rows."""
-    return _GatherRows.apply(x) if distributed() else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,97 +108,6 @@ def concept_loss(visual, ids, weights, counts, temperature, target="concept"):
 # ---------------------------------------------------------------------------------------------------------------------
 # Vision side (frozen)
 
-class ToyTrunk(nn.Module):
-    """A hand-made backbone for the toy world: nothing to download, nothing learned, nothing that ever saw a mask.
-
-    A patch token describes one 8 x 8 patch by its colour and texture, with a touch of the whole image as in any
-    transformer. As there too, the class token is *not* just the mean of the patch tokens: half of it is the image at
-    a glance, from a quarter of the resolution, where textures fade and small things melt into what is around them.
-    The class offers what is used of a timm ViT.
-    """
-    patch_size, num_features, num_prefix_tokens = (8, 8), 128, 1
-    pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("frequency", 3 * torch.randn(8, self.num_features, generator=generator))
-        self.register_buffer("phase", 2 * math.pi * torch.rand(self.num_features, generator=generator))
-
-    def describe(self, images):
-        """(B, 3, H, W) in [-1, 1] -> (B, H * W / 64, D): random Fourier features of each patch's mean and spread."""
-        grey = images.mean(1, keepdim=True)
-        across = F.pad((grey[..., 1:] - grey[..., :-1]).abs(), (0, 1, 0, 0))
-        down = F.pad((grey[..., 1:, :] - grey[..., :-1, :]).abs(), (0, 0, 0, 1))
-        mean = F.avg_pool2d(torch.cat([images, 2 * across, 2 * down], 1), 8)            # (B, 5, h, w)
-        spread = (F.avg_pool2d(images ** 2, 8) - mean[:, :3] ** 2).clamp(min=0).sqrt()  # (B, 3, h, w)
-        statistics = torch.cat([mean, spread], 1).flatten(2).transpose(1, 2)            # (B, N, 8)
-        return F.normalize(torch.cos(statistics @ self.frequency + self.phase), dim=-1)  # (B, N, D)
-
-    def forward_features(self, images):
-        patches = self.describe(images)
-        context = patches.mean(1, keepdim=True)
-        size = [-(-length // 32) * 8 for length in images.shape[-2:]]                   # a quarter, in whole patches
-        glance = self.describe(F.interpolate(images, size, mode="area")).mean(1, keepdim=True)
-        class_token = F.normalize(glance, dim=-1) + F.normalize(context, dim=-1)
-        return torch.cat([class_token, patches + 0.3 * context], dim=1)                 # (B, 1 + N, D)
-
-
-def _create_trunk(name, weights, options):
-    """A timm model without head that takes any image size, with weights "pretrained", "random" or of a local file."""
-    if name == "toy":
-        if weights != "pretrained" or options:
-            raise ValueError(f"the toy backbone is made by hand; it takes no weights ({weights}) and no options {options}")
-        return ToyTrunk()
-    import timm                                     # slow to import, and not needed for the toy world
-    options = {"num_classes": 0, "pretrained": weights == "pretrained", **options}
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
-    try:
-        hub_log.setLevel(logging.ERROR)             # our one line says it, not a dozen retries
-        try:                                        # transformers resample their position table to any grid ...
-            trunk = timm.create_model(name, dynamic_img_size=True, **options)
-        except TypeError:                           # ... CNNs do not know the argument
-            trunk = timm.create_model(name, **options)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). Connect to the network "
-            "once, or pass --backbone-weights FILE with a local copy (or --backbone-weights random for a trial that "
-            "cannot give useful masks).") from None
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"unknown backbone {name!r} with options {options}: {error} Expected 'toy' or a name from "
-                         "timm.list_models().") from None
-    finally:
-        hub_log.setLevel(level)
-    if weights not in ("pretrained", "random"):
-        _load_trunk(trunk, weights)
-    return trunk
-
-
-def _load_trunk(trunk, path):
-    """Load a local weights file strictly; only a classifier that we do not use may be left over."""
-    from timm.models import load_state_dict
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--backbone-weights: no file {path}")
-    try:
-        state = load_state_dict(str(path))
-        convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
-        state = convert(state, trunk) if convert else state     # timm's own reading of the original releases' keys
-    except Exception as error:                      # whatever a broken file makes the readers raise
-        raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): {error}") from None
-    heads = trunk.pretrained_cfg.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    state = {key: value for key, value in state.items() if not any(key.startswith(f"{head}.") for head in heads)}
-    try:
-        missing, unexpected = trunk.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the backbone: {' '.join(str(error).split())}") from None
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]   # a counter of training steps
-    if missing or unexpected:
-        raise ValueError(f"{path} does not fit the backbone: missing {missing[:5]}, unexpected {unexpected[:5]} "
-                         f"({len(missing)} and {len(unexpected)} keys in all)")
-
-
 class VisionBackbone(nn.Module):
     """The frozen vision side: any timm vision transformer or CNN by name, or "toy" (method, section 3).
 
@@ -263,7 +127,7 @@ class VisionBackbone(nn.Module):
             patch = getattr(self.trunk, "patch_size", None) or self.trunk.patch_embed.patch_size
         else:
             patch = (self.trunk.feature_info[-1]["reduction"],) * 2
-        self.patch_size = tuple(patch)
+        self.patch_size = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
         statistics = self.trunk.pretrained_cfg
         mean, std = mean or statistics["mean"], std or statistics["std"]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -299,15 +163,6 @@ class VisionBackbone(nn.Module):
         return F.normalize(class_token.float(), dim=-1), F.normalize(patches.float(), dim=-1), grid
 
 
-def _sha256(state):
-    """One hash of all names and values, to know a backbone again."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        digest.update(key.encode())
-        digest.update(state[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Text side (trained from scratch)
 
@@ -323,6 +178,8 @@ class TextEncoder(nn.Module):
         default_width, default_heads = TEXT_TOWERS.get(output_dim, DEFAULT_TEXT_TOWER)
         width = width or default_width
         heads = heads or (default_heads if width == default_width else max(1, width // 64))
+        if width % heads:
+            raise ValueError(f"the text encoder's width {width} must be a multiple of its {heads} heads")
         self.config = {"output_dim": output_dim, "width": width, "heads": heads, "layers": layers}
         self.tower = TextTransformer(CONTEXT_LENGTH, width=width, heads=heads, layers=layers, output_dim=output_dim)
 
@@ -430,6 +287,145 @@ class SimZSS(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sums and gathers over processes, with gradient. Each is its own transpose's counterpart, so that the gradient of the
+# sum of all processes' losses arrives everywhere; without a process group both are the identity.
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def distributed():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_over_processes(x):
+    return _SumOverProcesses.apply(x) if distributed() else x
+
+
+def gather_rows(x):
+    """(rows, D) of every process, in rank order -> (world * rows, D). Every process must hold as many rows."""
+    return _GatherRows.apply(x) if distributed() else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where backbones come from
+
+def _create_trunk(name, weights, options):
+    """A timm model without head that takes any image size, with weights "pretrained", "random" or of a local file."""
+    if name == "toy":
+        if weights != "pretrained" or options:
+            raise ValueError(f"the toy backbone is made by hand; it takes no weights ({weights}) and no options {options}")
+        return ToyTrunk()
+    import timm                                     # slow to import, and not needed for the toy world
+    options = {"num_classes": 0, "pretrained": weights == "pretrained", **options}
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
+    try:
+        hub_log.setLevel(logging.ERROR)             # our one line says it, not a dozen retries
+        try:                                        # transformers resample their position table to any grid ...
+            trunk = timm.create_model(name, dynamic_img_size=True, **options)
+        except TypeError:                           # ... CNNs do not know the argument
+            trunk = timm.create_model(name, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). Connect to the network "
+            "once, or pass --backbone-weights FILE with a local copy (or --backbone-weights random for a trial that "
+            "cannot give useful masks).") from None
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"unknown backbone {name!r} with options {options}: {error} Expected 'toy' or a name from "
+                         "timm.list_models().") from None
+    finally:
+        hub_log.setLevel(level)
+    if weights not in ("pretrained", "random"):
+        _load_trunk(trunk, weights)
+    return trunk
+
+
+def _load_trunk(trunk, path):
+    """Load a local weights file strictly; only a classifier that we do not use may be left over."""
+    from timm.models import load_state_dict
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--backbone-weights: no file {path}")
+    try:
+        state = load_state_dict(str(path))
+        convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+        state = convert(state, trunk) if convert else state     # timm's own reading of the original releases' keys
+    except Exception as error:                      # whatever a broken file makes the readers raise
+        raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): {error}") from None
+    heads = trunk.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    state = {key: value for key, value in state.items() if not any(key.startswith(f"{head}.") for head in heads)}
+    try:
+        missing, unexpected = trunk.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the backbone: {' '.join(str(error).split())}") from None
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]   # a counter of training steps
+    if missing or unexpected:
+        raise ValueError(f"{path} does not fit the backbone: missing {missing[:5]}, unexpected {unexpected[:5]} "
+                         f"({len(missing)} and {len(unexpected)} keys in all)")
+
+
+class ToyTrunk(nn.Module):
+    """A hand-made backbone for the toy world: nothing to download, nothing learned, nothing that ever saw a mask.
+
+    A patch token describes one 8 x 8 patch by its colour and texture, with a touch of the whole image as in any
+    transformer. As there too, the class token is *not* just the mean of the patch tokens: half of it is the image at
+    a glance, from a quarter of the resolution, where textures fade and small things melt into what is around them.
+    The class offers what is used of a timm ViT.
+    """
+    patch_size, num_features, num_prefix_tokens = (8, 8), 128, 1
+    pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("frequency", 3 * torch.randn(8, self.num_features, generator=generator))
+        self.register_buffer("phase", 2 * math.pi * torch.rand(self.num_features, generator=generator))
+
+    def describe(self, images):
+        """(B, 3, H, W) in [-1, 1] -> (B, H * W / 64, D): random Fourier features of each patch's mean and spread."""
+        grey = images.mean(1, keepdim=True)
+        across = F.pad((grey[..., 1:] - grey[..., :-1]).abs(), (0, 1, 0, 0))
+        down = F.pad((grey[..., 1:, :] - grey[..., :-1, :]).abs(), (0, 0, 0, 1))
+        mean = F.avg_pool2d(torch.cat([images, 2 * across, 2 * down], 1), 8)            # (B, 5, h, w)
+        spread = (F.avg_pool2d(images ** 2, 8) - mean[:, :3] ** 2).clamp(min=0).sqrt()  # (B, 3, h, w)
+        statistics = torch.cat([mean, spread], 1).flatten(2).transpose(1, 2)            # (B, N, 8)
+        return F.normalize(torch.cos(statistics @ self.frequency + self.phase), dim=-1)  # (B, N, D)
+
+    def forward_features(self, images):
+        patches = self.describe(images)
+        context = patches.mean(1, keepdim=True)
+        size = [-(-length // 32) * 8 for length in images.shape[-2:]]                   # a quarter, in whole patches
+        glance = self.describe(F.interpolate(images, size, mode="area")).mean(1, keepdim=True)
+        class_token = F.normalize(glance, dim=-1) + F.normalize(context, dim=-1)
+        return torch.cat([class_token, patches + 0.3 * context], dim=1)                 # (B, 1 + N, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Saving and loading: one safetensors file, its settings as JSON in the header, no pickle
 
 def save_model(path, model, config):
@@ -450,6 +446,15 @@ def save_model(path, model, config):
     os.replace(partial, path)                       # a crash leaves the old file or the new one, never half of one
 
 
+def _sha256(state):
+    """One hash of all names and values, to know a backbone again."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(state[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def load_model(path, device="cpu", backbone_weights=None):
     """Rebuild a saved model from its file (or the folder that holds `model.safetensors`), ready for inference.
 
@@ -467,7 +472,7 @@ def load_model(path, device="cpu", backbone_weights=None):
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no SimZSS checkpoint, or is cut short ({type(error).__name__}: {error})") from None
     if settings.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {settings.get('format')!r}, expected {FORMAT!r}")
+        raise ValueError(f"{path} is no SimZSS checkpoint of format {FORMAT!r}, found {settings.get('format')!r}")
 
     saved = settings["backbone"]
     source = backbone_weights or saved["weights"]

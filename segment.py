@@ -60,9 +60,9 @@ def segment_image(model, image, class_embeddings, window=448, stride=224, short_
     class_embeddings: (C, D) or (C, S, D). window, stride, short_side: pixels. batch: windows at a time.
     Returns (index mask (H, W), score (H, W) float32): the best class and its cosine similarity, CPU tensors.
     """
-    if short_side < 1 or not 0 < stride <= window:
-        raise ValueError(f"short side {short_side}, window {window}, stride {stride}: expected positive numbers, and a "
-                         "stride of at most the window, or pixels would be left out")
+    if min(short_side, batch) < 1 or not 0 < stride <= window:
+        raise ValueError(f"short_side {short_side}, window {window}, stride {stride}, batch {batch}: expected positive "
+                         "numbers, and a stride of at most the window, or pixels would be left out")
     device = class_embeddings.device
     pixels = to_pixels(image)                                                           # (3, H, W)
     H, W = pixels.shape[-2:]
@@ -160,15 +160,15 @@ def pick_device(name):
 
 
 def read_templates(name):
-    """Prompt templates by the name of a file in classes/templates/, or of any file: one per line, with a {} each."""
+    """Prompt templates by the name of a file in classes/templates/, or of any file: one per line, with one {} each."""
     path = CLASSES / "templates" / f"{name}.txt"
     path = path if path.is_file() else Path(name)
     if not path.is_file():
         known = sorted(p.stem for p in (CLASSES / "templates").glob("*.txt"))
         raise FileNotFoundError(f"no templates {name!r}; expected {', '.join(known)}, or a file with one per line")
     templates = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not templates or any("{}" not in template for template in templates):
-        raise ValueError(f"{path}: expected one template per line, each with {{}} for the class name")
+    if not templates or any(template.count("{}") != 1 for template in templates):
+        raise ValueError(f"{path}: expected one template per line, each with one {{}} for the class name")
     return templates
 
 

@@ -21,15 +21,15 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from concepts import DEFAULT_PARSER, ConceptBank
+from concepts import DEFAULT_PARSER, ConceptBank, read_captions
 from data import MAX_BAD, CachedFeatures, GlobalBatches, collate, load_pairs
-from eval import evaluate, open_dataset, print_result, stack, write_result
+from eval import evaluate, grid, open_dataset, print_result, write_result
 from model import DEFAULT_BACKBONE, MAX_LOGIT_SCALE, SimZSS, TextEncoder, VisionBackbone, save_model, sum_over_processes
 from segment import SLIDING, pick_device
 
 # What differs from the recipe in the toy world: everything is smaller.
 TOY = {"backbone": "toy", "parser": "match", "image_size": 128, "text_width": 256, "text_layers": 1, "batch": 64,
-       "epochs": 13, "epoch_pairs": 2000, "base_rate": 0.012, "eval_data": "toy", "output": "runs/toy", "workers": 0,
+       "epochs": 16, "epoch_pairs": 2000, "base_rate": 0.012, "eval_data": "toy", "output": "runs/toy", "workers": 0,
        "short_side": 128, "window": 128, "stride": 64, "class_embedding": "concept"}
 
 
@@ -100,17 +100,24 @@ def build_model(args, bank):
 
 def train(args, rank, world):
     """Train as args say. Returns the trained model; every process has the same."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if (kind := pick_device(args.device)) == "cuda" else kind
+    for name in ("batch", "epochs", "epoch_pairs", "image_size", "text_layers"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a positive number")
+    kind = pick_device(args.device)
+    kind = "cpu" if kind == "mps" and world > 1 else kind           # gloo does not know Apple's GPU
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind
     if kind == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:                                   # an hour, for the first process may have to parse all captions
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} is the global batch; it must be a multiple of the {world} processes")
+    if world > 1:                                   # an hour, for the first process may have to parse all captions
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
     torch.manual_seed(args.seed)                    # the same initial weights everywhere
     bank = ConceptBank.from_file(args.bank) if args.bank else ConceptBank.default()
+    if args.train_data != "toy":                    # mistakes should show now, not after a download or the training
+        read_captions(args.train_data)
     if args.eval_data != "none":
-        open_dataset(args.eval_data, args.eval_without, args.eval_names)     # a mistake there should show now, not after training
+        open_dataset(args.eval_data, args.eval_without, args.eval_names)
     model = build_model(args, bank).to(device)
     if rank == 0 and model.backbone.config["weights"] == "random":
         print("warning: the backbone has random weights, as asked for; this model's masks will mean nothing",
@@ -160,6 +167,9 @@ def train(args, rank, world):
                                       batch["ids"], batch["spans"])
             else:
                 losses = model(model.backbone.normalise(batch["pixels"]), batch["tokens"], batch["ids"], batch["spans"])
+        values = {key: value.item() for key, value in losses.items()}                   # waits for the device
+        if not math.isfinite(values["loss"]):
+            raise ValueError(f"the loss is {values['loss']} at step {step}; lower --base-rate, or use --precision fp32")
         optimizer.zero_grad()
         scaler.scale(losses["loss"]).backward()
         average_gradients(parameters)
@@ -167,10 +177,6 @@ def train(args, rank, world):
         scaler.update()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
-
-        values = {key: value.item() for key, value in losses.items()}                   # waits for the device
-        if not math.isfinite(values["loss"]):
-            raise ValueError(f"the loss is {values['loss']} at step {step}; lower --base-rate, or use --precision fp32")
         bad += int(sum_over_processes(torch.tensor(float(batch["bad"]), device=device)))
         if bad > max(MAX_BAD * (step + 1) * args.batch, 10):
             raise ValueError(f"{bad} of the first {(step + 1) * args.batch} images could not be read; at most "
@@ -203,7 +209,7 @@ def score(args, model):
     output = Path(args.output)
     write_result(output / "result.json", {"dataset": args.eval_data, "training": model.config["training"], **result})
     dataset[0][1].save(output / "example.png")      # something to try segment.py on
-    stack(pictures).save(output / "predictions.png")
+    grid(pictures).save(output / "predictions.png")
     print(f"photo, truth and prediction of {len(pictures)} images: {output / 'predictions.png'}")
     return result
 
@@ -280,7 +286,10 @@ def main(argv=None):
         if rank == 0 and args.eval_data != "none":
             score(args, model)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        message = str(error).strip()
+        if "Original Traceback" in message:         # from a data worker: its own line is the last
+            message = message.splitlines()[-1].removeprefix("ValueError: ")
+        sys.exit(f"error: {message}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

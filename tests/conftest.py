@@ -1,0 +1,76 @@
+"""Shared by all tests: a tiny model, a checkpoint of it, a folder to score on, and the way in which a script fails.
+
+Everything runs on the CPU, without network and without downloads.
+"""
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"                  # nothing may try the network, subprocesses included
+os.environ["CUDA_VISIBLE_DEVICES"] = ""             # --device auto means the CPU beside a GPU, too
+os.environ["OMP_NUM_THREADS"] = "1"                 # small tensors: more threads only wait for each other
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import toy_scene
+from model import SimZSS, TextEncoder, VisionBackbone, save_model
+
+torch.set_num_threads(1)
+
+BANK = ["cow", "sheep", "grass", "boat", "sea", "sky"]
+PROTOCOL = {"templates": "plain", "class_embedding": "caption", "short_side": 64, "window": 64, "stride": 32}
+
+
+def tiny(backbone="toy", bank=BANK, seed=0, pretrained=False, **options):
+    """An untrained SimZSS that fits into a test: text encoder of width 32 and one layer."""
+    torch.manual_seed(seed)
+    backbone = VisionBackbone(backbone, pretrained=pretrained, **options)
+    return SimZSS(backbone, TextEncoder(backbone.width, width=32, layers=1), bank)
+
+
+@pytest.fixture
+def model():
+    return tiny().eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """File of an untrained tiny model on the toy backbone."""
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    save_model(path, tiny(), {"protocol": PROTOCOL})
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A segmentation folder: three photos of odd sizes, five classes of which the last is nowhere, some pixels ignored."""
+    folder, rng = tmp_path / "folder", np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    (folder / "classes.txt").write_text("background\ncow, cattle\ngrass\nsky\nsubmarine\n")
+    for i, (height, width) in enumerate([(70, 101), (128, 128), (90, 64)]):
+        Image.fromarray(toy_scene(rng)[0][:height, :width]).save(folder / "images" / f"photo{i}.png")
+        mask = rng.integers(0, 4, (height, width)).astype(np.uint8)
+        mask[:5] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"photo{i}.png")
+    return folder
+
+
+@pytest.fixture
+def fails():
+    """fails(main, arguments, *words): the script ends with one line that begins with "error:" and has all the words."""
+    def fails(main, arguments, *words):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        message = stopped.value.code                # a text as exit code is printed to stderr and means status 1
+        assert isinstance(message, str) and message.startswith("error: ")
+        assert len(message.splitlines()) == 1, message
+        for word in words:
+            assert str(word) in message, message
+        return message
+    return fails

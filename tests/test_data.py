@@ -1,0 +1,747 @@
+"""Images, batches, masks and the toy world: what `data.py` promises, claim by claim."""
+import io
+import json
+import re
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from concepts import ConceptBank, annotate, load_annotations, read_captions, tokenize
+from data import (IGNORE, PLURALS, STUFF, THINGS, TOY_CLASSES, CachedFeatures, CaptionedImages, GlobalBatches,
+                  SegmentationFolder, ToyScenes, collate, load_image, load_pairs, random_resized_crop, to_pixels,
+                  toy_scene)
+from model import VisionBackbone
+
+PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
+needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photographs in {PHOTOS}")
+TOKENIZER = SimpleTokenizer()
+BANK = ConceptBank(["dog", "cat", "bird"])
+
+
+def grey(*values):
+    """One row of grey pixels."""
+    return Image.fromarray(np.array([values], np.uint8))
+
+
+def noise(seed, height=40, width=50):
+    """(height, width, 3) uint8: an image like no other."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading images
+
+def with_palette():
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "L").copy()
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    return image
+
+
+def in_colour(mode, *pixels):
+    image = Image.new(mode, (len(pixels), 1))
+    image.putdata(pixels)
+    return image
+
+
+@pytest.mark.parametrize("image, options, expected", [
+    (grey(0, 100, 255), {}, [(0, 0, 0), (100, 100, 100), (255, 255, 255)]),
+    (in_colour("LA", (100, 255), (100, 0), (100, 51)), {}, [(100, 100, 100), (255, 255, 255), (224, 224, 224)]),
+    (in_colour("RGB", (1, 2, 3), (250, 0, 9)), {}, [(1, 2, 3), (250, 0, 9)]),
+    (in_colour("RGBA", (10, 20, 30, 255), (10, 20, 30, 0), (10, 20, 30, 51)), {},
+     [(10, 20, 30), (255, 255, 255), (206, 208, 210)]),
+    (with_palette(), {}, [(10, 20, 30), (40, 50, 60), (70, 80, 90)]),
+    (with_palette(), {"transparency": 1}, [(10, 20, 30), (255, 255, 255), (70, 80, 90)]),
+    (Image.fromarray(np.array([[0, 0x00FF, 0x0100, 0xABCD, 0xFFFF]], np.uint16)), {},
+     [(v,) * 3 for v in (0, 0, 1, 0xAB, 255)]),
+    (grey(0, 255, 0).convert("1"), {}, [(0, 0, 0), (255, 255, 255), (0, 0, 0)]),
+], ids=["grey", "grey and alpha", "RGB", "RGBA", "palette", "transparent palette", "16-bit grey", "1-bit"])
+def test_kinds_of_png(tmp_path, image, options, expected):
+    """Every kind of PNG becomes 8-bit RGB: alpha is laid over white (51 of 255 is a fifth), 16 bits keep the high 8."""
+    image.save(tmp_path / "a.png", **options)
+    loaded = load_image(tmp_path / "a.png")
+    assert loaded.mode == "RGB" and [tuple(pixel) for pixel in np.array(loaded)[0].tolist()] == expected
+
+
+def test_cmyk_jpeg(tmp_path):
+    """A CMYK photograph keeps its colours: no cyan, full magenta and yellow are red."""
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    loaded = load_image(tmp_path / "a.jpg")
+    assert loaded.mode == "RGB" and (np.array(loaded) == (255, 0, 0)).all()
+
+
+def four_corners():
+    """32 x 16 pixels: red, green / blue, white."""
+    corners = np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]], np.uint8)
+    return Image.fromarray(corners.repeat(8, axis=0).repeat(16, axis=1))
+
+
+def exif(**tags):
+    found = Image.Exif()
+    for tag, value in tags.items():
+        found[int(tag.strip("_"))] = value
+    return found
+
+
+def test_exif_rotation(tmp_path):
+    """A photo stored lying (EXIF orientation 6) is turned clockwise: its left edge becomes its top."""
+    four_corners().save(tmp_path / "a.jpg", quality=100, subsampling=0, exif=exif(_274=6))
+    loaded = load_image(tmp_path / "a.jpg")
+    corners = [loaded.getpixel(place) for place in [(3, 3), (12, 3), (3, 28), (12, 28)]]
+    assert loaded.size == (16, 32)
+    blue_red_white_green = [[0, 0, 1], [1, 0, 0], [1, 1, 1], [0, 1, 0]]
+    assert np.round(np.divide(corners, 255)).tolist() == blue_red_white_green
+
+
+def test_broken_exif(tmp_path):
+    """A photo whose EXIF data cannot be understood is refused like any unreadable one, so that training can go on."""
+    stored = io.BytesIO()
+    four_corners().save(stored, "JPEG", exif=exif(_270="a text", _274=6))
+    assert stored.getvalue().count(b"\x01\x0e\x00\x02") == 1            # tag 270 (description), a text
+    (tmp_path / "a.jpg").write_bytes(stored.getvalue().replace(b"\x01\x0e\x00\x02", b"\x01\x00\x00\x02"))   # 256: width
+    with pytest.raises(ValueError, match="a.jpg is no readable image"):
+        load_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1)])
+def test_elongated(tmp_path, size):
+    """A line of pixels is read as it is and can be cropped: the crop is as dark as its middle."""
+    ramp = np.linspace(0, 250, 2000).astype(np.uint8).reshape(size[::-1])
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    loaded = load_image(tmp_path / "a.png")
+    crop = np.array(random_resized_crop(loaded, 8, np.random.default_rng(0)))
+    assert loaded.size == size and (np.array(loaded) == ramp[..., None]).all()
+    assert crop.shape == (8, 8, 3) and set(crop.ravel().tolist()) <= {124, 125, 126}
+
+
+def text(path):
+    path.write_text("this is no photo")
+
+
+def cut_short(path):
+    Image.fromarray(noise(0)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def empty(path):
+    path.touch()
+
+
+def folder(path):
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [text, cut_short, empty, folder])
+def test_no_image(tmp_path, make):
+    """What is no image, or only a part of one, is refused by name."""
+    make(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=r"a\.jpg is no readable image \(.+\)"):
+        load_image(tmp_path / "a.jpg")
+
+
+def test_missing_image(tmp_path):
+    """A missing image is named."""
+    with pytest.raises(FileNotFoundError, match=r"no image .*gone\.jpg"):
+        load_image(tmp_path / "gone.jpg")
+
+
+def test_pixels():
+    """Channel, row and column of the tensor are those of the image."""
+    assert to_pixels(in_colour("RGB", (1, 2, 3), (4, 5, 6))).tolist() == [[[1, 4]], [[2, 5]], [[3, 6]]]
+
+
+@needs_photos
+def test_real_photos():
+    """Real photographs keep their size and come in colour."""
+    for path in sorted((PHOTOS / "coco" / "train2017").iterdir())[:5]:
+        with Image.open(path) as image:
+            size = image.size
+        assert load_image(path).size == size and load_image(path).mode == "RGB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Crops
+
+def drawn_box(width, height, seed, **options):
+    """The part (x, y, w, h) that a crop shows, read off a resized ramp: its slope is the part's length / size."""
+    def part(ramp):                                 # value = position in pixels
+        crop = random_resized_crop(Image.fromarray(ramp.astype(np.float32)), 16, np.random.default_rng(seed), **options)
+        line = np.asarray(crop)
+        line = line[8] if (ramp[0] == ramp[-1]).all() else line[:, 8]
+        length = (line[11] - line[4]) / 7 * 16
+        return line[4] - 4.5 * length / 16, length
+    y, x = np.mgrid[:height, :width] + 0.5
+    (x, w), (y, h) = part(x), part(y)
+    found = np.array([x, y, w, h])
+    assert np.abs(found - found.round()).max() < 0.2        # whole pixels
+    return found.round().astype(int).tolist()
+
+
+@pytest.mark.parametrize("scale", [(0.9, 1.0), (0.2, 0.4)])
+def test_crop_stays_in_its_ranges(scale):
+    """Area share and width / height of the part keep to their ranges, up to rounding to whole pixels, and fill them."""
+    W, H = 240, 200
+    shares, ratios, corners = [], [], []
+    for seed in range(250):
+        x, y, w, h = drawn_box(W, H, seed, scale=scale)
+        assert 0 <= x <= W - w and 0 <= y <= H - h
+        assert (w - 0.5) * (h - 0.5) <= scale[1] * W * H and (w + 0.5) * (h + 0.5) >= scale[0] * W * H
+        assert (w - 0.5) / (h + 0.5) <= 4 / 3 and (w + 0.5) / (h - 0.5) >= 3 / 4
+        shares.append((w * h / (W * H) - scale[0]) / (scale[1] - scale[0]))
+        ratios.append(w / h)
+        corners.append((x, y, W - w - x, H - h - y))
+    assert min(shares) < 0.1 and max(shares) > 0.9
+    assert min(np.min(corners, 0)) == 0 and min(np.max(corners, 0)) > 0
+    if scale[1] < 0.5:                              # a large part fits in only with about the image's own shape
+        assert min(ratios) < 0.78 and max(ratios) > 1.3
+
+
+def test_default_ranges_of_the_crop():
+    """By default the crop shows 90 to 100 % of the image, as in the recipe."""
+    recipe = {"scale": (0.9, 1.0), "ratio": (3 / 4, 4 / 3)}
+    assert all(drawn_box(240, 200, seed) == drawn_box(240, 200, seed, **recipe) for seed in range(20))
+
+
+@pytest.mark.parametrize("size, box", [((300, 90), [90, 0, 120, 90]), ((90, 300), [0, 90, 90, 120])])
+def test_crop_of_an_extreme_shape(size, box):
+    """Where no draw can fit (as 90 % of 300 x 90), the largest central part of ratio 4/3 or 3/4 is taken."""
+    assert all(drawn_box(*size, seed) == box for seed in range(5))
+
+
+def test_crop_depends_on_its_generator_alone():
+    """The same generator gives the same crop, another one another crop."""
+    image = Image.fromarray(noise(0))
+    crops = [np.array(random_resized_crop(image, 32, np.random.default_rng(seed))) for seed in (5, 5, 6)]
+    assert (crops[0] == crops[1]).all() and (crops[0] != crops[2]).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs and batches
+
+def captioned(images, captions, size=16):
+    return CaptionedImages(images, captions, load_annotations(None, captions, BANK, "match"), size)
+
+
+CAPTIONS = ["a dog and a cat", "nothing", "two birds", "the cat", "a bird, a dog and a cat"]
+
+
+def test_concepts_belong_to_their_caption():
+    """Rows of ids and spans are those of the caption beside them, padded with -1 to the longest of the batch."""
+    pairs = captioned([noise(i) for i in range(5)], CAPTIONS)
+    batch = collate([pairs[0, i] for i in (3, 1, 0, 2)])
+    assert batch["ids"].tolist() == [[1, -1], [-1, -1], [0, 1], [2, -1]]
+    assert batch["spans"].tolist() == [[[2, 3], [-1, -1]], [[-1, -1]] * 2, [[2, 3], [5, 6]], [[2, 3], [-1, -1]]]
+    assert [TOKENIZER.decode(batch["tokens"][i, 2:3].tolist()) for i in (0, 2, 3)] == ["cat ", "dog ", "birds "]
+    assert batch["bad"] == 0
+
+
+def test_batch_without_concepts():
+    """A batch in which no caption has a concept has M = 0."""
+    pairs = captioned([noise(0), noise(1)], ["nothing", "nothing at all"])
+    batch = collate([pairs[0, 0], pairs[1, 1]])
+    assert batch["ids"].shape == (2, 0) and batch["spans"].shape == (2, 0, 2) and len(batch["tokens"]) == 2
+
+
+def test_position_seeds_the_crop():
+    """A pair looks the same at the same position of a run with the same seed, and different at another."""
+    pairs, (images, captions) = captioned([noise(0)], ["a dog"]), ([noise(0)], ["a dog"])
+    other = CaptionedImages(images, captions, (pairs.offsets, pairs.rows), 16, seed=1)
+    first, again, later = (pairs[position, 0]["pixels"] for position in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first, other[3, 0]["pixels"])
+
+
+def test_unreadable_image_is_replaced(tmp_path):
+    """In place of an unreadable image comes the next pair, caption and concepts with it, and it is counted."""
+    (tmp_path / "text.jpg").write_text("this is no photo")
+    images = [tmp_path / "text.jpg", tmp_path / "gone.jpg", noise(2), noise(3), tmp_path / "text.jpg"]
+    pairs = captioned(images, CAPTIONS)
+    assert pairs[7, 2]["bad"] == 0
+    for index, wanted, bad in [(0, 2, 2), (1, 2, 1), (4, 2, 3)]:       # after the last pair comes the first
+        item, same = pairs[7, index], pairs[7, wanted]
+        assert torch.equal(item["pixels"], same["pixels"]) and torch.equal(item["tokens"], tokenize(CAPTIONS[wanted]))
+        assert item["rows"].tolist() == same["rows"].tolist() == [[2, 2, 3]] and item["bad"] == bad
+    assert collate([pairs[7, 0], pairs[8, 2], pairs[9, 1]])["bad"] == 3
+
+
+def test_only_unreadable_images(tmp_path):
+    """Ten unreadable images in a row are no accident: training stops and names the last."""
+    pairs = captioned([tmp_path / f"{i}.jpg" for i in range(10)], ["a dog"] * 10)
+    with pytest.raises(ValueError, match=r"ten unreadable images in a row, the last: no image .*1\.jpg"):
+        pairs[0, 2]
+
+
+def test_workers_do_not_matter():
+    """Two worker processes give the very batches of none."""
+    pairs = captioned([noise(i) for i in range(5)], CAPTIONS)
+    runs = [list(DataLoader(pairs, batch_sampler=GlobalBatches(5, 4, 4, 5), collate_fn=collate, num_workers=workers))
+            for workers in (0, 2)]
+    assert len(runs[0]) == len(runs[1]) == 4
+    for one, other in zip(*runs):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_a_batch(world):
+    """The slices of 2 or 4 processes, laid end to end, are the batches of one process."""
+    whole = list(GlobalBatches(10, 8, 7, 6, seed=3))
+    slices = [list(GlobalBatches(10, 8, 7, 6, rank, world, seed=3)) for rank in range(world)]
+    assert [sum(parts, []) for parts in zip(*slices)] == whole
+    assert [len(keys) for parts in slices for keys in parts] == [8 // world] * 7 * world
+
+
+def test_each_pass_is_a_permutation():
+    """Every pass has each index once, in a fresh order, though batches of 4 do not divide its 10 pairs."""
+    batches = GlobalBatches(10, 4, 5, 10)
+    keys = sum(batches, [])
+    indices = [index for _, index in keys]
+    assert [position for position, _ in keys] == list(range(20)) and len(batches) == 5
+    assert sorted(indices[:10]) == sorted(indices[10:]) == list(range(10)) and indices[:10] != indices[10:]
+
+
+def test_short_passes():
+    """pass_pairs cuts a pass: 6 of the 10 pairs, each once, others in the next pass, and in the end all."""
+    indices = [index for keys in GlobalBatches(10, 4, 30, 6) for _, index in keys]
+    passes = [indices[start:start + 6] for start in range(0, 120, 6)]
+    assert all(len(set(indices)) == 6 for indices in passes)
+    assert len({frozenset(indices) for indices in passes}) > 10 and set(indices) == set(range(10))
+
+
+def test_pass_is_never_longer_than_the_data():
+    """With fewer pairs than pass_pairs a pass is all pairs once."""
+    assert list(GlobalBatches(10, 4, 9, 400_000)) == list(GlobalBatches(10, 4, 9, 10))
+
+
+def test_batch_larger_than_a_pass():
+    """A batch may span several passes: 7 of 3 pairs have two whole passes and one more pair."""
+    (keys,) = GlobalBatches(3, 7, 1, 3)
+    indices = [index for _, index in keys]
+    assert sorted(indices[:3]) == sorted(indices[3:6]) == [0, 1, 2] and len(indices) == 7
+
+
+def test_seeds_of_the_order():
+    """The order is the seed's: the same again, and another for another seed."""
+    first, again, other = (list(GlobalBatches(50, 10, 5, 50, seed=seed)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs from files
+
+def write_coco(folder, captions, missing=()):
+    """COCO's layout with one tiny image per caption: annotations/captions_val.json and val/."""
+    (folder / "annotations").mkdir()
+    (folder / "val").mkdir()
+    stored = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(stored, "JPEG")
+    for i in set(range(len(captions))) - set(missing):
+        (folder / "val" / f"{i:03d}.jpg").write_bytes(stored.getvalue())
+    content = {"images": [{"id": i, "file_name": f"{i:03d}.jpg"} for i in range(len(captions))],
+               "annotations": [{"image_id": i, "caption": caption} for i, caption in enumerate(captions)]}
+    (folder / "annotations" / "captions_val.json").write_text(json.dumps(content))
+    return folder / "annotations" / "captions_val.json"
+
+
+def check_aligned(pairs):
+    """Each pair's rows are the annotations of its own caption."""
+    found = [pairs[0, i]["rows"].tolist() for i in range(len(pairs))]
+    assert found == [[list(row) for row in rows] for rows in annotate(pairs.captions, BANK, "match")] and any(found)
+
+
+def test_missing_images_are_skipped(tmp_path, capsys):
+    """Of 200 images 2 may be missing: their pairs are left out and counted, the others keep their own concepts."""
+    captions = [CAPTIONS[i % 5] + f", number {i}" for i in range(200)]
+    pairs = load_pairs(write_coco(tmp_path, captions, missing=(0, 52)), BANK, "match", 8)
+    assert pairs.captions == captions[1:52] + captions[53:]
+    assert [path.name for path in pairs.images] == [f"{i:03d}.jpg" for i in range(200) if i not in (0, 52)]
+    assert f"2 of 200 images are missing in {tmp_path / 'val'}; their captions are skipped" in capsys.readouterr().out
+    check_aligned(pairs)
+
+
+def test_too_many_missing_images(tmp_path):
+    """With 3 of 200 missing, more than 1 %, the folder is probably the wrong one: an error names it and an example."""
+    path = write_coco(tmp_path, ["a dog"] * 200, missing=(9, 7, 8))
+    message = (r"3 of the 200 images of .*captions_val\.json are not in .*val, for example 007\.jpg; "
+               "at most 1% may be missing. Name the folder with --images")
+    with pytest.raises(FileNotFoundError, match=message):
+        load_pairs(path, BANK, "match", 8)
+
+
+def test_captions_of_one_missing_image(tmp_path, capsys):
+    """Images are counted, not captions: one missing image with five captions is one of 100."""
+    path = write_coco(tmp_path, ["a dog"] * 100, missing=(5,))
+    content = json.loads(path.read_text())
+    content["annotations"] += [{"image_id": 5, "caption": "a cat"}] * 4
+    path.write_text(json.dumps(content))
+    assert load_pairs(path, BANK, "match", 8).captions == ["a dog"] * 99
+    assert "1 of 100 images are missing" in capsys.readouterr().out
+
+
+def test_missing_image_folder(tmp_path):
+    """Without its image folder a captions file is refused, with the place where the first image was expected."""
+    path = write_coco(tmp_path, ["a dog"])
+    (tmp_path / "val").rename(tmp_path / "elsewhere")
+    message = (r"no image folder .*val; expected the images that .*captions_val\.json names, for example "
+               r".*val/000\.jpg\. Name the folder with --images")
+    with pytest.raises(FileNotFoundError, match=message):
+        load_pairs(path, BANK, "match", 8)
+    pairs = load_pairs(path, BANK, "match", 8, images=tmp_path / "elsewhere")
+    assert pairs.images == [tmp_path / "elsewhere" / "000.jpg"]
+
+
+@pytest.mark.parametrize("name, row", [("c.tsv", "{}\t{}\n"), ("c.jsonl", '{{"image": "{}", "caption": "{}"}}\n')])
+def test_images_beside_the_rows(tmp_path, name, row):
+    """Images of a TSV or JSONL file lie relative to the file's own folder."""
+    (tmp_path / "photos").mkdir()
+    for i, caption in enumerate(CAPTIONS[:3]):
+        Image.fromarray(noise(i)).save(tmp_path / "photos" / f"{i}.png")
+    rows = [row.format(f"photos/{i}.png", caption) for i, caption in enumerate(CAPTIONS[:3])]
+    (tmp_path / name).write_text("".join(rows))
+    pairs = load_pairs(str(tmp_path / name), BANK, "match", 16, seed=4)
+    in_memory = CaptionedImages([noise(i) for i in range(3)], CAPTIONS[:3], (pairs.offsets, pairs.rows), 16, seed=4)
+    assert all(torch.equal(pairs[5, i]["pixels"], in_memory[5, i]["pixels"]) for i in range(3))
+    check_aligned(pairs)
+
+
+@needs_photos
+def test_real_captions(tmp_path):
+    """COCO's own file gives all its captions, with an existing photo and concepts for most."""
+    captions = tmp_path / "captions_train2017.json"
+    captions.write_bytes((PHOTOS / "coco" / "annotations" / "captions_train2017.json").read_bytes())
+    pairs = load_pairs(captions, ConceptBank.default(), "match", 32, images=PHOTOS / "coco" / "train2017")
+    assert list(zip([path.name for path in pairs.images], pairs.captions)) == read_captions(captions)
+    assert all(path.is_file() for path in pairs.images) and (np.diff(pairs.offsets) > 0).mean() > 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features computed once
+
+@pytest.fixture(scope="module")
+def backbone():
+    return VisionBackbone("toy")
+
+
+def seen(backbone, image, size):
+    """The backbone's features of a whole image."""
+    class_token, patches, _ = backbone(backbone.normalise(to_pixels(image.resize((size, size), Image.BICUBIC))[None]))
+    return class_token[0].half().float(), patches[0].half().float()
+
+
+def test_cached_features(tmp_path, backbone, capsys):
+    """Cached features are the backbone's of the whole image, to the precision of float16, whatever the batch."""
+    pairs = captioned([noise(i, 128, 128) for i in range(5)], CAPTIONS, size=64)
+    cached = CachedFeatures(pairs, backbone, tmp_path / "features", batch=2)
+    for i in range(5):
+        item, (class_token, patches) = cached[9, i], seen(backbone, Image.fromarray(noise(i, 128, 128)), 64)
+        torch.testing.assert_close(item["class_token"], class_token, atol=1e-3, rtol=0)
+        torch.testing.assert_close(item["patch_tokens"], patches, atol=1e-3, rtol=0)
+        assert torch.equal(item["rows"], pairs[9, i]["rows"]) and torch.equal(item["tokens"], pairs[9, i]["tokens"])
+    batch = collate([cached[9, i] for i in (2, 0)])
+    assert "pixels" not in batch and torch.equal(batch["patch_tokens"][1], cached[0, 0]["patch_tokens"])
+
+
+def test_features_are_computed_once(tmp_path, backbone):
+    """Features that are there are believed: after a change of the stored array it is the changed one that is seen."""
+    pairs = captioned([noise(i) for i in range(5)], CAPTIONS, size=32)
+    CachedFeatures(pairs, backbone, tmp_path / "features")
+    np.lib.format.open_memmap(tmp_path / "features" / "class_tokens.npy", "r+")[:] = 7
+    assert (CachedFeatures(pairs, backbone, tmp_path / "features")[0, 3]["class_token"] == 7).all()
+    (tmp_path / "features" / "features.json").unlink()                 # as if they had not been finished
+    assert not (CachedFeatures(pairs, backbone, tmp_path / "features")[0, 3]["class_token"] == 7).any()
+
+
+def test_captions_share_their_image(tmp_path, backbone, capsys):
+    """Several captions of one image share its features; an unreadable one is replaced and counted as ever."""
+    for i in (0, 2):
+        Image.fromarray(noise(i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_text("this is no photo")
+    paths = [tmp_path / f"{i}.png" for i in (2, 1, 2, 0, 1)]
+    pairs = captioned(paths, CAPTIONS, size=32)
+    cached = CachedFeatures(pairs, backbone, tmp_path / "features")
+    assert len(cached.class_tokens) == 3
+    assert torch.equal(cached[0, 0]["patch_tokens"], cached[0, 2]["patch_tokens"])
+    class_token, _ = seen(backbone, Image.fromarray(noise(0)), 32)
+    torch.testing.assert_close(cached[0, 3]["class_token"], class_token, atol=1e-3, rtol=0)
+    assert [cached[0, i]["bad"] for i in range(5)] == [pairs[0, i]["bad"] for i in range(5)] == [0, 1, 0, 0, 1]
+    assert [cached[0, i]["rows"].tolist() for i in range(5)] == [pairs[0, i]["rows"].tolist() for i in range(5)]
+
+
+def test_features_of_something_else(tmp_path, backbone):
+    """Features of another size, other images or another backbone are refused, with what differs and the way out."""
+    pairs = captioned([noise(i) for i in range(5)], CAPTIONS, size=32)
+    CachedFeatures(pairs, backbone, tmp_path / "features")
+    way_out = "name another folder with --cache-features, or delete this one"
+    for other, seeing, differs in [
+            (captioned(pairs.images, CAPTIONS, size=48), backbone, "size"),
+            (captioned(pairs.images[:4], CAPTIONS[:4], size=32), backbone, "images, names_sha256"),
+            (captioned(pairs.images[::-1], CAPTIONS, size=32), backbone, "names_sha256"),
+            (pairs, VisionBackbone("toy", mean=(0.1, 0.2, 0.3)), "backbone")]:
+        with pytest.raises(ValueError, match=rf"holds the features of something else \({differs} differ\); {way_out}"):
+            CachedFeatures(other, seeing, tmp_path / "features")
+
+
+def test_features_of_equally_named_images(tmp_path, backbone):
+    """Images of the same names in another folder are other images."""
+    for part, height in (("a", 40), ("b", 30)):
+        (tmp_path / part).mkdir()
+        Image.fromarray(noise(0, height)).save(tmp_path / part / "0.png")
+    CachedFeatures(captioned([tmp_path / "a" / "0.png"], ["a dog"]), backbone, tmp_path / "features")
+    with pytest.raises(ValueError, match="something else"):
+        CachedFeatures(captioned([tmp_path / "b" / "0.png"], ["a dog"]), backbone, tmp_path / "features")
+
+
+def test_features_that_do_not_fit(tmp_path, backbone):
+    """Features that are larger than the free disk are refused before the first is written, with both sizes."""
+    pairs = captioned([noise(0)], ["a dog"], size=100_000_000)
+    with pytest.raises(OSError, match=r"the features need [\d.]+ GB in .*features, [\d.]+ GB are free"):
+        CachedFeatures(pairs, backbone, tmp_path / "features")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_features_in_a_new_folder(tmp_path, backbone):
+    """The folder for the features is made, with those above it."""
+    CachedFeatures(captioned([noise(0)], ["a dog"]), backbone, tmp_path / "new" / "features")
+    assert (tmp_path / "new" / "features" / "features.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+@pytest.fixture
+def scored(tmp_path):
+    """A segmentation folder: a photo of 4 x 2 pixels and its mask."""
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "classes.txt").write_text("background\ndog, puppy\ncat\n")
+    Image.fromarray(noise(0, 2, 4)).save(tmp_path / "images" / "a.PNG")
+    Image.fromarray(MASK).save(tmp_path / "masks" / "a.png")
+    return tmp_path
+
+
+MASK = np.array([[0, 1, 2, 255], [2, 2, 1, 0]], np.uint8)
+
+
+def test_folder(scored):
+    """Masks come with the photo's name and pixels; values are lines of classes.txt; what is no image is passed over."""
+    (scored / "images" / "notes.txt").touch()
+    dataset = SegmentationFolder(scored)
+    ((name, image, mask),) = dataset
+    assert name == "a" and len(dataset) == 1 and dataset.classes == [["background"], ["dog", "puppy"], ["cat"]]
+    assert (np.array(image) == noise(0, 2, 4)).all() and (mask == MASK).all() and mask.dtype == np.uint8
+
+
+@pytest.mark.parametrize("without, classes, expected", [
+    (["background"], [["dog", "puppy"], ["cat"]], [[255, 0, 1, 255], [1, 1, 0, 255]]),
+    (["dog"], [["background"], ["cat"]], [[0, 255, 1, 255], [1, 1, 255, 0]]),
+    (["cat", "background"], [["dog", "puppy"]], [[255, 0, 255, 255], [255, 255, 0, 255]])])
+def test_folder_without_classes(scored, without, classes, expected):
+    """Classes left out become ignored, the others close up; 255 stays ignored."""
+    dataset = SegmentationFolder(scored, without)
+    assert dataset.classes == classes and dataset[0][2].tolist() == expected and IGNORE == 255
+
+
+def test_folder_with_other_names(scored):
+    """Names from another file prompt for the same classes: masks stay, classes are left out by their own names."""
+    (scored / "names.txt").write_text("something else\nhound\nkitten, tomcat\n")
+    dataset = SegmentationFolder(scored, ["background"], scored / "names.txt")
+    assert dataset.classes == [["hound"], ["kitten", "tomcat"]]
+    assert dataset[0][2].tolist() == [[255, 0, 1, 255], [1, 1, 0, 255]]
+
+
+def test_folder_with_too_few_names(scored):
+    """Other names have to be as many as the classes."""
+    (scored / "names.txt").write_text("dog\ncat\n")
+    with pytest.raises(ValueError, match=r"names\.txt has 2 classes; expected the 3 of .*/classes\.txt"):
+        SegmentationFolder(scored, ["background"], scored / "names.txt")
+
+
+def test_palette_mask(scored):
+    """A palette mask's values are its indices, not its colours."""
+    mask = Image.fromarray(MASK)
+    mask.putpalette([255 - i // 3 for i in range(768)])
+    mask.save(scored / "masks" / "a.png")
+    assert Image.open(scored / "masks" / "a.png").mode == "P"
+    assert (SegmentationFolder(scored)[0][2] == MASK).all()
+
+
+def test_one_bit_mask(scored):
+    """A mask of one bit per pixel, as two classes allow, has the values 0 and 1."""
+    Image.fromarray(MASK == 1).save(scored / "masks" / "a.png")
+    assert Image.open(scored / "masks" / "a.png").mode == "1"
+    assert (SegmentationFolder(scored)[0][2] == (MASK == 1)).all()
+
+
+def test_sixteen_bit_mask(scored):
+    """A mask of 16 bits per pixel has the same values as one of 8."""
+    Image.fromarray(MASK.astype(np.uint16)).save(scored / "masks" / "a.png")
+    assert (SegmentationFolder(scored)[0][2] == MASK).all()
+
+
+@pytest.mark.parametrize("mask, message", [
+    (MASK[:, :3], r"a\.png has shape \(2, 3\); expected one value per pixel of its image, \(2, 4\)"),
+    (MASK.T, r"a\.png has shape \(4, 2\); expected one value per pixel of its image, \(2, 4\)"),
+    (np.stack([MASK] * 3, 2), r"a\.png has shape \(2, 4, 3\); expected one value per pixel"),
+    (MASK + (MASK == 1).astype(np.uint8) * 2,
+     r"a\.png holds the value 3; expected 0\.\.2 \(the lines of classes\.txt\) or 255"),
+    (MASK.astype(np.uint16) * 100, r"a\.png holds the value 100; expected 0\.\.2")])
+def test_wrong_mask(scored, mask, message):
+    """A mask of another size, in colour, or with values that are no class is refused with what was expected."""
+    Image.fromarray(np.ascontiguousarray(mask)).save(scored / "masks" / "a.png")
+    with pytest.raises(ValueError, match=message):
+        SegmentationFolder(scored)[0]
+
+
+def test_missing_mask(scored):
+    """An image without a mask is named, with the mask's expected place."""
+    (scored / "masks" / "a.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no mask .*masks/a\.png for image a\.PNG"):
+        SegmentationFolder(scored)[0]
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+@pytest.mark.parametrize("kept", [2000, 10])
+def test_cut_short(scored, part, kept):
+    """An image or mask that is cut short, or is none at all, is refused by name."""
+    Image.fromarray(noise(0, 64, 64)).save(scored / "images" / "a.PNG")
+    Image.fromarray(noise(1, 64, 64)[..., 0] % 3).save(scored / "masks" / "a.png", compress_level=0)
+    (path,) = (scored / part).iterdir()
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{part}/{path.name}"):
+        SegmentationFolder(scored)[0]
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+def test_missing_folder(scored, part):
+    """Without images/ or masks/ the error says what a segmentation folder holds."""
+    (scored / part).rename(scored / "elsewhere")
+    message = rf"no folder .*{part}; a segmentation folder holds images/, masks/ \(PNG, value = class\) and classes\.txt"
+    with pytest.raises(FileNotFoundError, match=message):
+        SegmentationFolder(scored)
+
+
+def test_missing_classes(scored):
+    """Without classes.txt the file is named, with what it should hold."""
+    (scored / "classes.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"classes\.txt: expected a text file with one class name per line"):
+        SegmentationFolder(scored)
+
+
+def test_unknown_class_to_leave_out(scored):
+    """A class to leave out has to be there."""
+    with pytest.raises(ValueError, match=r"classes\.txt has no class 'horse' to leave out"):
+        SegmentationFolder(scored, ["dog", "horse"])
+
+
+def test_every_class_left_out(scored):
+    """At least one class has to be left to score."""
+    with pytest.raises(ValueError, match=r"classes\.txt: every class is left out, expected at least one to score"):
+        SegmentationFolder(scored, ["background", "dog", "cat"])
+
+
+def test_no_images(scored):
+    """A folder without images is refused."""
+    (scored / "images" / "a.PNG").rename(scored / "images" / "a.txt")
+    with pytest.raises(FileNotFoundError, match=r"no images in .*images"):
+        SegmentationFolder(scored)
+
+
+@pytest.mark.parametrize("count", [256, 257])
+def test_too_many_classes(scored, count):
+    """A mask of 8 bits has room for 255 classes, for 255 itself means ignored."""
+    (scored / "classes.txt").write_text("\n".join(f"class {i}" for i in range(count)))
+    with pytest.raises(ValueError, match=rf"classes\.txt.*{count}.*255"):
+        SegmentationFolder(scored)
+
+
+@needs_photos
+def test_real_masks():
+    """Real photographs and their masks fit together, and without background only the 20 classes and 255 are left."""
+    whole, dataset = SegmentationFolder(PHOTOS / "test"), SegmentationFolder(PHOTOS / "test", ["background"])
+    assert len(dataset.classes) == 20
+    for i in range(5):
+        (_, image, mask), (_, _, full) = dataset[i], whole[i]
+        assert mask.shape == image.size[::-1] and np.isin(mask, [*range(20), 255]).all()
+        kept = (full > 0) & (full < 255)
+        assert (mask[kept] + 1 == full[kept]).all() and (mask[~kept] == 255).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy world
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [toy_scene(np.random.default_rng((0, 0, i))) for i in range(200)]
+
+
+NAMES = [names[0] for names in TOY_CLASSES]
+
+
+def named_in(caption):
+    """Toy classes that a caption names, in singular or plural."""
+    return {i for i, name in enumerate(NAMES) if re.search(rf"\b({name}|{PLURALS.get(name, name + 's')})\b", caption)}
+
+
+def test_toy_scene_is_its_generator_s(scenes):
+    """The same generator draws the same scene, another one another scene."""
+    for i in (0, 7):
+        image, mask, caption = toy_scene(np.random.default_rng((0, 0, i)))
+        assert (image == scenes[i][0]).all() and (mask == scenes[i][1]).all() and caption == scenes[i][2]
+    assert (scenes[0][0] != scenes[7][0]).any()
+
+
+def test_toy_classes_all_occur(scenes):
+    """Over 200 scenes every class is painted, and masks hold nothing but classes."""
+    assert sorted(np.unique([mask for _, mask, _ in scenes])) == list(range(len(NAMES))) and NAMES == [*STUFF, *THINGS]
+
+
+def test_toy_captions_tell_the_truth(scenes):
+    """Every class that a caption names, in singular or plural, is to be seen in the mask of its scene."""
+    for _, mask, caption in scenes:
+        assert named_in(caption) and named_in(caption) <= set(np.unique(mask).tolist()), caption
+
+
+def test_toy_captions_do_not_tell_all(scenes):
+    """Captions are weak labels: most scenes show a class that their caption does not name."""
+    untold = [bool(set(np.unique(mask).tolist()) - named_in(caption)) for _, mask, caption in scenes]
+    assert np.mean(untold) > 0.5
+
+
+def test_toy_captions_through_the_matcher(scenes):
+    """The built-in matcher finds in every caption just the classes that are to be read there."""
+    captions = [caption for _, _, caption in scenes]
+    for caption, found in zip(captions, annotate(captions, ConceptBank(TOY_CLASSES), "match")):
+        assert {id for id, _, _ in found} == named_in(caption), caption
+
+
+def test_toy_pairs_are_captioned_scenes(scenes):
+    """Training on "toy" sees the scenes of its seed with their own captions and concepts."""
+    bank = ConceptBank(TOY_CLASSES)
+    pairs = load_pairs("toy", bank, "match", 64, seed=0, toy_scenes=20)
+    assert len(pairs) == 20
+    assert all((image == scene[0]).all() for image, scene in zip(pairs.images, scenes))
+    assert pairs.captions == [caption for _, _, caption in scenes[:20]]
+    for i, rows in enumerate(annotate(pairs.captions, bank, "match")):
+        assert pairs[0, i]["rows"].tolist() == list(map(list, rows))
+    assert load_pairs("toy", bank, "match", 64, seed=1, toy_scenes=20).captions != pairs.captions
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_toy_scoring_scenes_are_new(scenes, seed):
+    """No scene to score on is one of those trained on, for the same seed or another."""
+    trained = {image.tobytes() for image, _, _ in scenes}
+    scored = [np.array(image).tobytes() for _, image, _ in (ToyScenes(30, seed)[i] for i in range(30))]
+    assert len(set(scored)) == 30 and not trained & set(scored)
+
+
+def test_toy_scenes_are_a_dataset():
+    """Toy scenes come in the form of a segmentation folder: they end, have names, and are the same each time."""
+    dataset = ToyScenes(3)
+    items = list(islice(dataset, 5))
+    assert len(dataset) == len(items) == len({name for name, _, _ in items}) == 3 and dataset.classes == TOY_CLASSES
+    assert (np.array(items[2][1]) == np.array(ToyScenes(3)[2][1])).all() and (items[2][2] == ToyScenes(3)[2][2]).all()
+    assert items[0][1].mode == "RGB" and items[0][2].shape == items[0][1].size[::-1]

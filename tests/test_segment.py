@@ -1,0 +1,349 @@
+"""From a photo to a mask: the field's arithmetic, a slow reference, and the command on all kinds of files."""
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import eval
+import segment
+from conftest import PROTOCOL
+from data import toy_scene
+from segment import overlay, palette, resize, resized_size, save_mask, segment_image, window_starts
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The field's arithmetic
+
+
+@pytest.mark.parametrize("length, starts", [(448, [0]), (449, [0, 1]), (597, [0, 149]), (671, [0, 223]), (672, [0, 224]),
+                                            (673, [0, 224, 225]), (896, [0, 224, 448]), (390, [0]), (1, [0])])
+def test_window_starts_of_the_field(length, starts):
+    """Windows of 448 start every 224 pixels, the last is shifted back to end with the image; a small image has one."""
+    assert window_starts(length, 448, 224) == starts
+    assert len(window_starts(2048, 448, 224)) == 9
+
+
+@pytest.mark.parametrize("width, height, expected", [(500, 375, (597, 448)), (640, 480, (597, 448)), (640, 427, (671, 448)),
+                                                     (2048, 1024, (896, 448)), (2100, 400, (2048, 390)),
+                                                     (30, 20, (672, 448)), (448, 448, (448, 448))])
+def test_resized_size_of_the_field(width, height, expected):
+    """Photos are resized to a short side of 448 and a long side of at most 2048, rounded half up, upright or not."""
+    assert resized_size(height, width, 448) == expected[::-1]
+    assert resized_size(width, height, 448) == expected
+
+
+def test_resize_by_hand():
+    """Resizing is bilinear between pixel centres, without anti-aliasing, rounded half up to whole grey levels."""
+    def row(*values):
+        return torch.tensor(values, dtype=torch.uint8).expand(3, 2, -1)
+    # halved: the new centres lie between two old ones; (0 + 1) / 2 rounds up to 1, (2 + 255) / 2 to 129
+    assert torch.equal(resize(row(0, 1, 2, 255), 2, 2), row(1, 129))
+    # a quarter: only the two old pixels nearest to a new centre count
+    assert torch.equal(resize(row(255, 10, 20, 255, 255, 30, 50, 255), 2, 2), row(15, 40))
+    # doubled: 3 : 1 between neighbours, the border repeats; 2.5 rounds up to 3
+    assert torch.equal(resize(row(0, 10), 2, 4), row(0, 3, 8, 10))
+    assert torch.equal(resize(row(7, 8), 2, 2), row(7, 8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# segment_image against a slow loop
+
+def enlarging(size, length):
+    """Matrix (size, length) of bilinear weights between pixel centres."""
+    weights = np.zeros((size, length))
+    for i in range(size):
+        place = max((i + 0.5) * length / size - 0.5, 0)
+        left = int(place)
+        weights[i, left] += 1 - (place - left)
+        weights[i, min(left + 1, length - 1)] += place - left
+    return weights
+
+
+def slow_scores(model, photo, embeddings, window, stride, short_side):
+    """Cosine similarities (C, H, W) in float64: window by window, pixel by pixel averaged, enlarged."""
+    height, width = photo.shape[:2]
+    pixels = resize(torch.from_numpy(photo).permute(2, 0, 1), *resized_size(height, width, short_side))
+    h, w = pixels.shape[1:]
+    total, count, top = np.zeros((len(embeddings), h, w)), np.zeros((h, w)), 0
+    while True:
+        y, left = max(min(top, h - window), 0), 0
+        while True:
+            x = max(min(left, w - window), 0)
+            crop = pixels[:, y:y + window, x:x + window]
+            scores, (H, W) = model.patch_scores(crop[None], embeddings)
+            grid = scores[0].double().numpy()
+            large = enlarging(H, grid.shape[1]) @ grid @ enlarging(W, grid.shape[2]).T
+            total[:, y:y + window, x:x + window] += large[:, :crop.shape[1], :crop.shape[2]]
+            count[y:y + window, x:x + window] += 1
+            if left + window >= w:
+                break
+            left += stride
+        if top + window >= h:
+            break
+        top += stride
+    return enlarging(height, h) @ (total / count) @ enlarging(width, w).T
+
+
+@pytest.mark.parametrize("height, width, window, stride, short_side", [
+    (75, 101, 64, 32, 64), (101, 75, 64, 24, 90), (9, 400, 48, 32, 64), (400, 9, 48, 32, 64), (33, 47, 64, 32, 50),
+    (1, 90, 64, 64, 64)])
+def test_masks_equal_a_slow_loop(model, height, width, window, stride, short_side):
+    """Mask and score are those of a window-by-window loop, on odd, elongated and small photos, smaller than the window."""
+    photo = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    embeddings = F.normalize(torch.randn(5, model.backbone.width), dim=-1)
+    mask, score = segment_image(model, photo, embeddings, window, stride, short_side)
+    expected = slow_scores(model, photo, embeddings, window, stride, short_side)
+    torch.testing.assert_close(score.double(), torch.from_numpy(expected.max(0)), rtol=0, atol=1e-5)
+    first, second = np.sort(expected, axis=0)[[-1, -2]]
+    clear = first - second > 1e-5                   # elsewhere float32 may see a tie differently
+    assert clear.mean() > 0.99 and (mask.numpy() == expected.argmax(0))[clear].all()
+
+
+def test_batches_and_chunks_change_nothing(model, monkeypatch):
+    """The mask does not depend on how many windows are computed at a time, nor on how many classes are enlarged."""
+    photo = np.random.default_rng(1).integers(0, 256, (70, 150, 3), dtype=np.uint8)
+    embeddings = F.normalize(torch.randn(7, 3, model.backbone.width), dim=-1)
+    mask, score = segment_image(model, photo, embeddings, 64, 32, 64)
+    for batch in (1, 3):
+        found = segment_image(model, photo, embeddings, 64, 32, 64, batch)
+        assert torch.equal(found[0], mask)
+        torch.testing.assert_close(found[1], score)
+    for classes in (1, 3):
+        monkeypatch.setattr(segment, "CHUNK", classes * 70 * 150)
+        found = segment_image(model, photo, embeddings, 64, 32, 64)
+        assert torch.equal(found[0], mask)
+        torch.testing.assert_close(found[1], score)
+
+
+class Planted:
+    """A model that scores patches of 8 x 8 pixels by how red, green and blue they are, for three of C classes."""
+
+    def __init__(self, classes):
+        self.classes = classes
+
+    def patch_scores(self, pixels, embeddings):
+        H, W = pixels.shape[-2:]
+        padded = F.pad(pixels.float() / 255, (0, -W % 8, 0, -H % 8))
+        scores = torch.zeros(len(pixels), len(embeddings), padded.shape[-2] // 8, padded.shape[-1] // 8)
+        scores[:, self.classes] = F.avg_pool2d(padded, 8)
+        return scores, padded.shape[-2:]
+
+
+@pytest.mark.parametrize("height, enlarged", [(64, 1), (44, 1), (32, 2)])
+@pytest.mark.parametrize("C, classes", [(3, [0, 1, 2]), (3, [2, 0, 1]), (256, [255, 7, 0]), (300, [299, 7, 256])])
+def test_planted_scores_give_the_planted_mask(height, enlarged, C, classes, monkeypatch):
+    """Stripes whose scores are known come back pixel by pixel, at the photo's own size, for few and for many classes."""
+    monkeypatch.setattr(segment, "CHUNK", 70 * height * 96 * enlarged ** 2)                 # 70 classes at a time
+    stripes = np.repeat(np.repeat([0, 2, 1, 0], [16, 40, 16, 24])[None], height, axis=0)
+    stripes = stripes.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
+    photo = (np.eye(3)[stripes] * 255).astype(np.uint8)
+    mask, score = segment_image(Planted(classes), photo, torch.zeros(C, 1), window=48, stride=32, short_side=height)
+    assert np.array_equal(mask.numpy(), np.array(classes)[stripes])
+    assert score.max() == 1
+
+
+def test_the_first_of_equal_classes_wins(monkeypatch):
+    """Where classes score the same, the first wins, whether they are compared at once or one after another."""
+    photo, model = np.zeros((16, 16, 3), np.uint8), Planted([0, 1, 2])
+    for chunk in (segment.CHUNK, 1):
+        monkeypatch.setattr(segment, "CHUNK", chunk)
+        assert (segment_image(model, photo, torch.zeros(3, 1), 16, 16, 16)[0] == 0).all()
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 6000), (6000, 1)])
+def test_even_one_pixel_wide_photos_have_a_mask(height, width):
+    """A photo of a single row or column of pixels has a mask of its size."""
+    photo = np.full((height, width, 3), (0, 255, 0), np.uint8)
+    mask, _ = segment_image(Planted([0, 1, 2]), photo, torch.zeros(3, 1))
+    assert mask.shape == (height, width) and (mask == 1).all()
+
+
+@pytest.mark.parametrize("settings", [dict(window=48, stride=64), dict(window=48, stride=-1), dict(window=-48),
+                                      dict(short_side=-48), dict(batch=-1)])
+def test_windows_that_leave_pixels_out_are_refused(settings):
+    """A stride beyond the window, or a negative size, would leave pixels without a score, and is refused."""
+    with pytest.raises(ValueError, match=list(settings)[-1]):
+        segment_image(Planted([0, 1, 2]), np.zeros((48, 1000, 3), np.uint8), torch.zeros(3, 1), **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def test_palette_is_pascal_vocs():
+    """Class i has the colour of Pascal VOC's class i + 1, black being VOC's background; many classes differ all."""
+    colours = palette(300).tolist()
+    voc = {1: [128, 0, 0], 2: [0, 128, 0], 3: [128, 128, 0], 4: [0, 0, 128], 7: [128, 128, 128], 8: [64, 0, 0],
+           15: [192, 128, 128], 20: [0, 64, 128]}                       # aeroplane ... person, tvmonitor
+    assert all(colours[index - 1] == colour for index, colour in voc.items())
+    assert len(set(map(tuple, colours))) == 300
+
+
+def test_the_legend_has_the_classes_present_only():
+    """The overlay mixes photo and class colour; its legend shows the classes present, the largest first."""
+    mask, names = np.full((60, 80), 3), ["cat", "sofa", "dog", "plant"]
+    mask[:20] = 1
+    mask[50:] = 255                                                     # no class
+    picture = np.array(overlay(Image.new("RGB", (80, 60), (100, 100, 100)), mask, names))
+    assert picture.shape[0] == 60
+    colours = palette(4)
+    for row, c in ((10, 1), (40, 3)):
+        assert (picture[row, :80] == (0.6 * colours[c] + 40).astype(np.uint8)).all()
+    assert (picture[55, :80] == 100).all()
+    legend = picture[:, 80:].reshape(-1, 3).tolist()
+    first = {c: legend.index(colours[c].tolist()) for c in range(4) if colours[c].tolist() in legend}
+    assert set(first) == {1, 3} and first[3] < first[1]
+
+
+@pytest.mark.parametrize("count, mode", [(2, "P"), (256, "P"), (257, "I;16"), (300, "I;16")])
+def test_saved_masks_keep_their_indices(tmp_path, count, mode):
+    """A mask file holds class indices: with the palette's colours up to 256 classes, in 16 bit beyond."""
+    mask = torch.arange(count).repeat(3, 1)
+    save_mask(tmp_path / "mask.png", mask, count)
+    image = Image.open(tmp_path / "mask.png")
+    assert image.mode == mode and np.array_equal(np.array(image), mask)
+    if mode == "P":
+        assert np.array_equal(np.array(image.convert("RGB"))[0], palette(count))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+NAMES = "cow, grass, sea, sky, boat"
+
+
+def run(checkpoint, output, *arguments):
+    segment.main([*map(str, arguments), "--checkpoint", str(checkpoint), "--output", str(output), "--device", "cpu"])
+
+
+def test_every_kind_of_file_gives_the_same_mask(checkpoint, tmp_path):
+    """The same picture as grey, RGB, RGBA, palette, 16-bit or EXIF-rotated file gives the same mask, upright."""
+    grey = Image.fromarray(toy_scene(np.random.default_rng(3))[0][20:, :90]).convert("L")
+    indexed = Image.fromarray(255 - np.array(grey), "P")
+    indexed.putpalette([value for level in range(256) for value in [255 - level] * 3])
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                    # "turn me clockwise"
+    files = {"grey": grey, "rgb": grey.convert("RGB"), "rgba": grey.convert("RGBA"), "indexed": indexed,
+             "deep": Image.fromarray(np.array(grey).astype(np.uint16) * 256 + 99), "turned": grey.transpose(Image.ROTATE_90)}
+    for name, image in files.items():
+        image.save(tmp_path / f"{name}.png", exif=exif if name == "turned" else None)
+    run(checkpoint, tmp_path, *(tmp_path / f"{name}.png" for name in files), "--classes", NAMES)
+    masks = {name: np.array(Image.open(tmp_path / f"{name}_mask.png")) for name in files}
+    assert masks["grey"].shape == (108, 90) and len(np.unique(masks["grey"])) > 1
+    for name, mask in masks.items():
+        assert np.array_equal(mask, masks["grey"]), name
+
+
+@pytest.mark.parametrize("size", [(20, 700), (700, 20), (1, 3), (161, 47)])
+def test_photos_of_any_shape(checkpoint, tmp_path, size):
+    """Very elongated and very small photos get a mask and an overlay, with the legend beside the photo."""
+    Image.effect_noise(size, 80).convert("RGB").save(tmp_path / "photo.jpg")
+    run(checkpoint, tmp_path, tmp_path / "photo.jpg", "--classes", NAMES)
+    assert Image.open(tmp_path / "photo_mask.png").size == size
+    picture = Image.open(tmp_path / "photo_overlay.png")
+    assert picture.width > size[0] and picture.height >= size[1]
+
+
+def test_the_files_agree(checkpoint, tmp_path, capsys):
+    """Mask, overlay and JSON tell the same: size, classes found with their share and colour, protocol, backbone."""
+    photo = tmp_path / "photo.png"
+    Image.fromarray(toy_scene(np.random.default_rng(0))[0][:100]).save(photo)
+    (tmp_path / "names.txt").write_text("cow, cattle\ngrass\nsea\nsky\nboat\n")
+    run(checkpoint, tmp_path / "out", photo, "--classes", tmp_path / "names.txt", "--stride", 16)
+    result = json.loads((tmp_path / "out" / "photo.json").read_text())
+    mask = np.array(Image.open(result["mask"]))
+    assert (result["height"], result["width"]) == mask.shape == (100, 128) and result["photo"] == str(photo)
+    assert result["classes"] == [["cow", "cattle"], ["grass"], ["sea"], ["sky"], ["boat"]]
+    assert [c["index"] for c in result["found"]] == np.unique(mask).tolist()
+    legend = set(map(tuple, np.array(Image.open(result["overlay"]))[:, 128:].reshape(-1, 3).tolist()))
+    for i, name in enumerate(["cow", "grass", "sea", "sky", "boat"]):
+        colour = tuple(palette(5)[i].tolist())
+        found = [c for c in result["found"] if c["index"] == i]
+        assert (colour in legend) == bool(found)
+        if found:
+            assert (found[0]["name"], tuple(found[0]["colour"])) == (name, colour)
+            assert found[0]["share"] == pytest.approx((mask == i).mean(), abs=1e-6) and -1 <= found[0]["score"] <= 1
+    assert result["protocol"] == {**PROTOCOL, "stride": 16} and result["backbone"]["name"] == "toy"
+    assert "photo_overlay.png" in capsys.readouterr().out
+
+
+def test_more_classes_than_a_byte_holds(checkpoint, tmp_path):
+    """With more than 256 classes the mask is a 16-bit PNG and the overlay still has its legend."""
+    (tmp_path / "names.txt").write_text("".join(f"thing number {i}\n" for i in range(300)))
+    Image.fromarray(toy_scene(np.random.default_rng(0))[0]).save(tmp_path / "photo.png")
+    run(checkpoint, tmp_path, tmp_path / "photo.png", "--classes", tmp_path / "names.txt")
+    found = [c["index"] for c in json.loads((tmp_path / "photo.json").read_text())["found"]]
+    assert np.unique(np.array(Image.open(tmp_path / "photo_mask.png"))).tolist() == found
+
+
+def test_many_names_on_the_command_line(checkpoint, tmp_path):
+    """A long list of names is a list of names, not a file that is not there."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    run(checkpoint, tmp_path, tmp_path / "photo.png", "--classes", ", ".join(f"thing number {i}" for i in range(99)))
+    assert len(json.loads((tmp_path / "photo.json").read_text())["classes"]) == 99
+
+
+def test_photos_of_the_same_name_do_not_overwrite_each_other(checkpoint, tmp_path):
+    """Two photos whose files would have the same names are refused before the first is overwritten, or both kept."""
+    photos = [tmp_path / "photo.png", tmp_path / "photo.jpg"]
+    for photo in photos:
+        Image.new("RGB", (64, 64)).save(photo)
+    try:
+        run(checkpoint, tmp_path / "out", *photos, "--classes", NAMES)
+    except SystemExit as stopped:
+        assert str(stopped.code).startswith("error: ")
+    else:
+        assert len(list((tmp_path / "out").glob("*_mask.png"))) == 2
+
+
+@pytest.mark.parametrize("pooling", ["caption", "concept"])
+def test_segment_and_eval_give_the_identical_mask(checkpoint, folder, tmp_path, pooling):
+    """Scored against segment.py's own masks, eval.py finds not one wrong pixel; of absent classes it says null."""
+    (folder / "classes.txt").write_text("\n".join(f"thing number {i}" for i in range(40)))
+    photos = sorted((folder / "images").iterdir())
+    run(checkpoint, tmp_path, *photos, "--classes", folder / "classes.txt", "--class-embedding", pooling)
+    seen = set()
+    for photo in photos:
+        mask = Image.open(tmp_path / f"{photo.stem}_mask.png")
+        seen |= set(np.array(mask).flatten().tolist())
+        mask.save(folder / "masks" / f"{photo.stem}.png")
+    eval.main(["--dataset", str(folder), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "result.json"),
+               "--class-embedding", pooling, "--device", "cpu"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["mIoU"] == result["mAcc"] == result["aAcc"] == 1 and 1 < len(seen) < 40
+    assert result["IoU"] == [1 if i in seen else None for i in range(40)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+@pytest.mark.parametrize("change, words", [
+    ({"--classes": "cow,,sky"}, ["--classes", "empty class name"]),
+    ({"--classes": ""}, ["--classes", "empty class name"]),
+    ({"--classes": "cow, sky, Cow"}, ["--classes", "duplicate class name 'cow'"]),
+    ({"--classes": "{tmp}/empty.txt"}, ["empty.txt", "no class names"]),
+    ({"photo": "{tmp}/none.jpg"}, ["no image", "none.jpg"]),
+    ({"photo": "{tmp}/empty.txt"}, ["empty.txt is no readable image"]),
+    ({"photo": "{tmp}/cut.png"}, ["cut.png is no readable image"]),
+    ({"--checkpoint": "{tmp}/none"}, ["no checkpoint at", "train.py"]),
+    ({"--checkpoint": "{tmp}/photo.png"}, ["photo.png is no SimZSS checkpoint"]),
+    ({"--templates": "poems"}, ["no templates 'poems'", "imagenet80, plain, simple7"]),
+    ({"--templates": "{tmp}/cow.txt"}, ["cow.txt", "{} for the class name"]),
+    ({"--templates": "{tmp}/two.txt"}, ["two.txt", "{} for the class name"])])
+def test_mistakes_end_with_one_line(checkpoint, tmp_path, fails, change, words):
+    """Wrong class names, photos, checkpoints, templates and windows end with one line that says what is wrong."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "photo.png").read_bytes()[:60])
+    for name, text in (("empty", ""), ("cow", "a cow"), ("two", "a {} beside a {}")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    arguments = {"--checkpoint": checkpoint, "--classes": "cow, sky", "photo": tmp_path / "photo.png"}
+    arguments |= {key: value.replace("{tmp}", str(tmp_path)) for key, value in change.items()}
+    photo = arguments.pop("photo")
+    fails(segment.main, [photo, "--output", tmp_path, *(x for pair in arguments.items() for x in pair)], *words)
+
+
+def test_without_a_model_train_first(tmp_path, monkeypatch, fails):
+    """Without --checkpoint the newest model under runs/ is used, and where there is none the line says so."""
+    monkeypatch.chdir(tmp_path)
+    fails(segment.main, ["photo.jpg", "--classes", "cow"], "no trained model under runs/", "train.py", "--checkpoint")
