@@ -276,9 +276,12 @@ def load_annotations(path, captions, bank, parser, processes=1):
                     return file["offsets"], file["rows"]
         except Exception:                           # a broken file raises almost anything; it is made again below
             pass
+    start = time.time()
     annotations = annotate(captions, bank, pipeline, processes)
-    bar = tqdm(annotations, total=len(captions), desc="concepts", unit=" captions", disable=None if path else True)
-    found = list(bar)
+    found = list(tqdm(annotations, total=len(captions), desc="concepts", unit=" captions", disable=None if path else True))
+    if path:
+        seconds = time.time() - start
+        print(f"annotated {len(captions):,} captions in {seconds:.1f} s ({len(captions) / seconds:,.0f} captions/s)")
     offsets = np.cumsum([0, *map(len, found)], dtype=np.int32)
     rows = np.array([row for rows in found for row in rows], dtype=np.int32).reshape(-1, 3)
     if cache:
@@ -300,6 +303,9 @@ def parse_args(argv=None):
                         help="spaCy pipeline (name or folder), or 'match', the built-in matcher (default: %(default)s)")
     parser.add_argument("--bank", help="concept bank, one name per line (default: the eight benchmarks' classes)")
     parser.add_argument("--processes", type=int, default=1, help="parser processes (default: %(default)s)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+                        help="where the parser runs; cuda needs spaCy's cupy extra (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="as in every script; nothing here is random")
     return parser.parse_args(argv)
 
 
@@ -308,14 +314,15 @@ def main(argv=None):
     try:
         bank = ConceptBank.from_file(args.bank) if args.bank else ConceptBank.default()
         captions = [caption for _, caption in read_captions(args.captions)]
-        start = time.time()
+        if args.device in ("auto", "cuda") and args.parser != "match":
+            import spacy
+            (spacy.require_gpu if args.device == "cuda" else spacy.prefer_gpu)()
         offsets, rows = load_annotations(args.captions, captions, bank, args.parser, args.processes)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    seconds = time.time() - start
     share = np.mean(np.diff(offsets) > 0)
-    print(f"{len(captions):,} captions in {seconds:.1f} s ({len(captions) / seconds:,.0f} captions/s); "
-          f"{share:.1%} have a concept, {len(rows) / len(captions):.2f} per caption; bank of {len(bank)}")
+    print(f"{len(captions):,} captions; {share:.1%} have a concept, {len(rows) / len(captions):.2f} per caption; "
+          f"bank of {len(bank)}")
     for concept, times in Counter(rows[:, 0].tolist()).most_common(20):
         print(f"{times:8,}  {bank.names[concept]}")
 

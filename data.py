@@ -137,11 +137,10 @@ class CachedFeatures(CaptionedImages):
                     for i, image in enumerate(pairs.images)]
         pictured = sorted(set(self.row))            # the pairs whose images are rows of the arrays, in order
         self.row = np.searchsorted(pictured, self.row)
-        names = hashlib.sha256(b"\n".join(np.ascontiguousarray(image).tobytes() if isinstance(image, np.ndarray)
-                                        else str(image).encode() for image in (pairs.images[i] for i in pictured)))
+        names = hashlib.sha256(b"\n".join(self._identity(pairs.images[i]) for i in pictured))
         key = {"backbone": backbone.config, "size": pairs.size, "transform": "whole image, bicubic",
                "images": len(pictured), "names_sha256": names.hexdigest()}
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not (folder / "features.json").exists():
             self._compute(backbone, folder, pictured, key, batch)
         found = json.loads((folder / "features.json").read_text())
@@ -149,8 +148,26 @@ class CachedFeatures(CaptionedImages):
             differ = [name for name in key if found.get(name) != key[name]]
             raise ValueError(f"{folder} holds the features of something else ({', '.join(differ)} differ); name another "
                              "folder with --cache-features, or delete this one")
-        self.class_tokens = np.load(folder / "class_tokens.npy", mmap_mode="r")                 # (images, D)
-        self.patch_tokens = np.load(folder / "patch_tokens.npy", mmap_mode="r")                 # (images, N, D)
+        self._open()
+
+    @staticmethod
+    def _identity(image):
+        """Bytes that change when the image does: an array's values, or a file's name, size and time."""
+        if isinstance(image, np.ndarray):
+            return np.ascontiguousarray(image).tobytes()
+        status = image.stat()
+        return f"{image} {status.st_size} {status.st_mtime_ns}".encode()
+
+    def __getstate__(self):                         # a memory map would be pickled whole for workers that are not forked
+        return {**self.__dict__, "class_tokens": None, "patch_tokens": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self):
+        self.class_tokens = np.load(self.folder / "class_tokens.npy", mmap_mode="r")            # (images, D)
+        self.patch_tokens = np.load(self.folder / "patch_tokens.npy", mmap_mode="r")            # (images, N, D)
 
     def _compute(self, backbone, folder, pictured, key, batch):
         device = backbone.mean.device
@@ -216,8 +233,9 @@ class GlobalBatches(Sampler):
 def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
     """Training pairs by the name of their source: "toy", or a captions file.
 
-    toy_scenes: how many scenes the toy world draws. images: folder of the images; by default COCO's place for a COCO file (annotations/captions_X.json -> X/), else
+    images: folder of the images; by default COCO's place for a COCO file (annotations/captions_X.json -> X/), else
     the captions file's folder. Pairs whose image is missing are left out and counted; more than 1 % is an error.
+    toy_scenes: how many scenes the toy world draws.
     """
     if source == "toy":
         scenes = [toy_scene(np.random.default_rng((seed, 0, i))) for i in range(toy_scenes)]
@@ -230,7 +248,8 @@ def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
     folder = Path(images or (path.parent.parent / path.stem.removeprefix("captions_") if coco else path.parent))
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}; expected the images that {path} names, for example "
-                                f"{folder / pairs[0][0]}. Name the folder with --images")
+                                f"{folder / pairs[0][0]}. Name the folder with --images"
+                                + (" (COCO's photos: https://cocodataset.org/#download)" if coco else ""))
     there = {name: (folder / name).is_file() for name in {name for name, _ in pairs}}
     missing = [name for name, found in there.items() if not found]
     if len(missing) > MAX_BAD * len(there):

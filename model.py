@@ -118,7 +118,7 @@ class VisionBackbone(nn.Module):
 
     def __init__(self, name=DEFAULT_BACKBONE, pretrained=True, weights=None, mean=None, std=None, **options):
         super().__init__()
-        source = str(weights) if weights else "pretrained" if pretrained or name == "toy" else "random"
+        source = str(Path(weights).resolve()) if weights else "pretrained" if pretrained or name == "toy" else "random"
         self.trunk = _create_trunk(name, source, options).eval().requires_grad_(False)
         self.width = self.trunk.num_features                                            # D
         self.prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
@@ -151,7 +151,10 @@ class VisionBackbone(nn.Module):
         """
         (ph, pw), (H, W) = self.patch_size, images.shape[-2:]
         images = F.pad(images, (0, -W % pw, 0, -H % ph))
-        features = self.trunk.forward_features(images)
+        try:
+            features = self.trunk.forward_features(images)
+        except AssertionError as error:             # a transformer with a position table of one size
+            raise ValueError(f"the backbone {self.config['name']} takes no images of {H} x {W}: {error}") from None
         if features.ndim == 4:                                                          # CNN: (B, D, h, w) ...
             if features.shape[1] != self.width:                                         # ... or (B, h, w, D)
                 features = features.permute(0, 3, 1, 2)
@@ -160,6 +163,9 @@ class VisionBackbone(nn.Module):
             patches = features[:, self.prefix_tokens:]                                  # class and registers dropped
         class_token = features[:, 0] if self.has_class_token else patches.mean(dim=1)   # (B, D)
         grid = (images.shape[-2] // ph, images.shape[-1] // pw)
+        if patches.shape[1] != grid[0] * grid[1]:
+            raise ValueError(f"the backbone {self.config['name']} gives {patches.shape[1]} patches for {H} x {W} pixels, "
+                             f"expected {grid[0]} x {grid[1]}; its patches are no regular grid")
         return F.normalize(class_token.float(), dim=-1), F.normalize(patches.float(), dim=-1), grid
 
 
@@ -293,13 +299,13 @@ class SimZSS(nn.Module):
 class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad
 
@@ -307,13 +313,14 @@ class _SumOverProcesses(torch.autograd.Function):
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
+        x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
+        dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -371,7 +378,7 @@ def _load_trunk(trunk, path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"--backbone-weights: no file {path}")
     try:
-        state = load_state_dict(str(path))
+        state = load_state_dict(str(path), weights_only=True)
         convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
         state = convert(state, trunk) if convert else state     # timm's own reading of the original releases' keys
     except Exception as error:                      # whatever a broken file makes the readers raise
@@ -435,14 +442,18 @@ def save_model(path, model, config):
     """
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.trained().items()}
     if model.backbone.config["weights"] == "random":
-        tensors.update({f"backbone.trunk.{key}": value.cpu().contiguous()
+        tensors.update({f"backbone.trunk.{key}": value.cpu().contiguous().clone()       # tied ones may not share memory
                         for key, value in model.backbone.trunk.state_dict().items()})
     settings = {"format": FORMAT, "backbone": model.backbone.config, "text": model.text.config,
                 "method": model.method, "bank": model.bank, "training": config}
     path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, partial, metadata={"simzss": json.dumps(settings)})
+    try:
+        safetensors.torch.save_file(tensors, partial, metadata={"simzss": json.dumps(settings)})
+    except safetensors.SafetensorError as error:    # a full disk, for one
+        raise OSError(f"{path} could not be written: {error}") from None
     os.replace(partial, path)                       # a crash leaves the old file or the new one, never half of one
 
 

@@ -25,6 +25,7 @@ from data import load_image, to_pixels
 from model import load_model
 
 LONG_SIDE = 2048                                    # the field's bound on very elongated images
+PROTOCOL = {"templates": "imagenet80", "class_embedding": "caption", "short_side": 448, "window": 448, "stride": 224}
 SLIDING = ("short_side", "window", "stride")        # what of a protocol `segment_image` needs
 CHUNK = 2 ** 26                                     # values enlarged to the photo's size at a time (256 MB of float32)
 
@@ -141,7 +142,7 @@ def save_mask(path, mask, count):
     if count > 256:
         Image.fromarray(np.asarray(mask).astype(np.uint16)).save(path)
     else:
-        picture = Image.fromarray(np.asarray(mask).astype(np.uint8), mode="P")
+        picture = Image.fromarray(np.asarray(mask).astype(np.uint8))
         picture.putpalette(palette(count).tobytes())
         picture.save(path)
 
@@ -200,9 +201,10 @@ def open_model(args):
     model = load_model(args.checkpoint or newest_model(), pick_device(args.device), args.backbone_weights)
     if model.config["backbone"]["weights"] == "random":
         print("warning: this model's backbone has random weights; its masks mean nothing", file=sys.stderr)
-    protocol = {**model.config["training"]["protocol"]}
+    protocol = {**PROTOCOL, **model.config["training"].get("protocol", {})}
     for key in protocol:
-        protocol[key] = getattr(args, key) or protocol[key]
+        given = getattr(args, key)
+        protocol[key] = protocol[key] if given is None else given
     return model, protocol
 
 

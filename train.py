@@ -21,11 +21,11 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from concepts import DEFAULT_PARSER, ConceptBank, read_captions
+from concepts import DEFAULT_PARSER, ConceptBank
 from data import MAX_BAD, CachedFeatures, GlobalBatches, collate, load_pairs
 from eval import evaluate, grid, open_dataset, print_result, write_result
 from model import DEFAULT_BACKBONE, MAX_LOGIT_SCALE, SimZSS, TextEncoder, VisionBackbone, save_model, sum_over_processes
-from segment import SLIDING, pick_device
+from segment import PROTOCOL, pick_device
 
 # What differs from the recipe in the toy world: everything is smaller.
 TOY = {"backbone": "toy", "parser": "match", "image_size": 128, "text_width": 256, "text_layers": 1, "batch": 64,
@@ -91,6 +91,8 @@ def build_model(args, bank):
         except json.JSONDecodeError:
             options[key] = value                    # ... and plain words
     random = args.backbone_weights == "random"
+    if random and args.backbone == "toy":
+        raise ValueError("the toy backbone is made by hand; it takes no --backbone-weights")
     backbone = VisionBackbone(args.backbone, pretrained=not random, weights=None if random else args.backbone_weights,
                               mean=args.pixel_mean, std=args.pixel_std, **options)
     text = TextEncoder(backbone.width, args.text_width, args.text_heads, args.text_layers)
@@ -99,9 +101,9 @@ def build_model(args, bank):
 
 
 def train(args, rank, world):
-    """Train as args say. Returns the trained model; every process has the same."""
-    for name in ("batch", "epochs", "epoch_pairs", "image_size", "text_layers"):
-        if getattr(args, name) <= 0:
+    """Train as args say. Returns the trained model, the same in every process, and its settings."""
+    for name in ("batch", "epochs", "epoch_pairs", "steps", "image_size", "text_layers"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a positive number")
     kind = pick_device(args.device)
     kind = "cpu" if kind == "mps" and world > 1 else kind           # gloo does not know Apple's GPU
@@ -114,18 +116,17 @@ def train(args, rank, world):
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
     torch.manual_seed(args.seed)                    # the same initial weights everywhere
     bank = ConceptBank.from_file(args.bank) if args.bank else ConceptBank.default()
-    if args.train_data != "toy":                    # mistakes should show now, not after a download or the training
-        read_captions(args.train_data)
     if args.eval_data != "none":
         open_dataset(args.eval_data, args.eval_without, args.eval_names)
-    model = build_model(args, bank).to(device)
+    with first_process_first(rank, world):          # one annotates, the others find the annotations cached
+        pairs = load_pairs(args.train_data, bank, args.parser, args.image_size, args.images, args.seed, args.epoch_pairs)
+    model = build_model(args, bank).to(device)      # last, for it may download
     if rank == 0 and model.backbone.config["weights"] == "random":
         print("warning: the backbone has random weights, as asked for; this model's masks will mean nothing",
               file=sys.stderr)
 
-    with first_process_first(rank, world):          # one annotates and computes features, the others find them cached
-        pairs = load_pairs(args.train_data, bank, args.parser, args.image_size, args.images, args.seed, args.epoch_pairs)
-        if args.cache_features:
+    if args.cache_features:
+        with first_process_first(rank, world):
             pairs = CachedFeatures(pairs, model.backbone, args.cache_features)
     pass_pairs = min(args.epoch_pairs, len(pairs))
     steps = args.steps or int(args.epochs * pass_pairs / args.batch)
@@ -144,7 +145,7 @@ def train(args, rank, world):
     peak = args.base_rate * args.batch / 256
 
     output = Path(args.output)
-    config = {**vars(args), "protocol": {key: getattr(args, key) for key in ("templates", "class_embedding", *SLIDING)}}
+    config = {**vars(args), "protocol": {key: getattr(args, key) for key in PROTOCOL}}
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         log = open(output / "log.jsonl", "w", buffering=1)
@@ -196,18 +197,17 @@ def train(args, rank, world):
         save_model(output / "model.safetensors", model, {**config, "step": steps, "steps": steps})
         print(f"trained in {time.time() - started:.0f} s, {output / 'model.safetensors'}"
               + (f"; {bad} unreadable images were replaced" if bad else ""))
-    model.config = {"training": config}
-    return model.eval()
+        log.close()
+    return model.eval(), config
 
 
-def score(args, model):
+def score(args, model, config):
     """Score the trained model on --eval-data; write result.json and a picture of predictions."""
     dataset = open_dataset(args.eval_data, args.eval_without, args.eval_names)
-    protocol = model.config["training"]["protocol"]
-    result, pictures = evaluate(model, dataset, protocol, pictures=4)
+    result, pictures = evaluate(model, dataset, config["protocol"], pictures=4)
     print_result(result)
     output = Path(args.output)
-    write_result(output / "result.json", {"dataset": args.eval_data, "training": model.config["training"], **result})
+    write_result(output / "result.json", {"dataset": args.eval_data, "training": config, **result})
     dataset[0][1].save(output / "example.png")      # something to try segment.py on
     grid(pictures).save(output / "predictions.png")
     print(f"photo, truth and prediction of {len(pictures)} images: {output / 'predictions.png'}")
@@ -255,7 +255,7 @@ def parse_args(argv=None):
     add("--eval-data", default="none", help="scored at the end: toy, a segmentation folder or none (default: %(default)s)")
     add("--eval-without", nargs="*", default=[], help="classes neither scored nor predicted, such as background")
     add("--eval-names", help="class file with other wordings and synonyms of the folder's classes, in order")
-    add("--templates", default="imagenet80", help="prompts at test time, see segment.py (default: %(default)s)")
+    add("--templates", default=PROTOCOL["templates"], help="prompts at test time, see segment.py (default: %(default)s)")
     add("--class-embedding", choices=["caption", "concept"], default="caption",
         help="how segment.py and eval.py embed a class: the state at its prompt's end token, or its name's tokens as in "
              "the local loss; with lambda = 0 always caption, nothing else is trained (default: %(default)s)")
@@ -273,7 +273,7 @@ def parse_args(argv=None):
     if parser.parse_known_args(argv)[0].train_data == "toy":
         parser.set_defaults(**TOY)
     args = parser.parse_args(argv)
-    if args.weight == 0:
+    if args.weight == 0:                            # no concept embedding is trained then
         args.class_embedding = "caption"
     return args
 
@@ -282,14 +282,18 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        model = train(args, rank, world)
+        model, config = train(args, rank, world)
+        if dist.is_initialized():
+            dist.destroy_process_group()            # all together; only the first goes on
         if rank == 0 and args.eval_data != "none":
-            score(args, model)
+            score(args, model, config)
     except (ValueError, OSError) as error:
         message = str(error).strip()
         if "Original Traceback" in message:         # from a data worker: its own line is the last
             message = message.splitlines()[-1].removeprefix("ValueError: ")
         sys.exit(f"error: {message}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: the GPU's memory is full; lower --batch or use more GPUs ({str(error).splitlines()[0]})")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

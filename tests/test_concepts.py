@@ -592,13 +592,13 @@ def test_command(tmp_path, capsys):
     (tmp_path / "c.tsv").write_text("image\tcaption\n1.jpg\ttwo dogs and a cat\n2.jpg\ta dog\n3.jpg\tnothing\n")
     arguments = [str(tmp_path / "c.tsv"), "--parser", "match"]
     main(arguments)
-    first, *table = capsys.readouterr().out.splitlines()
-    assert first.startswith("3 captions in ") and " captions/s); 66.7% have a concept, 1.00 per caption; " in first
-    assert first.endswith(f"bank of {len(ConceptBank.default())}")
+    speed, first, *table = capsys.readouterr().out.splitlines()
+    assert speed.startswith("annotated 3 captions in ") and speed.endswith(" captions/s)")
+    assert first == f"3 captions; 66.7% have a concept, 1.00 per caption; bank of {len(ConceptBank.default())}"
     assert [line.split() for line in table] == [["2", "dog"], ["1", "cat"]]
     cache = (tmp_path / "c.tsv.concepts.npz").stat()
     main(arguments)
-    assert capsys.readouterr().out.splitlines()[1:] == table
+    assert capsys.readouterr().out.splitlines() == [first, *table]      # from the cache: no speed to tell
     assert (tmp_path / "c.tsv.concepts.npz").stat().st_mtime_ns == cache.st_mtime_ns
 
 
@@ -608,7 +608,7 @@ def test_command_with_a_bank(tmp_path, capsys):
     (tmp_path / "bank.txt").write_text("\n".join(words))
     (tmp_path / "c.tsv").write_text(f"1.jpg\t{' '.join(words)}\n2.jpg\t{words[24]}\n")
     main([str(tmp_path / "c.tsv"), "--parser", "match", "--bank", str(tmp_path / "bank.txt"), "--processes", "1"])
-    first, *table = capsys.readouterr().out.splitlines()
+    _, first, *table = capsys.readouterr().out.splitlines()
     assert first.endswith("100.0% have a concept, 13.00 per caption; bank of 25")
     assert table[0].split() == ["2", "thingy"] and len(table) == 20
 

@@ -1,6 +1,7 @@
 """Images, batches, masks and the toy world: what `data.py` promises, claim by claim."""
 import io
 import json
+import pickle
 import re
 from itertools import islice
 from pathlib import Path
@@ -507,6 +508,25 @@ def test_features_in_a_new_folder(tmp_path, backbone):
     """The folder for the features is made, with those above it."""
     CachedFeatures(captioned([noise(0)], ["a dog"]), backbone, tmp_path / "new" / "features")
     assert (tmp_path / "new" / "features" / "features.json").is_file()
+
+
+def test_features_are_not_sent_to_workers(tmp_path, backbone):
+    """A worker that is not forked is told where the features lie, not sent all of them, and reads the same."""
+    cached = CachedFeatures(captioned([noise(i) for i in range(8)], ["a dog"] * 8), backbone, tmp_path / "features")
+    parcel = pickle.dumps(cached)
+    assert len(parcel) < cached.patch_tokens.nbytes + sum(image.nbytes for image in cached.images)
+    again = pickle.loads(parcel)
+    assert torch.equal(again[0, 3]["patch_tokens"], cached[0, 3]["patch_tokens"])
+
+
+def test_features_of_a_changed_file(tmp_path, backbone):
+    """A photo that was replaced under its old name is noticed."""
+    path = tmp_path / "photo.png"
+    Image.fromarray(noise(0)).save(path)
+    CachedFeatures(captioned([path], ["a dog"]), backbone, tmp_path / "features")
+    Image.fromarray(noise(1)[:-1]).save(path)
+    with pytest.raises(ValueError, match="holds the features of something else"):
+        CachedFeatures(captioned([path], ["a dog"]), backbone, tmp_path / "features")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

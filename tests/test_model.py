@@ -589,3 +589,23 @@ def test_an_interrupted_save_leaves_the_old_file(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         save_model(path, tiny(seed=2), {})
     assert all(torch.equal(a, b) for a, b in zip(outputs(old), outputs(load_model(path)), strict=True))
+
+
+def test_a_folder_holds_the_model(model, tmp_path):
+    """Saved to a folder, the model lies in it as model.safetensors and is loaded from either."""
+    save_model(tmp_path, model, {})
+    assert torch.equal(load_model(tmp_path).text.tower.positional_embedding, model.text.tower.positional_embedding)
+    load_model(tmp_path / "model.safetensors")
+
+
+def test_backbones_that_take_one_size_only_say_so():
+    """A transformer whose position table cannot be resampled is refused with the size that it was asked for."""
+    backbone = VisionBackbone("cait_xxs24_224", pretrained=False, depth=1, depth_token_only=1)
+    with pytest.raises(ValueError, match="cait_xxs24_224 takes no images of 250 x 224"):
+        backbone(torch.zeros(1, 3, 250, 224))
+
+
+def test_heads_must_divide_the_width():
+    """A text encoder whose width is no multiple of its heads is refused with both numbers."""
+    with pytest.raises(ValueError, match="width 33 must be a multiple of its 2 heads"):
+        TextEncoder(16, width=33, heads=2, layers=1)

@@ -11,6 +11,7 @@ import eval
 import segment
 from conftest import PROTOCOL
 from data import toy_scene
+from model import save_model
 from segment import overlay, palette, resize, resized_size, save_mask, segment_image, window_starts
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,3 +348,14 @@ def test_without_a_model_train_first(tmp_path, monkeypatch, fails):
     """Without --checkpoint the newest model under runs/ is used, and where there is none the line says so."""
     monkeypatch.chdir(tmp_path)
     fails(segment.main, ["photo.jpg", "--classes", "cow"], "no trained model under runs/", "train.py", "--checkpoint")
+
+
+def test_a_checkpoint_without_a_protocol_gets_the_fields_own(tmp_path, model):
+    """A model saved without settings is used as the field does: short side and window 448, stride 224, 80 templates."""
+    save_model(tmp_path / "model.safetensors", model, {})
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 48)).save(photo)
+    segment.main([str(photo), "--classes", "cow", "--checkpoint", str(tmp_path), "--output", str(tmp_path)])
+    protocol = json.loads((tmp_path / "photo.json").read_text())["protocol"]
+    assert protocol == {"templates": "imagenet80", "class_embedding": "caption", "short_side": 448, "window": 448,
+                        "stride": 224}

@@ -231,7 +231,7 @@ def test_missing_images_are_counted(coco, tmp_path, fails):
 @pytest.mark.parametrize("more, words", [
     (["--batch", "64", "--epochs", "1"], ["1.0 passes of 16 pairs", "batch of 64", "--batch"]),
     (["--backbone", "vit_huge_dog", "--backbone-weights", "random"], ["unknown backbone 'vit_huge_dog'", "timm"]),
-    (["--backbone", "test_vit", "--backbone-weights", "none.pth"], ["no file none.pth"]),
+    (["--backbone", "test_vit", "--backbone-weights", "none.pth"], ["--backbone-weights: no file", "none.pth"]),
     (["--backbone-option", "depth"], ["--backbone-option depth", "key=value"]),
     (["--eval-data", "void"], ["unknown dataset 'void'"]),
     (["--bank", "none.txt"], ["no class file none.txt"]),
