@@ -293,8 +293,9 @@ class SimZSS(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sums and gathers over processes, with gradient. Each is its own transpose's counterpart, so that the gradient of the
-# sum of all processes' losses arrives everywhere; without a process group both are the identity.
+# Sums and gathers over processes, with gradient: the way back of a sum is a sum, that of a gather is a sum of which each
+# process keeps its own rows. So every process gets the gradient of all processes' losses added up. Without a process
+# group both are the identity.
 
 class _SumOverProcesses(torch.autograd.Function):
     @staticmethod

@@ -120,7 +120,7 @@ def train(args, rank, world):
         open_dataset(args.eval_data, args.eval_without, args.eval_names)
     with first_process_first(rank, world):          # one annotates, the others find the annotations cached
         pairs = load_pairs(args.train_data, bank, args.parser, args.image_size, args.images, args.seed, args.epoch_pairs)
-    model = build_model(args, bank).to(device)      # last, for it may download
+    model = build_model(args, bank).to(device)      # after the data was found, for it may download
     if rank == 0 and model.backbone.config["weights"] == "random":
         print("warning: the backbone has random weights, as asked for; this model's masks will mean nothing",
               file=sys.stderr)
