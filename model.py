@@ -118,7 +118,7 @@ class VisionBackbone(nn.Module):
 
     def __init__(self, name=DEFAULT_BACKBONE, pretrained=True, weights=None, mean=None, std=None, **options):
         super().__init__()
-        source = str(Path(weights).resolve()) if weights else "pretrained" if pretrained or name == "toy" else "random"
+        source = str(weights) if weights else "pretrained" if pretrained or name == "toy" else "random"
         self.trunk = _create_trunk(name, source, options).eval().requires_grad_(False)
         self.width = self.trunk.num_features                                            # D
         self.prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
@@ -132,6 +132,8 @@ class VisionBackbone(nn.Module):
         mean, std = mean or statistics["mean"], std or statistics["std"]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        if weights:                                 # to be found again from any folder
+            source = str(Path(weights).resolve())
         self.config = {"name": name, "weights": source, "options": options, "mean": list(mean), "std": list(std),
                        "sha256": _sha256(self.trunk.state_dict())}
 

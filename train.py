@@ -256,12 +256,13 @@ def parse_args(argv=None):
     add("--eval-without", nargs="*", default=[], help="classes neither scored nor predicted, such as background")
     add("--eval-names", help="class file with other wordings and synonyms of the folder's classes, in order")
     add("--templates", default=PROTOCOL["templates"], help="prompts at test time, see segment.py (default: %(default)s)")
-    add("--class-embedding", choices=["caption", "concept"], default="caption",
+    add("--class-embedding", choices=["caption", "concept"], default=PROTOCOL["class_embedding"],
         help="how segment.py and eval.py embed a class: the state at its prompt's end token, or its name's tokens as in "
              "the local loss; with lambda = 0 always caption, nothing else is trained (default: %(default)s)")
-    add("--short-side", type=int, default=448, help="pixels of a test image's short side (default: %(default)s)")
-    add("--window", type=int, default=448, help="pixels of the sliding window (default: %(default)s)")
-    add("--stride", type=int, default=224, help="pixels between windows (default: %(default)s)")
+    add("--short-side", type=int, default=PROTOCOL["short_side"],
+        help="pixels of a test image's short side (default: %(default)s)")
+    add("--window", type=int, default=PROTOCOL["window"], help="pixels of the sliding window (default: %(default)s)")
+    add("--stride", type=int, default=PROTOCOL["stride"], help="pixels between windows (default: %(default)s)")
 
     add("--cache-features", metavar="DIR", help="compute the backbone's features once into DIR and train from there: "
         "much faster steps, but no random crops")

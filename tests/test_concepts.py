@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import spacy
+import torch
 from open_clip.tokenizer import SimpleTokenizer
 from spacy.tokens import Doc
 
@@ -630,3 +631,12 @@ def test_command_errors(tmp_path, monkeypatch, arguments, message):
         main(arguments)
     text = stop.value.code                                              # a text as code: printed, status 1
     assert text.startswith("error: ") and message in text and "\n" not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_parser_on_a_gpu_that_is_not_there(tmp_path):
+    """Asked for a GPU that spaCy cannot use, the command says so in one line and does not go on without it."""
+    (tmp_path / "c.tsv").write_text("1.jpg\ta dog\n")
+    with pytest.raises(SystemExit, match="^error: .*GPU") as stop:
+        main([str(tmp_path / "c.tsv"), "--device", "cuda"])
+    assert len(stop.value.code.splitlines()) == 1 and not (tmp_path / "c.tsv.concepts.npz").exists()

@@ -609,3 +609,10 @@ def test_heads_must_divide_the_width():
     """A text encoder whose width is no multiple of its heads is refused with both numbers."""
     with pytest.raises(ValueError, match="width 33 must be a multiple of its 2 heads"):
         TextEncoder(16, width=33, heads=2, layers=1)
+
+
+def test_backbones_without_a_regular_grid_say_so():
+    """A CNN whose feature map is not the image over its stride is refused, for its masks would be shifted."""
+    backbone = VisionBackbone("inception_v3", pretrained=False)
+    with pytest.raises(ValueError, match="inception_v3 gives .* patches for 300 x 260 pixels, expected 10 x 9"):
+        backbone(torch.zeros(1, 3, 300, 260))

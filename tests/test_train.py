@@ -231,11 +231,15 @@ def test_missing_images_are_counted(coco, tmp_path, fails):
 @pytest.mark.parametrize("more, words", [
     (["--batch", "64", "--epochs", "1"], ["1.0 passes of 16 pairs", "batch of 64", "--batch"]),
     (["--backbone", "vit_huge_dog", "--backbone-weights", "random"], ["unknown backbone 'vit_huge_dog'", "timm"]),
-    (["--backbone", "test_vit", "--backbone-weights", "none.pth"], ["--backbone-weights: no file", "none.pth"]),
+    (["--backbone", "test_vit", "--backbone-weights", "none.pth"], ["no file none.pth"]),
     (["--backbone-option", "depth"], ["--backbone-option depth", "key=value"]),
     (["--eval-data", "void"], ["unknown dataset 'void'"]),
     (["--bank", "none.txt"], ["no class file none.txt"]),
     (["--parser", "en_core_web_huge"], ["en_core_web_huge", "spacy download en_core_web_trf", "--parser match"]),
+    (["--batch", "0"], ["--batch is 0", "positive number"]),
+    (["--steps", "-1"], ["--steps is -1", "positive number"]),
+    (["--text-width", "33", "--text-heads", "2"], ["width 33", "2 heads"]),
+    (["--backbone", "toy", "--backbone-weights", "random"], ["the toy backbone", "no --backbone-weights"]),
     (["--base-rate", "1e30", "--steps", "3"], ["the loss is", "--base-rate"])])
 def test_mistakes_end_with_one_line(tmp_path, fails, more, words):
     """Wrong settings end with one line that says what is wrong and what to do."""
