@@ -235,15 +235,23 @@ class SimZSS(nn.Module):
     def forward(self, images, tokens, ids, spans):
         """images: normalised (B, 3, H, W). tokens: (B, T). ids: (B, M). spans: (B, M, 2). Returns `losses`' dict."""
         class_token, patches, _ = self.backbone(images)                                 # (B, D), (B, N, D)
-        caption, token_embeddings = self.text(tokens)                                   # (B, D), (B, T, D)
-        return self.losses(class_token, patches, caption, token_embeddings, ids, spans)
+        caption, concepts = self.encode_text(tokens, spans)                             # (B, D), (B, M, D)
+        return self.losses(class_token, patches, caption, concepts, ids)
 
-    def losses(self, class_token, patches, caption, token_embeddings, ids, spans):
-        """float32 embeddings -> dict of scalars: loss = global + lambda * local, and the number of occurrences."""
+    def encode_text(self, tokens, spans):
+        """tokens: (B, T). spans: (B, M, 2). Returns captions (B, D) and concept occurrences (B, M, D), both float32."""
+        caption, token_embeddings = self.text(tokens)                                   # (B, D), (B, T, D)
+        with torch.autocast(caption.device.type, enabled=False):
+            return caption, concept_embeddings(token_embeddings, spans)
+
+    def losses(self, class_token, patches, caption, concepts, ids):
+        """float32 embeddings -> dict of scalars: loss = global + lambda * local, and the number of occurrences.
+
+        class_token, caption: (B, D). patches: (B, N, D). concepts: (B, M, D) of `encode_text`. ids: (B, M).
+        """
         with torch.autocast(caption.device.type, enabled=False):
             scale = self.logit_scale.exp()                             # train.py keeps it at or below 100
             loss_global = global_loss(class_token, caption, scale)
-            concepts = concept_embeddings(token_embeddings, spans)                      # (B, M, D)
             weights, counts = class_weights(concepts, ids, len(self.bank))              # (C, D), (C,)
             queries = weights[ids.clamp(min=0)]                                         # (B, M, D)
             visual = similarity_pool(queries, patches, self.pool_temperature)           # (B, M, D)

@@ -164,8 +164,8 @@ def train(args, rank, world):
             group["lr"] = rate
         with torch.autocast(kind, precision, enabled=precision != torch.float32):
             if args.cache_features:
-                losses = model.losses(batch["class_token"], batch["patch_tokens"], *model.text(batch["tokens"]),
-                                      batch["ids"], batch["spans"])
+                losses = model.losses(batch["class_token"], batch["patch_tokens"],
+                                      *model.encode_text(batch["tokens"], batch["spans"]), batch["ids"])
             else:
                 losses = model(model.backbone.normalise(batch["pixels"]), batch["tokens"], batch["ids"], batch["spans"])
         values = {key: value.item() for key, value in losses.items()}                   # waits for the device

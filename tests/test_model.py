@@ -81,8 +81,7 @@ def test_one_pair_with_one_concept_and_one_patch_has_no_loss(model):
     """B = 1 with one concept and one patch gives L_g = 0 and L_l = 0 exactly."""
     D, direction = model.backbone.width, torch.randn(4, model.backbone.width)
     image, patch, caption, token = F.normalize(direction, dim=-1).split(1)
-    losses = model.losses(image, patch.view(1, 1, D), caption, token.view(1, 1, D), torch.tensor([[3]]),
-                          torch.tensor([[[0, 1]]]))
+    losses = model.losses(image, patch.view(1, 1, D), caption, token.view(1, 1, D), torch.tensor([[3]]))
     assert losses["global"].item() == losses["local"].item() == losses["loss"].item() == 0
 
 
@@ -90,10 +89,9 @@ def test_equal_logits_give_the_logarithm_of_the_choices(model):
     """With all logits equal, L_g = log B and L_l = log(number of present concepts)."""
     B, axes = 5, torch.eye(model.backbone.width)
     image = caption = axes[:1].expand(B, -1)
-    tokens = axes[1:4].expand(B, 3, -1)                     # three concepts in each caption, at right angles ...
+    concepts = axes[1:4].expand(B, 3, -1)                   # three concepts in each caption, at right angles ...
     patches = axes[9].expand(B, 2, -1)                      # ... to each other and to every patch
-    spans = torch.tensor([[0, 1], [1, 2], [2, 3]]).expand(B, 3, 2)
-    losses = model.losses(image, patches, caption, tokens, torch.tensor([0, 2, 5]).expand(B, 3), spans)
+    losses = model.losses(image, patches, caption, concepts, torch.tensor([0, 2, 5]).expand(B, 3))
     same(losses["global"], math.log(B))
     same(losses["local"], math.log(3))
     same(losses["loss"], math.log(B) + 0.05 * math.log(3))
@@ -201,10 +199,10 @@ def test_losses_stay_in_float32_under_mixed_precision(model):
     """Automatic mixed precision changes the towers' arithmetic only: the losses of given embeddings stay bit-identical."""
     images, tokens, ids, spans = training_batch(model)
     class_token, patches, _ = model.backbone(images)
-    embedded = (class_token, patches, *model.text(tokens), ids, spans)
+    embedded = (class_token, patches, *model.encode_text(tokens, spans), ids)
     expected = model.losses(*embedded)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(x.dtype == torch.float32 for x in model.text(tokens))
+        assert all(x.dtype == torch.float32 for x in model.encode_text(tokens, spans))
         found = model.losses(*embedded)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 

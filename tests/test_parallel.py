@@ -13,7 +13,7 @@ from torch import multiprocessing, nn
 from concepts import ConceptBank
 from conftest import ROOT
 from data import GlobalBatches, load_pairs
-from model import SimZSS
+from model import SimZSS, concept_embeddings
 from train import average_gradients, main
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,8 +38,8 @@ def losses_and_gradients(ids, target, rows, cut_padding):
     matrix.data = matrix.data.double()
     M = int((ids[rows] >= 0).sum(1).max()) if cut_padding else 3        # each process pads to its own longest
     tokens = F.normalize(words[rows].double() @ matrix, dim=-1)
-    losses = model.losses(class_token[rows].double(), patches[rows].double(), tokens[:, -1], tokens, ids[rows, :M],
-                          spans[rows, :M])
+    losses = model.losses(class_token[rows].double(), patches[rows].double(), tokens[:, -1],
+                          concept_embeddings(tokens, spans[rows, :M]), ids[rows, :M])
     losses["loss"].backward()
     average_gradients([matrix, model.logit_scale])
     return {**{key: value.item() for key, value in losses.items()}, "grads": (matrix.grad, model.logit_scale.grad)}
