@@ -1,4 +1,4 @@
-"""Images: captioned ones to train on, masked ones to score on, and a toy world that has both.
+"""Captioned images to train on, and a toy world that also has masks to score on.
 
 Captions files are read by `concepts.py`; here images are found, opened and cropped, and pairs become batches.
 
@@ -16,10 +16,9 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from concepts import load_annotations, read_captions, read_classes, tokenize
+from concepts import load_annotations, read_captions, tokenize
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-IGNORE = 255                                        # mask value of pixels that are not scored
 MAX_BAD = 0.01                                      # share of missing or unreadable images that is bad luck, not a mistake
 
 
@@ -266,68 +265,6 @@ def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Masks to score on
-
-class SegmentationFolder:
-    """A folder with images/, masks/ (PNG of the same stem, value = line of classes.txt from 0, 255 ignored), classes.txt.
-
-    Items are (name, RGB image, mask (H, W) uint8). without: names of classes that are neither scored nor predicted,
-    such as "background"; their pixels become ignored. names: class file to prompt with in place of classes.txt, the same
-    classes in the same order, in other words and with synonyms. Raises FileNotFoundError or ValueError, naming the file.
-    """
-
-    def __init__(self, folder, without=(), names=None):
-        self.folder = Path(folder)
-        for part in ("images", "masks"):
-            if not (self.folder / part).is_dir():
-                raise FileNotFoundError(f"no folder {self.folder / part}; a segmentation folder holds images/, masks/ "
-                                        "(PNG, value = class) and classes.txt (one name per line)")
-        classes = read_classes(self.folder / "classes.txt")
-        if len(classes) > IGNORE:
-            raise ValueError(f"{self.folder}/classes.txt has {len(classes)} classes; 8-bit masks hold at most {IGNORE}")
-        unknown = set(without) - {synonyms[0] for synonyms in classes}
-        if unknown:
-            raise ValueError(f"{self.folder}/classes.txt has no class {sorted(unknown)[0]!r} to leave out")
-        kept = [i for i, synonyms in enumerate(classes) if synonyms[0] not in without]
-        if not kept:
-            raise ValueError(f"{self.folder}/classes.txt: every class is left out, expected at least one to score")
-        if names:
-            worded = read_classes(names)
-            if len(worded) != len(classes):
-                raise ValueError(f"{names} has {len(worded)} classes; expected the {len(classes)} of {self.folder}/classes.txt")
-            classes = worded
-        self.classes = [classes[i] for i in kept]
-        self.remap = np.full(256, IGNORE, np.uint8)                                     # mask value -> class
-        self.remap[kept] = np.arange(len(kept))
-        self.values = len(classes)                  # of masks; other values but 255 are mistakes
-        self.paths = sorted(p for p in (self.folder / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.paths:
-            raise FileNotFoundError(f"no images in {self.folder / 'images'}")
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        image = load_image(self.paths[i])
-        path = self.folder / "masks" / f"{self.paths[i].stem}.png"
-        if not path.is_file():
-            raise FileNotFoundError(f"no mask {path} for image {self.paths[i].name}")
-        try:
-            with Image.open(path) as file:
-                mask = np.array(file).astype(np.int32)      # not converted: palette masks keep their indices
-        except Exception as error:                  # Pillow raises almost anything on a broken file
-            raise ValueError(f"{path} is no readable mask ({error})") from None
-        if mask.ndim != 2 or mask.shape != image.size[::-1]:
-            raise ValueError(f"{path} has shape {mask.shape}; expected one value per pixel of its image, "
-                             f"{image.size[::-1]}")
-        wrong = mask[(mask >= self.values) & (mask != IGNORE)]
-        if wrong.size:
-            raise ValueError(f"{path} holds the value {wrong[0]}; expected 0..{self.values - 1} (the lines of classes.txt) "
-                             f"or {IGNORE} for pixels that are not scored")
-        return self.paths[i].stem, image, self.remap[mask]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The toy world
 
 TOY_SIZE = 128                                      # pixels a side
@@ -425,8 +362,8 @@ def toy_scene(rng):
 
 
 class ToyScenes:
-    """Toy scenes to score on, in the form of `SegmentationFolder`; never those of training."""
-    classes = TOY_CLASSES
+    """Toy scenes to score on, in the form of eval.py's datasets; never those of training."""
+    name, classes = "toy", TOY_CLASSES
 
     def __init__(self, count=100, seed=0):
         self.count, self.seed = count, seed

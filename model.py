@@ -301,6 +301,13 @@ class SimZSS(nn.Module):
         scores = torch.einsum("bnd,csd->bcsn", patches, embeddings).amax(dim=2)         # (B, C, N)
         return scores.unflatten(-1, (h, w)), (h * self.backbone.patch_size[0], w * self.backbone.patch_size[1])
 
+    @torch.no_grad()
+    def image_scores(self, pixels, class_embeddings):
+        """As `patch_scores` for whole images, by the class token: cosine similarities (B, C)."""
+        class_token = self.backbone(self.backbone.normalise(pixels))[0]                 # (B, D)
+        embeddings = class_embeddings if class_embeddings.ndim == 3 else class_embeddings[:, None]
+        return torch.einsum("bd,csd->bcs", class_token, embeddings).amax(dim=2)         # (B, C)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sums and gathers over processes, with gradient: the way back of a sum is a sum, that of a gather is a sum of which each
