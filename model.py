@@ -425,12 +425,12 @@ def _read_tensors(path, flag):
         raise FileNotFoundError(f"{flag}: no file {path}")
     try:
         return load_state_dict(str(path), use_ema=False, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is no readable weights file, or holds Python objects beside its tensors, which could run "
-                         "anything when loaded; if you trust it, save its tensors alone: "
-                         "torch.save(torch.load(old, weights_only=False)['state_dict'], new)") from None
     except Exception as error:                      # whatever a broken file makes the readers raise
-        raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): {error}") from None
+        reason = ' '.join(str(error).split())
+        if isinstance(error.__cause__ or error, pickle.UnpicklingError):
+            reason = "if it holds Python objects beside its tensors, which could run anything when loaded, and you trust " \
+                     "it, save its tensors alone: torch.save(torch.load(old, weights_only=False)['state_dict'], new)"
+        raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): {reason}") from None
 
 
 @torch.no_grad()
@@ -614,7 +614,7 @@ def _import_release(path, backbone=None):
                             denoiser=any(key.startswith(("visual.pos_embed", "visual.denoiser.")) for key in state))
     positions = state.get("text.positional_embedding", torch.empty(0))                  # (77, width)
     layers = len({key.split(".")[3] for key in state if key.startswith("text.transformer.resblocks.")})
-    text = TextEncoder(vision.width, positions.shape[-1] if positions.ndim == 2 else None, layers=layers)
+    text = TextEncoder(vision.width, positions.shape[-1] or None, layers=layers or 1)
     model = SimZSS(vision, text, local_target="argmax")
     expected = {}
     for key, value in model.state_dict().items():
