@@ -199,8 +199,8 @@ def load_parser(name, bank):
     import spacy                                    # slow to import, and only captions need it
     if name == "match":
         if bank.open:
-            raise ValueError("--bank none makes a concept of every noun phrase, and the built-in matcher finds only the names "
-                             "of a bank; name a spaCy pipeline with --parser")
+            raise ValueError("--bank none makes a concept of every noun phrase, but the built-in matcher looks for "
+                             "the names of a bank; name a spaCy pipeline with --parser")
         pipeline = spacy.blank("en")
         ruler = pipeline.add_pipe("entity_ruler")   # prefers the longest match
         forms = {plural(known): known for known in bank.ids} | {known: known for known in bank.ids}
@@ -334,9 +334,9 @@ def parse_args(argv=None):
     parser.add_argument("captions", help="COCO captions JSON, or TSV / JSONL of (image, caption)")
     parser.add_argument("--parser", default=DEFAULT_PARSER,
                         help="spaCy pipeline (name or folder), or 'match', the built-in matcher (default: %(default)s)")
-    parser.add_argument("--bank", help="concept bank, one name per line, or 'none', which makes a concept of every noun "
-                                       "phrase (default: the eight benchmarks' classes)")
-    parser.add_argument("--exclude-classes", metavar="FILE", help="class file whose names, synonyms too, the bank lacks")
+    parser.add_argument("--bank", help="concept bank, one name per line, or 'none', which makes a concept of every "
+                                       "noun phrase (default: the eight benchmarks' classes)")
+    parser.add_argument("--exclude-classes", metavar="FILE", help="class file; its names and synonyms are no concepts")
     parser.add_argument("--processes", type=int, default=1, help="parser processes (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                         help="where the parser runs; cuda needs spaCy's cupy extra (default: %(default)s)")

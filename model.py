@@ -146,9 +146,9 @@ class VisionBackbone(nn.Module):
 
     def sha256(self):
         """One hash of all names and values, trunk and denoiser, to know a backbone again."""
-        digest, state = hashlib.sha256(), {key.removeprefix("trunk."): value for key, value in self.state_dict().items()}
+        digest, state = hashlib.sha256(), self.state_dict()
         for key in sorted(state):
-            digest.update(key.encode())
+            digest.update(key.removeprefix("trunk.").encode())
             digest.update(state[key].cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
@@ -419,17 +419,17 @@ def _load_trunk(trunk, path):
 
 
 def _read_tensors(path, flag):
-    """Tensors by name of a PyTorch or safetensors file, freed from "state_dict" around them and "module." before each."""
+    """Tensors by name of a PyTorch or safetensors file, without "state_dict" around them and "module." before each."""
     from timm.models import load_state_dict
     if not Path(path).is_file():
         raise FileNotFoundError(f"{flag}: no file {path}")
     try:
-        return load_state_dict(str(path), use_ema=False, weights_only=True)
+        return load_state_dict(str(path), weights_only=True)
     except Exception as error:                      # whatever a broken file makes the readers raise
-        reason = ' '.join(str(error).split())
+        reason = " ".join(str(error).split())
         if isinstance(error.__cause__ or error, pickle.UnpicklingError):
-            reason = "if it holds Python objects beside its tensors, which could run anything when loaded, and you trust " \
-                     "it, save its tensors alone: torch.save(torch.load(old, weights_only=False)['state_dict'], new)"
+            reason = ("if it holds Python objects, which could run anything when loaded, and you trust it, save its "
+                      "tensors alone: torch.save(torch.load(old, weights_only=False)['state_dict'], new)")
         raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): {reason}") from None
 
 
@@ -442,7 +442,7 @@ def _fill(expected, found, complaint):
                            for key, value in expected.items() if key in found and found[key].shape != value.shape]}
     if any(wrong.values()):
         raise ValueError(f"{complaint}: " + "; ".join(
-            f"{len(keys)} {how}: {', '.join(keys[:5])}" + ", ..." * (len(keys) > 5) for how, keys in wrong.items() if keys))
+            f"{len(keys)} {how}: {', '.join(keys[:5] + ['...'] * (len(keys) > 5))}" for how, keys in wrong.items() if keys))
     for key, value in expected.items():
         value.copy_(found[key])
 
@@ -461,13 +461,13 @@ class Denoiser(nn.Module):
         self.denoiser = Block(width, max(1, width // 64), qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
     def forward(self, patches, grid):
-        """patches: (B, N, D) on a grid (h, w), not normalised. Returns (B, N, D). The table is resampled bicubically."""
+        """patches: (B, N, D), N = h * w, not normalised. Returns (B, N, D). The table is resampled bicubically."""
         from timm.layers import resample_abs_pos_embed
         return self.denoiser(patches + resample_abs_pos_embed(self.pos_embed, list(grid), num_prefix_tokens=0))
 
 
 def _create_denoiser(width, source):
-    """A denoiser from a file that holds `visual.pos_embed` and `visual.denoiser.*` and nothing else; True = not filled."""
+    """A denoiser from a file of `visual.pos_embed` and `visual.denoiser.*`, nothing else; True = yet to be filled."""
     denoiser = Denoiser(width)
     if source is not True:
         expected = {f"visual.{key}": value for key, value in denoiser.state_dict().items()}
@@ -544,9 +544,9 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None):
     """Rebuild a saved model from its file (or the folder that holds `model.safetensors`), ready for inference.
 
     The authors' checkpoints (PyTorch files) are read, too. backbone_weights: local file to take the backbone from, if
-    not where training found it. backbone: timm name of an authors' checkpoint's backbone, where its tensors do not tell.
-    Raises FileNotFoundError for a missing file, ValueError for a file that is no checkpoint, is cut short, or whose
-    backbone is another one.
+    not where training found it. backbone: timm name of the backbone in an authors' checkpoint, if its tensors do not
+    tell. Raises FileNotFoundError for a missing file, ValueError for a file that is no checkpoint, is cut short, or
+    whose backbone is another one.
     """
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
@@ -623,8 +623,8 @@ def _import_release(path, backbone=None):
         expected[key] = value
     _fill(expected, state, f"{path} is no checkpoint of the authors with the backbone {name}")
     vision.config.update(weights="imported", sha256=vision.sha256())
-    model.config = {"format": FORMAT, "backbone": vision.config, "text": text.config, "method": model.method, "bank": [],
-                    "training": {"imported": str(path)}}
+    model.config = {"format": FORMAT, "backbone": vision.config, "text": text.config, "method": model.method,
+                    "bank": model.bank, "training": {"imported": str(path)}}
     return model
 
 
@@ -638,7 +638,7 @@ def _backbone_name(state, path):
     kind = f"{registers}dinov2.lvd142m" if "blocks.0.ls1.gamma" in vit else "224.dino"
     name = f"vit_{size}_patch{patch[-1] if patch else None}_{kind}"
     if not timm.list_models(name, pretrained=True):
-        raise ValueError(f"{path}: expected an authors' checkpoint with a DINO or DINOv2 backbone of ViT-S, B or L, found "
-                         f"visual.vit.model.patch_embed.proj.weight of shape {list(patch)}; name another backbone as timm "
-                         "does: load_model(path, backbone=NAME)")
+        raise ValueError(f"{path}: expected an authors' checkpoint with a DINO or DINOv2 backbone, ViT-S, B or L, but "
+                         f"visual.vit.model.patch_embed.proj.weight has shape {list(patch)}; name any other backbone "
+                         "as timm does: load_model(path, backbone=NAME)")
     return name

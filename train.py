@@ -221,9 +221,9 @@ def parse_args(argv=None):
     add("--train-data", default="data/coco/annotations/captions_train2017.json",
         help="toy, a COCO captions JSON, or a TSV / JSONL of (image, caption) (default: %(default)s)")
     add("--images", help="folder of the images (default: COCO's place, or the captions file's folder)")
-    add("--bank", help="concept bank, one name per line, synonyms after commas, or none, which makes a concept of every "
-                       "noun phrase (default: the benchmarks' classes)")
-    add("--exclude-classes", metavar="FILE", help="class file whose names, synonyms too, are taken out of the bank")
+    add("--bank", help="concept bank, one name per line, synonyms after commas, or none, which makes a concept of "
+                       "every noun phrase (default: the benchmarks' classes)")
+    add("--exclude-classes", metavar="FILE", help="class file; its names and synonyms are no concepts")
     add("--parser", default=DEFAULT_PARSER, help="spaCy pipeline, or match, the built-in matcher (default: %(default)s)")
     add("--output", default="runs/simzss", help="folder to write to (default: %(default)s)")
 
@@ -244,8 +244,8 @@ def parse_args(argv=None):
     add("--local-target", choices=["concept", "argmax"], default="concept",
         help="target of the local loss: the concept (paper) or the prediction (release) (default: %(default)s)")
     add("--pool-query", choices=["class", "caption"], default="class",
-        help="what pools the patches: the batch's class weight (release) or the caption's own concept embedding (paper) "
-             "(default: %(default)s)")
+        help="what pools the patches: the batch's class weight (release) or the caption's own concept embedding "
+             "(paper) (default: %(default)s)")
 
     add("--batch", type=int, default=8192, help="pairs in the global batch, over all processes (default: %(default)s)")
     add("--epochs", type=float, default=10, help="passes over the data (default: %(default)s)")

@@ -339,7 +339,7 @@ def test_bank_from_file(tmp_path):
     (["dog", "cat", "cow"], ["Cat"], ["dog", "cow"]), (["dog", "clouds"], ["cloud"], ["dog"]),
     (["dog", ["sofa", "couch"]], ["couch"], ["dog"]), (["dog", "dog house"], ["dog"], ["dog house"])])
 def test_bank_without_some_names(names, excluded, left):
-    """A concept of which any name, or its plural, is excluded leaves with all its synonyms; the others count up anew."""
+    """A concept of which any name, or its plural, is excluded leaves with its synonyms; the others count up anew."""
     bank = ConceptBank(names, excluded)
     assert bank.names == left and [bank.find(name) for name in left] == list(range(len(left)))
     assert [bank.find(form) for name in excluded for form in (name, plural(name))] == [-1, -1]
@@ -379,7 +379,7 @@ def test_open_bank_needs_a_parser():
 
 @needs_pipeline
 def test_open_bank_and_the_cache(tmp_path, capsys):
-    """The cache brings an open bank's names back; with other names excluded, or with a bank of names, it is not used."""
+    """The cache brings an open bank's names back; with other names excluded, or a bank of names, it is not used."""
     def load(bank):
         rows = lists(load_annotations(tmp_path / "c.tsv", CAPTIONS, bank, str(PIPELINE)))
         return bank.names, rows, capsys.readouterr().out != ""         # it tells its speed when it parses
@@ -654,7 +654,7 @@ def test_command(tmp_path, capsys):
     assert [line.split() for line in table] == [["2", "dog"], ["1", "cat"]]
     cache = (tmp_path / "c.tsv.concepts.npz").stat()
     main(arguments)
-    assert capsys.readouterr().out.splitlines() == [first, *table, *benchmarks]         # from the cache: no speed to tell
+    assert capsys.readouterr().out.splitlines() == [first, *table, *benchmarks]     # from the cache: no speed to tell
     assert (tmp_path / "c.tsv.concepts.npz").stat().st_mtime_ns == cache.st_mtime_ns
 
 

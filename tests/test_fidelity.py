@@ -1,9 +1,12 @@
-"""Faithful to what others made: backbones against timm and an independent ViT, the denoiser, the authors' checkpoints."""
+"""Faithful to what others made: backbones against timm and an independent ViT, denoiser, the authors' checkpoints."""
+import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
+import spacy
 import timm
 import torch
 import torch.nn.functional as F
@@ -13,8 +16,11 @@ from timm.models.vision_transformer import Block
 
 import eval
 import train
+from concepts import noun_concepts
 from conftest import BANK, tiny
+from data import toy_scene
 from model import SimZSS, TextEncoder, VisionBackbone, _backbone_name, load_model, save_model
+from test_concepts import PIPELINE, needs_pipeline
 from test_model import outputs, same, slow_losses, training_batch, unit
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -22,7 +28,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @torch.no_grad()
 def randomise(module, seed=0):
-    """Every parameter random and none small, so that no part hides behind an initial value such as LayerScale's 1e-5."""
+    """Every parameter random, none small: no part hides behind an initial value such as LayerScale's 1e-5."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         p.copy_(torch.randn(p.shape, generator=generator) * (0.5 if p.ndim < 2 else p.shape[-1] ** -0.5))
@@ -58,14 +64,14 @@ def attend(qkv, heads, causal=False):
 
 def block(x, state, name, heads):
     """A ViT's block, with LayerScale where it has some."""
-    attended = linear(attend(linear(norm(x, state, f"{name}norm1"), state, f"{name}attn.qkv"), heads), state, f"{name}attn.proj")
-    x = x + attended * state.get(f"{name}ls1.gamma", 1)
+    qkv = linear(norm(x, state, f"{name}norm1"), state, f"{name}attn.qkv")
+    x = x + linear(attend(qkv, heads), state, f"{name}attn.proj") * state.get(f"{name}ls1.gamma", 1)
     hidden = gelu(linear(norm(x, state, f"{name}norm2"), state, f"{name}mlp.fc1"))
     return x + linear(hidden, state, f"{name}mlp.fc2") * state.get(f"{name}ls2.gamma", 1)
 
 
 def bicubic(new, old):
-    """(new, old): weights of bicubic resampling along one axis (a = -0.5), stretched where it shrinks (antialiasing)."""
+    """(new, old): weights of bicubic resampling along an axis (a = -0.5), stretched where it shrinks (antialiasing)."""
     def kernel(t):
         return 1.5 * t ** 3 - 2.5 * t ** 2 + 1 if t < 1 else -0.5 * t ** 3 + 2.5 * t ** 2 - 4 * t + 2 if t < 2 else 0
     scale = old / new
@@ -103,13 +109,14 @@ def denoised(state, patches, h, w, heads):
 
 
 def text_states(state, caption, heads):
-    """CLIP's text transformer on one caption up to its end token, every state projected and normalised: a list of (D,)."""
+    """CLIP's text transformer on one caption up to its end token: every state, projected and normalised, in a list."""
     length = caption.tolist().index(49407) + 1
     x = state["token_embedding.weight"][caption[:length]] + state["positional_embedding"][:length]
     for i in range(sum(key.endswith("ln_1.weight") for key in state)):
         name = f"transformer.resblocks.{i}."
-        y = norm(x, state, f"{name}ln_1", 1e-5) @ state[f"{name}attn.in_proj_weight"].T + state[f"{name}attn.in_proj_bias"]
-        x = x + linear(attend(y, heads, causal=True), state, f"{name}attn.out_proj")
+        y = norm(x, state, f"{name}ln_1", 1e-5)
+        qkv = y @ state[f"{name}attn.in_proj_weight"].T + state[f"{name}attn.in_proj_bias"]
+        x = x + linear(attend(qkv, heads, causal=True), state, f"{name}attn.out_proj")
         y = gelu(linear(norm(x, state, f"{name}ln_2", 1e-5), state, f"{name}mlp.c_fc"))
         x = x + linear(y, state, f"{name}mlp.c_proj")
     return [unit(y) for y in norm(x, state, "ln_final", 1e-5) @ state["text_projection"]]
@@ -172,8 +179,8 @@ def test_dinov3s_rotary_positions_follow_the_grid():
     class_token, patches, _ = backbone(images)
     same(class_token, expected[:, 0], rtol=0, atol=1e-6)
     same(patches, expected[:, 5:], rtol=0, atol=1e-6)
-    class_turned, turned, _ = backbone(torch.cat([images[..., 80:], images[..., :80]], -1))     # other places ...
-    assert (turned.view(6, 10, -1).roll(5, 1).reshape(patches.shape) - patches).abs().max() > 1e-4      # ... other tokens
+    _, turned, _ = backbone(torch.cat([images[..., 80:], images[..., :80]], -1))        # the halves change places
+    assert (turned.view(6, 10, -1).roll(5, 1).reshape(patches.shape) - patches).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name, stride, D", [("resnet50.a1_in1k", 32, 2048), ("mobilenetv2_100.ra_in1k", 32, 1280),
@@ -228,13 +235,14 @@ def test_the_denoiser_is_one_block_over_patches_and_places(denoiser, height, wid
 @pytest.mark.parametrize("name", ["denoiser.safetensors", "denoiser.pth"])
 @pytest.mark.parametrize("shape", [(1, 37, 37), (1, 37 * 37)])
 def test_a_denoiser_is_frozen_hashed_and_in_the_checkpoint(tmp_path, name, shape):
-    """A denoiser comes from either kind of file with either form of table, never learns, changes the backbone's hash, and
-    travels in the checkpoint, so that its file is not needed again."""
+    """A denoiser comes from either kind of file with either form of table, never learns, changes the backbone's hash,
+    and travels in the checkpoint, so that its file is not needed again."""
     path, state = tmp_path / name, denoiser_state(128, shape)
     safetensors.torch.save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     plain, model = tiny("toy"), tiny("toy", denoiser=path)
     assert not any("denoiser" in key for key in model.trained())
-    assert not any(p.requires_grad for p in model.backbone.parameters()) and not model.train().backbone.denoiser.training
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert not model.train().backbone.denoiser.training
     assert model.backbone.config["sha256"] != plain.backbone.config["sha256"] and model.backbone.config["denoiser"]
     save_model(tmp_path / "model.safetensors", model, {})
     path.unlink()
@@ -271,8 +279,20 @@ def test_a_run_with_every_new_switch(denoiser, tmp_path, fails):
     train.main([str(argument) for argument in [*arguments, "--denoiser", denoiser, "--pool-query", "caption",
                                                "--exclude-classes", tmp_path / "gone.txt"]])
     model = load_model(tmp_path)
-    assert model.backbone.denoiser and model.pool_query == "caption" and model.config["training"]["pool_query"] == "caption"
+    assert model.backbone.denoiser and model.pool_query == model.config["training"]["pool_query"] == "caption"
     assert "horse" in model.bank and not {"cow", "sheep"} & set(model.bank)
+
+
+@needs_pipeline
+def test_a_run_without_a_bank(tmp_path, capsys):
+    """With --bank none the model's concepts are the noun phrases of its captions, and it learns from them."""
+    train.main(["--train-data", "toy", "--epoch-pairs", "8", "--steps", "1", "--batch", "8", "--text-width", "32",
+                "--image-size", "64", "--eval-data", "none", "--device", "cpu", "--output", str(tmp_path),
+                "--bank", "none", "--parser", str(PIPELINE)])
+    captions = [toy_scene(np.random.default_rng((0, 0, i)))[2] for i in range(8)]
+    phrases = {name for doc in spacy.load(PIPELINE).pipe(captions) for name, _, _ in noun_concepts(doc)}
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert set(load_model(tmp_path).bank) == phrases and line["present"] == len(phrases) > 5 and line["local"] > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +304,8 @@ def test_the_whole_forward_equals_independent_towers_and_losses(denoiser, target
     """From pixels and captions to both losses, with repeated concepts, captions without any and cut ones: the model
     equals transformers, denoiser and equations written out in float64."""
     backbone = randomise(VisionBackbone("vit_small_patch14_reg4_dinov2", denoiser=denoiser, **SMALL_VIT))
-    model = SimZSS(backbone, randomise(TextEncoder(128, 64, heads=2, layers=2)), BANK, local_target=target, pool_query=query)
+    encoder = randomise(TextEncoder(128, 64, heads=2, layers=2))
+    model = SimZSS(backbone, encoder, BANK, local_target=target, pool_query=query)
     images, tokens, ids, spans = training_batch(model, size=70)
     losses = model(images, tokens, ids, spans)
 
@@ -305,8 +326,8 @@ def test_the_whole_forward_equals_independent_towers_and_losses(denoiser, target
 def release(name, denoiser, width=64, layers=2, module=""):
     """A random model in the authors' format, made of timm's and open_clip's own parts: (vit, text, state dict)."""
     vit = randomise(timm.create_model(name, num_classes=0, dynamic_img_size=True), seed=1).eval()
-    text = randomise(TextTransformer(77, width=width, heads=max(1, width // 64), layers=layers, output_dim=vit.num_features),
-                     seed=2).eval()
+    text = TextTransformer(77, width=width, heads=max(1, width // 64), layers=layers, output_dim=vit.num_features)
+    randomise(text, seed=2).eval()
     state = {**{f"visual.vit.model.{key}": value for key, value in vit.state_dict().items()},
              **(denoiser_state(vit.num_features) if denoiser else {}),
              **{f"text.{key}": value for key, value in text.state_dict().items()}, "logit_scale": torch.tensor(3.25),
@@ -371,8 +392,8 @@ def test_a_backbone_can_be_named(small, tmp_path):
     vit, text, state = small
     path = tmp_path / "small.pt"
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"found visual.vit.model.patch_embed.proj.weight of shape \[64, 3, 16, 16\]; name "
-                                         r"another .*load_model\(path, backbone=NAME\)"):
+    with pytest.raises(ValueError, match=r"visual.vit.model.patch_embed.proj.weight has shape \[64, 3, 16, 16\]; name "
+                                         r"any other .*load_model\(path, backbone=NAME\)"):
         load_model(path)
     model = load_model(path, backbone="test_vit")
     assert model.text.config == {"output_dim": 64, "width": 96, "heads": 1, "layers": 1}
@@ -389,11 +410,12 @@ def test_a_checkpoint_of_ours_names_its_backbone(checkpoint):
         load_model(checkpoint, backbone="test_vit")
 
 
-@pytest.mark.parametrize("key", ["logit_scale", "text.ln_final.bias", "text.positional_embedding", "text.text_projection",
-                                 "text.transformer.resblocks.0.ln_2.weight", "visual.pos_embed", "visual.denoiser.norm1.bias",
-                                 "visual.vit.model.cls_token", "visual.vit.model.blocks.3.attn.qkv.weight"])
+@pytest.mark.parametrize("key", [
+    "logit_scale", "text.ln_final.bias", "text.positional_embedding", "text.text_projection", "visual.pos_embed",
+    "text.transformer.resblocks.0.ln_2.weight", "visual.denoiser.norm1.bias", "visual.vit.model.cls_token",
+    "visual.vit.model.blocks.3.attn.qkv.weight"])
 def test_every_key_of_an_authors_checkpoint_counts(small, tmp_path, key):
-    """Without a key, or with one of another shape, or one more beside it, a checkpoint is refused by that key's name."""
+    """Without a key, with one of another shape, or with one more beside it, a checkpoint is refused by that name."""
     path, original = tmp_path / "small.pt", {name.removeprefix("module."): value for name, value in small[2].items()}
     cases = [({name: value for name, value in original.items() if name != key}, f"1 missing: {key}"),
              ({**original, f"{key}_more": torch.ones(2)}, f"1 unexpected: {key}_more"),
@@ -417,10 +439,10 @@ def test_without_the_buffers_nothing_is_missing(small, tmp_path):
 
 
 def test_python_objects_and_broken_files_are_refused(small, tmp_path):
-    """A file that holds Python objects says what to do about it; nothing of it is run. One cut short is no weights file."""
+    """For a file with Python objects the error says what to do; nothing of it is run. One cut short is refused."""
     path = tmp_path / "run.pt"
     torch.save({"state_dict": small[2], "args": SimpleNamespace(lr=1)}, path)
-    with pytest.raises(ValueError, match=f"{path} is no .*if it holds Python objects .* torch.save") as error:
+    with pytest.raises(ValueError, match=f"{path} is no .*if it holds Python objects.* torch.save") as error:
         load_model(path, backbone="test_vit")
     assert "\n" not in str(error.value)
     torch.save(torch.load(path, weights_only=False)["state_dict"], path)        # as the message says
