@@ -4,8 +4,8 @@
 
 A caption is cleaned as the tokenizer cleans it and parsed by spaCy. Each noun chunk gives one concept, its root's lemma
 with the compound before it ("two wooden baseball bats" -> "baseball bat"), kept if it is in the concept bank, with the
-positions of its byte-pair tokens. The command prints captions per second, the share of captions with a concept and the
-most frequent concepts.
+positions of its byte-pair tokens. The command prints captions per second, the share of captions with a concept, the
+most frequent concepts, and how many of the benchmarks' class names are in the bank and in the captions.
 """
 import argparse
 import contextlib
@@ -219,8 +219,8 @@ def load_parser(name, bank):
 def annotate(captions, bank, parser, processes=1):
     """Find the bank's concepts in captions and the tokens that name them.
 
-    captions: iterable of str. bank: ConceptBank. parser: spaCy pipeline, or a name for `load_parser`. processes:
-    parser processes. Yields, caption by caption, [(concept_id, first_token, end_token)]; positions count the
+    captions: iterable of str. bank: ConceptBank; an open one grows. parser: spaCy pipeline or name for `load_parser`.
+    processes: parser processes. Yields, caption by caption, [(concept_id, first_token, end_token)]; positions count the
     start-of-text token as 0. An occurrence that does not fit whole into the context is left out.
     Raises ValueError when the pipeline neither parses nor matches.
     """

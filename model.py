@@ -440,9 +440,10 @@ def _fill(expected, found, complaint):
              "unexpected": [key for key in found if key not in expected],
              "misshapen": [f"{key} {list(found[key].shape)} instead of {list(value.shape)}"
                            for key, value in expected.items() if key in found and found[key].shape != value.shape]}
-    if any(wrong.values()):
-        raise ValueError(f"{complaint}: " + "; ".join(
-            f"{len(keys)} {how}: {', '.join(keys[:5] + ['...'] * (len(keys) > 5))}" for how, keys in wrong.items() if keys))
+    wrong = [f"{len(keys)} {how}: {', '.join(keys[:5])}" + ", ..." * (len(keys) > 5)
+             for how, keys in wrong.items() if keys]
+    if wrong:
+        raise ValueError(f"{complaint}: {'; '.join(wrong)}")
     for key, value in expected.items():
         value.copy_(found[key])
 
