@@ -4,8 +4,8 @@
 
 A caption is cleaned as the tokenizer cleans it and parsed by spaCy. Each noun chunk gives one concept, its root's lemma
 with the compound before it ("two wooden baseball bats" -> "baseball bat"), kept if it is in the concept bank, with the
-positions of its byte-pair tokens. The command prints captions per second, the share of captions with a concept and the
-most frequent concepts.
+positions of its byte-pair tokens. The command prints captions per second, the share of captions with a concept, the
+most frequent concepts, and how many of the benchmarks' class names are in the bank and in the captions.
 """
 import argparse
 import contextlib
@@ -64,23 +64,38 @@ def normalise_name(name):
 class ConceptBank:
     """The concepts that training knows: C names, each perhaps with synonyms that count as the same concept.
 
-    names: strings or lists of synonyms. `names[i]` is concept i's first name. Raises ValueError for duplicates.
+    names: strings or lists of synonyms; None = an open bank, to which `annotate` adds every concept that it finds.
+    excluded: names that are to stay out, with their plurals and all synonyms that the bank has for them.
+    `names[i]` is concept i's first name. Raises ValueError for duplicates and where nothing is left.
     """
 
-    def __init__(self, names):
-        classes = check_classes([[name] if isinstance(name, str) else list(name) for name in names], "concept bank")
+    def __init__(self, names, excluded=()):
+        self.open = names is None
+        self.excluded = {form for name in map(normalise_name, excluded) for form in (name, plural(name))}
+        classes = [[name] if isinstance(name, str) else list(name) for name in names or ()]
+        classes = [synonyms for synonyms in classes if not self.excluded & set(map(normalise_name, synonyms))]
+        if not self.open:
+            check_classes(classes, "concept bank")
         self.names = [normalise_name(synonyms[0]) for synonyms in classes]
         self.ids = {normalise_name(name): i for i, synonyms in enumerate(classes) for name in synonyms}
 
     @classmethod
-    def from_file(cls, path):
-        return cls(read_classes(path))
+    def from_file(cls, path, excluded=()):
+        return cls(read_classes(path), excluded)
 
     @classmethod
-    def default(cls):
+    def default(cls, excluded=()):
         """The union of the eight benchmarks' class names, as in the paper."""
         names = [name for b in BENCHMARKS for names in read_classes(CLASSES / f"{b}.txt") for name in names]
-        return cls(dict.fromkeys(map(normalise_name, names)))
+        return cls(dict.fromkeys(map(normalise_name, names)), excluded)
+
+    @classmethod
+    def by_name(cls, source=None, exclude=None):
+        """The bank that --bank names: a file, None = the default, "none" = an open one. exclude: class file."""
+        excluded = [name for names in read_classes(exclude) for name in names] if exclude else ()
+        if source == "none":
+            return cls(None, excluded)
+        return cls.from_file(source, excluded) if source else cls.default(excluded)
 
     def __len__(self):
         return len(self.names)
@@ -88,6 +103,15 @@ class ConceptBank:
     def find(self, name):
         """Bank id of a name, -1 if it is not in the bank."""
         return self.ids.get(normalise_name(name), -1)
+
+    def add(self, name):
+        """Take a new name into an open bank. Returns its id, -1 if it is excluded."""
+        name = normalise_name(name)
+        if not name or name in self.excluded:
+            return -1
+        self.names.append(name)
+        self.ids[name] = len(self.ids)
+        return self.ids[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,10 +193,14 @@ def plural(name):
 def load_parser(name, bank):
     """spaCy pipeline by name or folder; "match" = a blank one that finds the bank's names and their plurals.
 
-    Raises FileNotFoundError with the install command when the pipeline is not there.
+    Raises FileNotFoundError with the install command when the pipeline is not there, ValueError for "match" with an
+    open bank.
     """
     import spacy                                    # slow to import, and only captions need it
     if name == "match":
+        if bank.open:
+            raise ValueError("--bank none makes a concept of every noun phrase, but the built-in matcher looks for "
+                             "the names of a bank; name a spaCy pipeline with --parser")
         pipeline = spacy.blank("en")
         ruler = pipeline.add_pipe("entity_ruler")   # prefers the longest match
         forms = {plural(known): known for known in bank.ids} | {known: known for known in bank.ids}
@@ -191,8 +219,8 @@ def load_parser(name, bank):
 def annotate(captions, bank, parser, processes=1):
     """Find the bank's concepts in captions and the tokens that name them.
 
-    captions: iterable of str. bank: ConceptBank. parser: spaCy pipeline, or a name for `load_parser`. processes:
-    parser processes. Yields, caption by caption, [(concept_id, first_token, end_token)]; positions count the
+    captions: iterable of str. bank: ConceptBank; an open one grows. parser: spaCy pipeline or name for `load_parser`.
+    processes: parser processes. Yields, caption by caption, [(concept_id, first_token, end_token)]; positions count the
     start-of-text token as 0. An occurrence that does not fit whole into the context is left out.
     Raises ValueError when the pipeline neither parses nor matches.
     """
@@ -210,7 +238,8 @@ def annotate(captions, bank, parser, processes=1):
         tokens = token_spans(caption) if concepts else ()
         for concept, start, end in concepts:
             id = bank.find(concept)
-            id = bank.find(doc.text[start:end]) if id < 0 else id           # a bank may hold a plural: "clouds"
+            if id < 0:                                                      # a bank may hold a plural: "clouds"
+                id = bank.add(concept) if bank.open else bank.find(doc.text[start:end])
             positions = [i for i, (s, e) in enumerate(tokens, start=1) if s < end and e > start]
             if id >= 0 and positions and positions[-1] < _tokenizer().context_length - 1:
                 found.append((id, positions[0], positions[-1] + 1))
@@ -263,17 +292,21 @@ def load_annotations(path, captions, bank, parser, processes=1):
 
     path: captions file, its cache is `<path>.concepts.npz`; None = no cache. captions: list of str. parser: name.
     Returns (offsets (K + 1,), rows (occurrences, 3)) int32: rows[offsets[i]:offsets[i + 1]] are the (concept id,
-    first token, end token) of caption i.
+    first token, end token) of caption i. An open bank holds the names afterwards; it serves one list of captions.
     """
     pipeline = load_parser(parser, bank)
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, captions, sorted(bank.ids.items()), pipeline.meta],
+    names = ["none", *sorted(bank.excluded)] if bank.open else sorted(bank.ids.items())
+    key = hashlib.sha256(json.dumps([CACHE_VERSION, captions, names, pipeline.meta],
                                     sort_keys=True, default=str).encode()).hexdigest()
     cache = path and Path(f"{path}.concepts.npz")
     if cache and cache.exists():
         try:
             with np.load(cache) as file:
                 if str(file["key"]) == key:
-                    return file["offsets"], file["rows"]
+                    offsets, rows, names = file["offsets"], file["rows"], file["names"] if bank.open else ()
+                    for name in names:
+                        bank.add(str(name))
+                    return offsets, rows
         except Exception:                           # a broken file raises almost anything; it is made again below
             pass
     start = time.time()
@@ -287,7 +320,7 @@ def load_annotations(path, captions, bank, parser, processes=1):
     if cache:
         partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial.npz")
         try:
-            np.savez(partial, key=key, offsets=offsets, rows=rows)
+            np.savez(partial, key=key, offsets=offsets, rows=rows, names=np.array(bank.names, dtype=str))
             os.replace(partial, cache)
         except OSError as error:
             print(f"the annotations were not cached, {cache}: {error.strerror}", file=sys.stderr)
@@ -301,7 +334,9 @@ def parse_args(argv=None):
     parser.add_argument("captions", help="COCO captions JSON, or TSV / JSONL of (image, caption)")
     parser.add_argument("--parser", default=DEFAULT_PARSER,
                         help="spaCy pipeline (name or folder), or 'match', the built-in matcher (default: %(default)s)")
-    parser.add_argument("--bank", help="concept bank, one name per line (default: the eight benchmarks' classes)")
+    parser.add_argument("--bank", help="concept bank, one name per line, or 'none', which makes a concept of every "
+                                       "noun phrase (default: the eight benchmarks' classes)")
+    parser.add_argument("--exclude-classes", metavar="FILE", help="class file; its names and synonyms are no concepts")
     parser.add_argument("--processes", type=int, default=1, help="parser processes (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                         help="where the parser runs; cuda needs spaCy's cupy extra (default: %(default)s)")
@@ -312,7 +347,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        bank = ConceptBank.from_file(args.bank) if args.bank else ConceptBank.default()
+        bank = ConceptBank.by_name(args.bank, args.exclude_classes)
         captions = [caption for _, caption in read_captions(args.captions)]
         if args.device in ("auto", "cuda") and args.parser != "match":
             import spacy
@@ -325,6 +360,11 @@ def main(argv=None):
           f"bank of {len(bank)}")
     for concept, times in Counter(rows[:, 0].tolist()).most_common(20):
         print(f"{times:8,}  {bank.names[concept]}")
+    print("class names of the benchmarks: all, in the bank, found at least once in these captions")
+    for benchmark in BENCHMARKS:
+        ids = [bank.find(name) for names in read_classes(CLASSES / f"{benchmark}.txt") for name in names]
+        known = [id for id in ids if id >= 0]
+        print(f"{len(ids):8} {len(known):5} {len(set(known) & set(rows[:, 0].tolist())):5}  {benchmark}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ import json
 import logging
 import math
 import os
+import pickle
 import sys
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -35,6 +37,7 @@ TEXT_TOWERS = {384: (384, 6), 1024: (768, 12)}      # D -> (width, heads) of CLI
 DEFAULT_TEXT_TOWER = (512, 8)                       # ... and for ViT-B, also used for any other D
 MAX_LOGIT_SCALE = 100.0                             # CLIP's bound on the learned 1 / temperature
 FORMAT = "simzss-1"
+STORED = ("random", "imported")                     # backbone weights that can be had from the checkpoint only
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,14 +115,16 @@ class VisionBackbone(nn.Module):
     """The frozen vision side: any timm vision transformer or CNN by name, or "toy" (method, section 3).
 
     name: timm model name. pretrained: download timm's weights; False alone means random ones. weights: local file
-    instead. mean, std: pixel statistics, 3 floats each; None = the backbone's own. options: passed on to timm.
+    instead. mean, std: pixel statistics, 3 floats each; None = the backbone's own. denoiser: file of a `Denoiser` for
+    the patch tokens, or True for one that is yet to be filled. options: passed on to timm.
     Raises ValueError for an unknown name or a file that does not fit, FileNotFoundError for a missing download.
     """
 
-    def __init__(self, name=DEFAULT_BACKBONE, pretrained=True, weights=None, mean=None, std=None, **options):
+    def __init__(self, name=DEFAULT_BACKBONE, pretrained=True, weights=None, mean=None, std=None, denoiser=None,
+                 **options):
         super().__init__()
         source = str(weights) if weights else "pretrained" if pretrained or name == "toy" else "random"
-        self.trunk = _create_trunk(name, source, options).eval().requires_grad_(False)
+        self.trunk = _create_trunk(name, source, options)
         self.width = self.trunk.num_features                                            # D
         self.prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
         self.has_class_token = name == "toy" or getattr(self.trunk, "cls_token", None) is not None
@@ -130,12 +135,22 @@ class VisionBackbone(nn.Module):
         self.patch_size = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
         statistics = self.trunk.pretrained_cfg
         mean, std = mean or statistics["mean"], std or statistics["std"]
+        self.denoiser = _create_denoiser(self.width, denoiser) if denoiser else None
+        self.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         if weights:                                 # to be found again from any folder
             source = str(Path(weights).resolve())
         self.config = {"name": name, "weights": source, "options": options, "mean": list(mean), "std": list(std),
-                       "sha256": _sha256(self.trunk.state_dict())}
+                       "denoiser": bool(denoiser), "sha256": self.sha256()}
+
+    def sha256(self):
+        """One hash of all names and values, trunk and denoiser, to know a backbone again."""
+        digest, state = hashlib.sha256(), self.state_dict()
+        for key in sorted(state):
+            digest.update(key.removeprefix("trunk.").encode())
+            digest.update(state[key].cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def train(self, mode=True):
         return super().train(False)                 # frozen: no dropout, no batch statistics, ever
@@ -168,6 +183,8 @@ class VisionBackbone(nn.Module):
         if patches.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"the backbone {self.config['name']} gives {patches.shape[1]} patches for {H} x {W} pixels, "
                              f"expected {grid[0]} x {grid[1]}; its patches are no regular grid")
+        if self.denoiser:
+            patches = self.denoiser(patches, grid)                                      # the class token stays as it is
         return F.normalize(class_token.float(), dim=-1), F.normalize(patches.float(), dim=-1), grid
 
 
@@ -215,18 +232,21 @@ class SimZSS(nn.Module):
     """Both sides and both losses: L = L_g + lambda * L_l, lambda = 0 is LiT (method, section 8).
 
     bank: names of the C concepts. weight: lambda. pool_temperature: tau_pool. local_temperature: tau_local.
-    local_target: see `concept_loss`.
+    local_target: see `concept_loss`. pool_query: what patches are pooled by, "class", the concept's class weight
+    (the authors' release), or "caption", the occurrence's own embedding, normalised (paper).
     """
 
     def __init__(self, backbone, text, bank=(), weight=0.05, pool_temperature=0.1, local_temperature=0.07,
-                 local_target="concept"):
+                 local_target="concept", pool_query="class"):
+        if pool_query not in ("class", "caption"):
+            raise ValueError(f"pool query must be 'class' or 'caption', found {pool_query!r}")
         super().__init__()
         self.backbone, self.text, self.bank = backbone, text, list(bank)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))               # as a logarithm, like CLIP's
-        self.weight, self.local_target = weight, local_target
+        self.weight, self.local_target, self.pool_query = weight, local_target, pool_query
         self.pool_temperature, self.local_temperature = pool_temperature, local_temperature
         self.method = {"weight": weight, "pool_temperature": pool_temperature,
-                       "local_temperature": local_temperature, "local_target": local_target}
+                       "local_temperature": local_temperature, "local_target": local_target, "pool_query": pool_query}
 
     def trained(self):
         """Names and parameters of what is trained: the text encoder and the logit scale."""
@@ -253,7 +273,7 @@ class SimZSS(nn.Module):
             scale = self.logit_scale.exp()                             # train.py keeps it at or below 100
             loss_global = global_loss(class_token, caption, scale)
             weights, counts = class_weights(concepts, ids, len(self.bank))              # (C, D), (C,)
-            queries = weights[ids.clamp(min=0)]                                         # (B, M, D)
+            queries = weights[ids.clamp(min=0)] if self.pool_query == "class" else F.normalize(concepts, dim=-1)
             visual = similarity_pool(queries, patches, self.pool_temperature)           # (B, M, D)
             loss_local = concept_loss(visual, ids, weights, counts, self.local_temperature, self.local_target)
         return {"loss": loss_global + self.weight * loss_local, "global": loss_global, "local": loss_local,
@@ -392,26 +412,75 @@ def _create_trunk(name, weights, options):
 
 def _load_trunk(trunk, path):
     """Load a local weights file strictly; only a classifier that we do not use may be left over."""
-    from timm.models import load_state_dict
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--backbone-weights: no file {path}")
+    state = _read_tensors(path, "--backbone-weights")
+    convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
     try:
-        state = load_state_dict(str(path), weights_only=True)
-        convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
         state = convert(state, trunk) if convert else state     # timm's own reading of the original releases' keys
-    except Exception as error:                      # whatever a broken file makes the readers raise
-        raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): {error}") from None
+    except Exception as error:                      # whatever a file of something else makes it raise
+        raise ValueError(f"{path} is no readable weights file of the backbone: {error}") from None
     heads = trunk.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     state = {key: value for key, value in state.items() if not any(key.startswith(f"{head}.") for head in heads)}
+    counters = {key: value for key, value in trunk.state_dict().items() if key.endswith("num_batches_tracked")}
+    _fill(trunk.state_dict(), {**counters, **state}, f"{path} does not fit the backbone")   # which may lack counters
+
+
+def _read_tensors(path, flag):
+    """Tensors by name of a PyTorch or safetensors file, without "state_dict" around them and "module." before each."""
+    from timm.models import load_state_dict
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{flag}: no file {path}")
     try:
-        missing, unexpected = trunk.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the backbone: {' '.join(str(error).split())}") from None
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]   # a counter of training steps
-    if missing or unexpected:
-        raise ValueError(f"{path} does not fit the backbone: missing {missing[:5]}, unexpected {unexpected[:5]} "
-                         f"({len(missing)} and {len(unexpected)} keys in all)")
+        return load_state_dict(str(path), weights_only=True)
+    except Exception as error:                      # whatever a broken file makes the readers raise
+        reason = " ".join(str(error).split())
+        if isinstance(error.__cause__ or error, pickle.UnpicklingError):
+            reason = ("if it holds Python objects, which could run anything when loaded, and you trust it, save its "
+                      "tensors alone: torch.save(torch.load(old, weights_only=False)['state_dict'], new)")
+        raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): {reason}") from None
+
+
+@torch.no_grad()
+def _fill(expected, found, complaint):
+    """Copy tensors into those of the same names, all of them and no others, or raise ValueError naming what differs."""
+    wrong = {"missing": [key for key in expected if key not in found],
+             "unexpected": [key for key in found if key not in expected],
+             "misshapen": [f"{key} {list(found[key].shape)} instead of {list(value.shape)}"
+                           for key, value in expected.items() if key in found and found[key].shape != value.shape]}
+    wrong = [f"{len(keys)} {how}: {', '.join(keys[:5])}" + ", ..." * (len(keys) > 5)
+             for how, keys in wrong.items() if keys]
+    if wrong:
+        raise ValueError(f"{complaint}: {'; '.join(wrong)}")
+    for key, value in expected.items():
+        value.copy_(found[key])
+
+
+class Denoiser(nn.Module):
+    """The frozen block of "Denoising Vision Transformers" that rids patch tokens of what depends on their place only
+    (method, section 3): one transformer block over patch tokens + a table of 37 x 37 positions.
+
+    Named as in the authors' checkpoint. width: D.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        from timm.models.vision_transformer import Block
+        self.pos_embed = nn.Parameter(torch.zeros(1, 37 * 37, width))
+        self.denoiser = Block(width, max(1, width // 64), qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+
+    def forward(self, patches, grid):
+        """patches: (B, N, D), N = h * w, not normalised. Returns (B, N, D). The table is resampled bicubically."""
+        from timm.layers import resample_abs_pos_embed
+        return self.denoiser(patches + resample_abs_pos_embed(self.pos_embed, list(grid), num_prefix_tokens=0))
+
+
+def _create_denoiser(width, source):
+    """A denoiser from a file of `visual.pos_embed` and `visual.denoiser.*`, nothing else; True = yet to be filled."""
+    denoiser = Denoiser(width)
+    if source is not True:
+        expected = {f"visual.{key}": value for key, value in denoiser.state_dict().items()}
+        _fill(expected, _read_release(source, "--denoiser"), f"{source} is no denoiser for this backbone")
+    return denoiser
 
 
 class ToyTrunk(nn.Module):
@@ -456,12 +525,10 @@ class ToyTrunk(nn.Module):
 def save_model(path, model, config):
     """Write what was trained, the frozen backbone's name and hash, and config (anything JSON) to one file, atomically.
 
-    A random backbone is written too, for there is no other way to have it again.
+    A random or imported backbone and any denoiser are written too, for there is no other way to have them again.
     """
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.trained().items()}
-    if model.backbone.config["weights"] == "random":
-        tensors.update({f"backbone.trunk.{key}": value.cpu().contiguous().clone()       # tied ones may not share memory
-                        for key, value in model.backbone.trunk.state_dict().items()})
+    tensors = {name: value.detach().cpu().contiguous().clone()                          # tied ones may not share memory
+               for name, value in _checkpointed(model, model.backbone.config["weights"]).items()}
     settings = {"format": FORMAT, "backbone": model.backbone.config, "text": model.text.config,
                 "method": model.method, "bank": model.bank, "training": config}
     path = Path(path)
@@ -475,25 +542,31 @@ def save_model(path, model, config):
     os.replace(partial, path)                       # a crash leaves the old file or the new one, never half of one
 
 
-def _sha256(state):
-    """One hash of all names and values, to know a backbone again."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        digest.update(key.encode())
-        digest.update(state[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _checkpointed(model, weights):
+    """Names and tensors of what a checkpoint holds. weights: where the backbone's come from, see its config."""
+    whole = "backbone." if weights in STORED else "backbone.denoiser."
+    return {**model.trained(), **{key: value for key, value in model.state_dict().items() if key.startswith(whole)}}
 
 
-def load_model(path, device="cpu", backbone_weights=None):
+def load_model(path, device="cpu", backbone_weights=None, backbone=None):
     """Rebuild a saved model from its file (or the folder that holds `model.safetensors`), ready for inference.
 
-    backbone_weights: local file to take the backbone from, if not where training found it. Raises FileNotFoundError
-    for a missing file, ValueError for a file that is no checkpoint, is cut short, or whose backbone is another one.
+    The authors' checkpoints (PyTorch files) are read, too. backbone_weights: local file to take the backbone from, if
+    not where training found it. backbone: timm name of the backbone in an authors' checkpoint, if its tensors do not
+    tell. Raises FileNotFoundError for a missing file, ValueError for a file that is no checkpoint, is cut short, or
+    whose backbone is another one.
     """
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train.py writes one, or name one with --checkpoint")
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04":           # PyTorch writes zip archives
+            if backbone_weights:
+                raise ValueError(f"{path} holds its backbone's weights; leave --backbone-weights out")
+            return _import_release(path, backbone).to(device).eval()
+    if backbone:
+        raise ValueError(f"{path} names its backbone itself; backbone={backbone!r} is for the authors' checkpoints")
     try:
         with safetensors.safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["simzss"])
@@ -505,20 +578,75 @@ def load_model(path, device="cpu", backbone_weights=None):
 
     saved = settings["backbone"]
     source = backbone_weights or saved["weights"]
-    backbone = VisionBackbone(saved["name"], pretrained=source == "pretrained", mean=saved["mean"], std=saved["std"],
-                              weights=None if source in ("pretrained", "random") else source, **saved["options"])
-    model = SimZSS(backbone, TextEncoder(**settings["text"]), settings["bank"], **settings["method"])
-    expected = set(model.trained())
-    if saved["weights"] == "random":
-        expected |= {f"backbone.trunk.{key}" for key in backbone.trunk.state_dict()}
-    if set(tensors) != expected:
-        raise ValueError(f"{path} does not hold the tensors of its own settings: {sorted(set(tensors) ^ expected)[:5]}")
-    try:
-        model.load_state_dict(tensors, strict=False)    # strict by the comparison above; the backbone is already there
-    except RuntimeError as error:
-        raise ValueError(f"{path} contradicts its own settings: {' '.join(str(error).split())}") from None
-    if _sha256(backbone.trunk.state_dict()) != saved["sha256"]:
+    vision = VisionBackbone(saved["name"], pretrained=source == "pretrained", mean=saved["mean"], std=saved["std"],
+                            weights=None if source in ("pretrained", *STORED) else source,
+                            denoiser=saved.get("denoiser"), **saved["options"])
+    model = SimZSS(vision, TextEncoder(**settings["text"]), settings["bank"], **settings["method"])
+    _fill(_checkpointed(model, saved["weights"]), tensors, f"{path} does not hold the tensors of its own settings")
+    vision.config["sha256"] = vision.sha256()
+    if saved["weights"] in STORED:
+        vision.config["weights"] = saved["weights"]
+    if vision.config["sha256"] != saved["sha256"]:
         raise ValueError(f"the backbone's weights ({source}) are not those that {path} was trained with; pass "
                          "--backbone-weights FILE with the right ones")
     model.config = settings
     return model.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The authors' checkpoints (method, section 11)
+
+RELEASE_NAMES = {"backbone.trunk.": "visual.vit.model.", "backbone.denoiser.": "visual.", "text.tower.": "text."}
+RELEASE_BUFFERS = ("classification_weights_ema", "beta_ema", "logit_scale_local")       # carry no knowledge: not read
+
+
+def _read_release(path, flag):
+    """Tensors of a file in the authors' format; the denoiser's table, if (1, 37, 37, D), becomes (1, 37 * 37, D)."""
+    state = _read_tensors(path, flag)
+    others = [key for key, value in state.items() if not torch.is_tensor(value)]
+    if others:
+        raise ValueError(f"{path}: expected tensors only, found {', '.join(others[:5])}")
+    return {key: value.flatten(1, 2) if key == "visual.pos_embed" and value.ndim == 4 else value
+            for key, value in state.items() if key not in RELEASE_BUFFERS}
+
+
+def _import_release(path, backbone=None):
+    """The model in an authors' checkpoint, backbone and denoiser included; its settings are the release's.
+
+    Every tensor is used but those of RELEASE_BUFFERS. The file does not name the concepts: the bank is empty.
+    """
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    state = _read_release(path, "--checkpoint")
+    name = backbone or _backbone_name(state, path)
+    vision = VisionBackbone(name, pretrained=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD,
+                            denoiser=any(key.startswith(("visual.pos_embed", "visual.denoiser.")) for key in state))
+    positions = state.get("text.positional_embedding", torch.empty(0))                  # (77, width)
+    layers = len({key.split(".")[3] for key in state if key.startswith("text.transformer.resblocks.")})
+    text = TextEncoder(vision.width, positions.shape[-1] or None, layers=layers or 1)
+    model = SimZSS(vision, text, local_target="argmax")
+    expected = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in RELEASE_NAMES.items():
+            key = key.replace(ours, theirs)
+        expected[key] = value
+    _fill(expected, state, f"{path} is no checkpoint of the authors with the backbone {name}")
+    vision.config.update(weights="imported", sha256=vision.sha256())
+    model.config = {"format": FORMAT, "backbone": vision.config, "text": text.config, "method": model.method,
+                    "bank": model.bank, "training": {"imported": str(path)}}
+    return model
+
+
+def _backbone_name(state, path):
+    """timm's name of the ViT in an authors' checkpoint: DINOv2, which has LayerScale and maybe registers, or DINO."""
+    import timm
+    vit = {key.removeprefix("visual.vit.model."): value.shape for key, value in state.items()}
+    patch = tuple(vit.get("patch_embed.proj.weight", ()))                               # (D, 3, ph, pw)
+    size = {384: "small", 768: "base", 1024: "large"}.get(patch[0]) if len(patch) == 4 else None
+    registers = f"reg{vit['reg_token'][1]}_" if len(vit.get("reg_token", ())) == 3 else ""
+    kind = f"{registers}dinov2.lvd142m" if "blocks.0.ls1.gamma" in vit else "224.dino"
+    name = f"vit_{size}_patch{patch[-1] if patch else None}_{kind}"
+    if not timm.list_models(name, pretrained=True):
+        raise ValueError(f"{path}: expected an authors' checkpoint with a DINO or DINOv2 backbone, ViT-S, B or L, but "
+                         f"visual.vit.model.patch_embed.proj.weight has shape {list(patch)}; name any other backbone "
+                         "as timm does: load_model(path, backbone=NAME)")
+    return name

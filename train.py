@@ -94,10 +94,10 @@ def build_model(args, bank):
     if random and args.backbone == "toy":
         raise ValueError("the toy backbone is made by hand; it takes no --backbone-weights")
     backbone = VisionBackbone(args.backbone, pretrained=not random, weights=None if random else args.backbone_weights,
-                              mean=args.pixel_mean, std=args.pixel_std, **options)
+                              mean=args.pixel_mean, std=args.pixel_std, denoiser=args.denoiser, **options)
     text = TextEncoder(backbone.width, args.text_width, args.text_heads, args.text_layers)
     return SimZSS(backbone, text, bank.names, args.weight, args.pool_temperature, args.local_temperature,
-                  args.local_target)
+                  args.local_target, args.pool_query)
 
 
 def train(args, rank, world):
@@ -115,7 +115,7 @@ def train(args, rank, world):
     if world > 1:                                   # an hour, for the first process may have to parse all captions
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
     torch.manual_seed(args.seed)                    # the same initial weights everywhere
-    bank = ConceptBank.from_file(args.bank) if args.bank else ConceptBank.default()
+    bank = ConceptBank.by_name(args.bank, args.exclude_classes)
     if args.eval_data != "none":
         open_dataset(args.eval_data, args.eval_without, args.eval_names)
     with first_process_first(rank, world):          # one annotates, the others find the annotations cached
@@ -221,13 +221,16 @@ def parse_args(argv=None):
     add("--train-data", default="data/coco/annotations/captions_train2017.json",
         help="toy, a COCO captions JSON, or a TSV / JSONL of (image, caption) (default: %(default)s)")
     add("--images", help="folder of the images (default: COCO's place, or the captions file's folder)")
-    add("--bank", help="concept bank, one name per line, synonyms after commas (default: the benchmarks' classes)")
+    add("--bank", help="concept bank, one name per line, synonyms after commas, or none, which makes a concept of "
+                       "every noun phrase (default: the benchmarks' classes)")
+    add("--exclude-classes", metavar="FILE", help="class file; its names and synonyms are no concepts")
     add("--parser", default=DEFAULT_PARSER, help="spaCy pipeline, or match, the built-in matcher (default: %(default)s)")
     add("--output", default="runs/simzss", help="folder to write to (default: %(default)s)")
 
     add("--backbone", default=DEFAULT_BACKBONE, help="timm name of a ViT or CNN, or toy (default: %(default)s)")
     add("--backbone-weights", help="local weights file, loaded strictly, or 'random' (default: timm's download)")
     add("--backbone-option", action="append", default=[], metavar="KEY=VALUE", help="passed on to timm; may be repeated")
+    add("--denoiser", metavar="FILE", help="denoising block for the patch tokens, keys as in the authors' checkpoints")
     add("--pixel-mean", type=float, nargs=3, help="pixel statistics in 0..1 (default: the backbone's own)")
     add("--pixel-std", type=float, nargs=3, help="see --pixel-mean")
     add("--image-size", type=int, default=224, help="pixels a side of training images (default: %(default)s)")
@@ -240,6 +243,9 @@ def parse_args(argv=None):
     add("--local-temperature", type=float, default=0.07, help="of the local loss (default: %(default)s)")
     add("--local-target", choices=["concept", "argmax"], default="concept",
         help="target of the local loss: the concept (paper) or the prediction (release) (default: %(default)s)")
+    add("--pool-query", choices=["class", "caption"], default="class",
+        help="what pools the patches: the batch's class weight (release) or the caption's own concept embedding "
+             "(paper) (default: %(default)s)")
 
     add("--batch", type=int, default=8192, help="pairs in the global batch, over all processes (default: %(default)s)")
     add("--epochs", type=float, default=10, help="passes over the data (default: %(default)s)")

@@ -335,6 +335,60 @@ def test_bank_from_file(tmp_path):
     assert bank.names == ["dog", "cat"] and bank.ids == {"dog": 0, "puppy": 0, "cat": 1}
 
 
+@pytest.mark.parametrize("names, excluded, left", [
+    (["dog", "cat", "cow"], ["Cat"], ["dog", "cow"]), (["dog", "clouds"], ["cloud"], ["dog"]),
+    (["dog", ["sofa", "couch"]], ["couch"], ["dog"]), (["dog", "dog house"], ["dog"], ["dog house"])])
+def test_bank_without_some_names(names, excluded, left):
+    """A concept of which any name, or its plural, is excluded leaves with its synonyms; the others count up anew."""
+    bank = ConceptBank(names, excluded)
+    assert bank.names == left and [bank.find(name) for name in left] == list(range(len(left)))
+    assert [bank.find(form) for name in excluded for form in (name, plural(name))] == [-1, -1]
+
+
+def test_bank_by_name(tmp_path):
+    """A bank is named by a file, by nothing or "none"; a class file takes its names out of it, synonyms too."""
+    (tmp_path / "bank.txt").write_text("dog, puppy\nsofa\n")
+    (tmp_path / "gone.txt").write_text("cat, puppy\n")
+    assert ConceptBank.by_name(tmp_path / "bank.txt").names == ["dog", "sofa"]
+    assert ConceptBank.by_name(tmp_path / "bank.txt", tmp_path / "gone.txt").names == ["sofa"]
+    assert ConceptBank.by_name().ids == ConceptBank.default().ids
+    voc20 = {name for synonyms in read_classes(CLASSES / "voc20.txt") for name in synonyms}
+    left = ConceptBank.by_name(None, CLASSES / "voc20.txt")
+    assert set(ConceptBank.default().names) - set(left.names) == voc20
+    with pytest.raises(ValueError, match="concept bank: no class names found"):
+        ConceptBank.by_name(CLASSES / "voc.txt", CLASSES / "voc.txt")
+
+
+def test_open_bank():
+    """An open bank takes in every noun phrase in the order found, repeated ones once, and neither excluded names nor
+    those that vanish when normalised."""
+    dash = parsed("a dog and -", [1, 1, 1, 1], "det ROOT cc conj", "DET NOUN CCONJ NOUN")
+    bank = ConceptBank(None)
+    found = list(annotate([DOGS.text, BATS.text, dash.text], bank, ByHand(DOGS, BATS, dash)))
+    assert bank.names == ["dog", "ball", "baseball bat"] and len(noun_concepts(dash)) == 2
+    assert found == [[(0, 2, 3), (0, 5, 6), (1, 9, 10)], [(2, 3, 5)], [(0, 2, 3)]]
+    bank = ConceptBank(None, excluded=["dog"])
+    assert list(annotate([DOGS.text], bank, ByHand(DOGS))) == [[(0, 9, 10)]] and bank.names == ["ball"]
+
+
+def test_open_bank_needs_a_parser():
+    """The matcher looks for the bank's names; with a bank that is yet to be filled it says that it cannot."""
+    with pytest.raises(ValueError, match="--bank none .* name a spaCy pipeline with --parser"):
+        list(annotate(["a dog"], ConceptBank(None), "match"))
+
+
+@needs_pipeline
+def test_open_bank_and_the_cache(tmp_path, capsys):
+    """The cache brings an open bank's names back; with other names excluded, or a bank of names, it is not used."""
+    def load(bank):
+        rows = lists(load_annotations(tmp_path / "c.tsv", CAPTIONS, bank, str(PIPELINE)))
+        return bank.names, rows, capsys.readouterr().out != ""         # it tells its speed when it parses
+    names, rows, parsed_anew = load(ConceptBank(None))
+    assert set(names) >= {"dog", "cat"} and len(rows[0]) == 2 and parsed_anew
+    assert load(ConceptBank(None)) == (names, rows, False)
+    assert load(ConceptBank(None, ["cat"]))[2] and load(ConceptBank(["dog"]))[2]
+
+
 def test_class_file_with_byte_order_mark(tmp_path):
     """The invisible mark that some editors put before a text is not part of the first name."""
     (tmp_path / "bank.txt").write_text("dog\ncat\n", encoding="utf-8-sig")
@@ -594,12 +648,13 @@ def test_command(tmp_path, capsys):
     arguments = [str(tmp_path / "c.tsv"), "--parser", "match"]
     main(arguments)
     speed, first, *table = capsys.readouterr().out.splitlines()
+    table, benchmarks = table[:2], table[2:]
     assert speed.startswith("annotated 3 captions in ") and speed.endswith(" captions/s)")
     assert first == f"3 captions; 66.7% have a concept, 1.00 per caption; bank of {len(ConceptBank.default())}"
     assert [line.split() for line in table] == [["2", "dog"], ["1", "cat"]]
     cache = (tmp_path / "c.tsv.concepts.npz").stat()
     main(arguments)
-    assert capsys.readouterr().out.splitlines() == [first, *table]      # from the cache: no speed to tell
+    assert capsys.readouterr().out.splitlines() == [first, *table, *benchmarks]     # from the cache: no speed to tell
     assert (tmp_path / "c.tsv.concepts.npz").stat().st_mtime_ns == cache.st_mtime_ns
 
 
@@ -611,7 +666,19 @@ def test_command_with_a_bank(tmp_path, capsys):
     main([str(tmp_path / "c.tsv"), "--parser", "match", "--bank", str(tmp_path / "bank.txt"), "--processes", "1"])
     _, first, *table = capsys.readouterr().out.splitlines()
     assert first.endswith("100.0% have a concept, 13.00 per caption; bank of 25")
-    assert table[0].split() == ["2", "thingy"] and len(table) == 20
+    assert table[0].split() == ["2", "thingy"] and table[20].startswith("class names of the benchmarks")
+
+
+@needs_pipeline
+@pytest.mark.parametrize("options, counts", [([], (21, 3)), (["--exclude-classes", "voc20.txt"], (1, 0)),
+                                             (["--bank", "none"], (3, 3))])
+def test_command_counts_the_benchmarks_names(tmp_path, monkeypatch, capsys, options, counts):
+    """The command tells how many of a benchmark's class names the bank holds and how many the captions name."""
+    monkeypatch.chdir(CLASSES)
+    (tmp_path / "c.tsv").write_text("1.jpg\ttwo dogs and a cat near a skyscraper\n2.jpg\ta dog on a sofa\n")
+    main([str(tmp_path / "c.tsv"), "--parser", str(PIPELINE), *options])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed[-8:]) == len(BENCHMARKS) and printed[-8].split() == ["21", *map(str, counts), "voc"]
 
 
 @pytest.mark.parametrize("arguments, message", [

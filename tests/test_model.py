@@ -1,5 +1,6 @@
 """The method: its functions by hand, both losses against a slow transcription, frozen and trained parts, files."""
 import copy
+import json
 import math
 import re
 
@@ -109,14 +110,18 @@ def training_batch(model, size=64):
     rows = torch.full((len(found), 4, 3), -1)
     for i, row in enumerate(found):
         rows[i, : len(row)] = torch.tensor(row).view(-1, 3)
+    rows[:2, 1, 1] -= 1                                     # two concepts of two tokens, as "sea lion" would be
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (len(found), 3, size, size), dtype=torch.uint8, generator=generator)
     return model.backbone.normalise(pixels), torch.stack(list(map(tokenize, CAPTIONS))), rows[..., 0], rows[..., 1:]
 
 
-def slow_losses(model, images, tokens, ids, spans, target):
-    """Method, sections 3 to 8, one image, one caption, one occurrence at a time, in the precision of the model."""
-    unit = lambda x: x / x.pow(2).sum().sqrt()
+def unit(x):
+    return x / x.pow(2).sum().sqrt()
+
+
+def slow_towers(model, images, tokens):
+    """Method, sections 3 and 4, one image and one caption at a time: class tokens, patches, captions, token states."""
     class_tokens, patches, captions, states = [], [], [], []
     for image in images:
         features = model.backbone.trunk.forward_features(image[None])[0]
@@ -130,12 +135,15 @@ def slow_losses(model, images, tokens, ids, spans, target):
         x = tower.ln_final(tower.transformer(x[None], attn_mask=mask))[0] @ tower.text_projection
         states.append([unit(state) for state in x])
         captions.append(states[-1][-1])
+    return class_tokens, patches, captions, states
 
+
+def slow_losses(class_tokens, patches, captions, states, ids, spans, scale, target, query):
+    """Method, sections 6 to 8, one occurrence at a time: (L_g, L_l) of lists of vectors in any precision."""
     def cross_entropy(logits, target):
         return torch.stack(logits).exp().sum().log() - logits[target]
 
-    B, scale = len(images), model.logit_scale.exp()
-    loss_global = 0
+    B, loss_global = len(captions), 0
     for i in range(B):
         loss_global += cross_entropy([scale * class_tokens[i] @ caption for caption in captions], i) / (2 * B)
         loss_global += cross_entropy([scale * captions[i] @ image for image in class_tokens], i) / (2 * B)
@@ -149,8 +157,9 @@ def slow_losses(model, images, tokens, ids, spans, target):
     present = sorted(sums)
     weights = {c: unit(sums[c]) for c in present}
     loss_local = 0
-    for b, c, _, _ in occurrences:
-        attention = torch.stack([patch @ weights[c] / 0.1 for patch in patches[b]]).softmax(0)
+    for b, c, start, end in occurrences:
+        q = weights[c] if query == "class" else unit(sum(states[b][start:end]))
+        attention = torch.stack([patch @ q / 0.1 for patch in patches[b]]).softmax(0)
         pooled = unit(sum(a * patch for a, patch in zip(attention, patches[b])))
         logits = [pooled @ weights[other] / 0.07 for other in present]
         true = present.index(c) if target == "concept" else max(range(len(logits)), key=lambda k: logits[k].item())
@@ -158,17 +167,19 @@ def slow_losses(model, images, tokens, ids, spans, target):
     return loss_global, loss_local
 
 
+@pytest.mark.parametrize("query", ["class", "caption"])
 @pytest.mark.parametrize("target", ["concept", "argmax"])
-def test_losses_and_gradients_equal_a_slow_transcription(model, target):
+def test_losses_and_gradients_equal_a_slow_transcription(model, target, query):
     """Both losses and their gradients equal the method's equations, looped in float64, one image and caption at a time."""
-    model.local_target = target
+    model.local_target, model.pool_query = target, query
     batch = training_batch(model)
     losses = model(*batch)
     losses["loss"].backward()
 
     slow = copy.deepcopy(model).double()
     slow.zero_grad()
-    loss_global, loss_local = slow_losses(slow, batch[0].double(), *batch[1:], target)
+    towers = slow_towers(slow, batch[0].double(), batch[1])
+    loss_global, loss_local = slow_losses(*towers, *batch[2:], slow.logit_scale.exp(), target, query)
     (loss_global + 0.05 * loss_local).backward()
     same(losses["global"].detach().double(), loss_global.detach(), rtol=1e-5, atol=0)
     same(losses["local"].detach().double(), loss_local.detach(), rtol=1e-5, atol=0)
@@ -176,6 +187,42 @@ def test_losses_and_gradients_equal_a_slow_transcription(model, target):
     for name, parameter in slow.trained().items():
         grad = model.get_parameter(name).grad.double()
         assert (grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize("switch", [{"pool_query": "caption"}, {"local_target": "argmax"}, {"pool_temperature": 0.3},
+                                    {"local_temperature": 0.3}, {"weight": 0.3}])
+def test_a_switch_changes_what_it_is_for_and_nothing_else(model, switch):
+    """Each switch of the method changes the local loss, and lambda its weight; the global loss stays bit-identical."""
+    batch = training_batch(model)
+    before = model(*batch)
+    for name, value in switch.items():
+        assert getattr(model, name) != value
+    changed = SimZSS(model.backbone, model.text, model.bank, **{**model.method, **switch})
+    after = changed(*batch)
+    assert torch.equal(after["global"], before["global"]) and after["concepts"] == before["concepts"]
+    assert torch.equal(after["local"], before["local"]) == ("weight" in switch)
+    assert not torch.equal(after["loss"], before["loss"])
+    assert {key for key in changed.method if changed.method[key] != model.method[key]} == set(switch)
+
+
+def test_with_one_occurrence_each_both_queries_are_the_same(model):
+    """Where every concept occurs once its class weight is its own embedding, so both pooling queries agree."""
+    images, tokens, ids, spans = training_batch(model)
+    seen = set()
+    for b, m in (ids >= 0).nonzero().tolist():              # keep the first occurrence of each
+        concept = int(ids[b, m])
+        ids[b, m] = -1 if concept in seen else concept
+        seen.add(concept)
+    assert len(seen) == (ids >= 0).sum() == 6
+    by_class = model(images, tokens, ids, spans)
+    model.pool_query = "caption"
+    same(model(images, tokens, ids, spans)["local"].detach(), by_class["local"].detach())
+
+
+def test_unknown_pool_query_is_refused():
+    """An unknown pooling query is named, with the two that exist."""
+    with pytest.raises(ValueError, match="'class' or 'caption', found 'image'"):
+        SimZSS(VisionBackbone("toy"), TextEncoder(128, 32, 2, 1), pool_query="image")
 
 
 def test_lambda_zero_is_the_global_loss_alone(model):
@@ -493,7 +540,7 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, where):
     """A model loaded from its file or folder gives bit-identical outputs, with its settings and its bank."""
     backbone = VisionBackbone("toy", mean=(.4, .5, .6), std=(.3, .3, .2))
     model = SimZSS(backbone, TextEncoder(backbone.width, 32, 2, 2), BANK, weight=0.2,
-                   pool_temperature=0.3, local_temperature=0.5, local_target="argmax")
+                   pool_temperature=0.3, local_temperature=0.5, local_target="argmax", pool_query="caption")
     nn.init.constant_(model.logit_scale, 1.5)
     path = tmp_path / "new" / "model.safetensors"
     save_model(path, model, {"note": 7})
@@ -509,8 +556,23 @@ def test_a_random_backbone_is_stored_and_restored(tmp_path):
     save_model(tmp_path / "model.safetensors", model, {})
     torch.manual_seed(99)
     loaded = load_model(tmp_path)
-    assert loaded.config["backbone"]["weights"] == "random"
+    assert loaded.config["backbone"] == loaded.backbone.config == model.backbone.config
+    assert loaded.backbone.config["weights"] == "random"
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(loaded), strict=True))
+    save_model(tmp_path / "again.safetensors", loaded, {})
+    assert load_model(tmp_path / "again.safetensors").backbone.config == model.backbone.config
+
+
+def test_a_checkpoint_without_the_newer_settings_is_loaded(checkpoint, tmp_path):
+    """A checkpoint written before there were a pooling query and a denoiser gives the model that it always gave."""
+    path, tensors = tmp_path / "old.safetensors", safetensors.torch.load_file(checkpoint)
+    with safetensors.safe_open(checkpoint, "pt") as file:
+        settings = json.loads(file.metadata()["simzss"])
+    del settings["method"]["pool_query"], settings["backbone"]["denoiser"]
+    safetensors.torch.save_file(tensors, path, {"simzss": json.dumps(settings)})
+    old, new = load_model(path), load_model(checkpoint)
+    assert old.method == new.method
+    assert all(torch.equal(a, b) for a, b in zip(outputs(old), outputs(new), strict=True))
 
 
 def test_a_frozen_backbone_is_not_stored(weights, tmp_path):
