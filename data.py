@@ -8,9 +8,11 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
 import signal
 import tarfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -401,9 +403,16 @@ class Shards(IterableDataset):
 
 
 def ignore_signals(worker):
-    """For the DataLoader's workers: when to stop is decided by the process that started them."""
+    """For the DataLoader's workers: when to stop is decided by the process that started them; only its SIGTERM counts."""
+    def wait():                                     # a signal that was ignored altogether would keep it from exiting
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):              # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
