@@ -130,8 +130,9 @@ def test_folder_of_tars(tmp_path):
 @pytest.mark.parametrize("source", ["", "{0..3}.tar", "{3..0}.tar", "a.tar"])
 def test_no_shards(tmp_path, source):
     """Without a single tar the error says what was looked for and what is expected."""
-    with pytest.raises(FileNotFoundError, match=re.escape(f"no tar files in {tmp_path / source}; ") + "expected .*range"):
-        load_pairs(tmp_path / source, BANK, "match", 16)
+    source = tmp_path / source
+    with pytest.raises(FileNotFoundError, match=re.escape(f"no tar files in {source}; ") + "expected .* a range: "):
+        load_pairs(source, BANK, "match", 16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
