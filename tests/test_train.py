@@ -149,7 +149,7 @@ def test_cached_features_are_the_live_ones(tmp_path, fails, monkeypatch):
     for i in range(2):
         train.main([*TOY, "--steps", "3", "--cache-features", str(cache), "--output", str(tmp_path / str(i))])
         logs.append([line["loss"] for line in read_log(tmp_path / str(i))])
-        written = (cache / "patch_tokens.npy").stat().st_mtime_ns
+        written = (cache / "features-000000.npy").stat().st_mtime_ns
         assert i == 0 or written == before
         before = written
     assert logs[0] == logs[1]
@@ -240,7 +240,10 @@ def test_missing_images_are_counted(coco, tmp_path, fails):
     (["--steps", "-1"], ["--steps is -1", "positive number"]),
     (["--text-width", "33", "--text-heads", "2"], ["width 33", "2 heads"]),
     (["--backbone", "toy", "--backbone-weights", "random"], ["the toy backbone", "no --backbone-weights"]),
-    (["--base-rate", "1e30", "--steps", "3"], ["the loss is", "--base-rate"])])
+    (["--base-rate", "1e30", "--steps", "9"], ["the loss is nan", "5 steps in a row", "nonfinite-0.json", "--base-rate"]),
+    (["--micro-batch", "3"], ["--micro-batch 3 must divide the 8 pairs"]),
+    (["--micro-batch", "0"], ["--micro-batch is 0", "positive number"]),
+    (["--resume", "none.safetensors"], ["--resume: no file none.safetensors"])])
 def test_mistakes_end_with_one_line(tmp_path, fails, more, words):
     """Wrong settings end with one line that says what is wrong and what to do."""
     fails(train.main, [*TOY, "--output", tmp_path, *more], *words)
