@@ -45,8 +45,8 @@ class Processes:
     def wait(self, seconds=90):
         """Exit statuses once all are done; a negative one is the signal that ended the process."""
         end = time.time() + seconds
-        for process in self.processes:
-            process.join(max(0, end - time.time()))
+        while time.time() < end and any(process.is_alive() for process in self.processes):
+            time.sleep(0.02)                        # join() would wait for the data workers of a killed process
         statuses = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.kill()
