@@ -1,6 +1,7 @@
 """From captions to concepts: the linguistic part of SimZSS (method, section 5).
 
     python concepts.py captions_train2017.json          # noun phrases -> concepts, cached beside the input
+    python concepts.py --shards "{00000..00295}.tar"    # the same for tar shards, a process per core
 
 A caption is cleaned as the tokenizer cleans it and parsed by spaCy. Each noun chunk gives one concept, its root's lemma
 with the compound before it ("two wooden baseball bats" -> "baseball bat"), kept if it is in the concept bank, with the
@@ -12,10 +13,16 @@ import contextlib
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
+import re
 import sys
+import tarfile
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 
@@ -104,6 +111,13 @@ def clean(caption):
     return _tokenizer().clean_fn(caption)
 
 
+def forget_words():
+    """Keep the tokenizer, which remembers every word, from filling the memory; to be called now and then."""
+    tokenizer = _tokenizer()
+    if len(tokenizer.cache) > 500_000:              # words; about 100 MB
+        tokenizer.cache = {tokenizer.decoder[id]: tokenizer.decoder[id] for id in tokenizer.all_special_ids}
+
+
 def tokenize(caption):
     """Caption -> (77,) int64: start token, byte pairs (cut at the context), end token, zeros."""
     return _tokenizer()(caption)[0]
@@ -188,6 +202,13 @@ def load_parser(name, bank):
             "--parser match.") from None
 
 
+def use_device(device, parser):
+    """Let spaCy use the GPU if there is one, or if it has to. Raises ValueError."""
+    if device in ("auto", "cuda") and parser != "match":
+        import spacy
+        (spacy.require_gpu if device == "cuda" else spacy.prefer_gpu)()
+
+
 def annotate(captions, bank, parser, processes=1):
     """Find the bank's concepts in captions and the tokens that name them.
 
@@ -266,8 +287,7 @@ def load_annotations(path, captions, bank, parser, processes=1):
     first token, end token) of caption i.
     """
     pipeline = load_parser(parser, bank)
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, captions, sorted(bank.ids.items()), pipeline.meta],
-                                    sort_keys=True, default=str).encode()).hexdigest()
+    key = annotation_key(captions, bank, pipeline)
     cache = path and Path(f"{path}.concepts.npz")
     if cache and cache.exists():
         try:
@@ -282,27 +302,228 @@ def load_annotations(path, captions, bank, parser, processes=1):
     if path:
         seconds = time.time() - start
         print(f"annotated {len(captions):,} captions in {seconds:.1f} s ({len(captions) / seconds:,.0f} captions/s)")
-    offsets = np.cumsum([0, *map(len, found)], dtype=np.int32)
-    rows = np.array([row for rows in found for row in rows], dtype=np.int32).reshape(-1, 3)
+    offsets, rows = as_arrays(found)
     if cache:
-        partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial.npz")
         try:
-            np.savez(partial, key=key, offsets=offsets, rows=rows)
-            os.replace(partial, cache)
+            save_arrays(cache, key=key, offsets=offsets, rows=rows)
         except OSError as error:
             print(f"the annotations were not cached, {cache}: {error.strerror}", file=sys.stderr)
-            with contextlib.suppress(OSError):
-                partial.unlink()
     return offsets, rows
 
 
+def annotation_key(captions, bank, pipeline):
+    """A text that changes with what annotations depend on."""
+    return hashlib.sha256(json.dumps([CACHE_VERSION, captions, sorted(bank.ids.items()), pipeline.meta],
+                                     sort_keys=True, default=str).encode()).hexdigest()
+
+
+def as_arrays(found):
+    """What annotate yields, as (offsets, rows) of `load_annotations`."""
+    return (np.cumsum([0, *map(len, found)], dtype=np.int32),
+            np.array([row for rows in found for row in rows], dtype=np.int32).reshape(-1, 3))
+
+
+def save_arrays(path, **arrays):
+    """np.savez, whole or not at all. Raises OSError."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial.npz")
+    try:
+        np.savez(partial, **arrays)
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tar shards in img2dataset's layout: the files of a sample share their stem and follow one another
+
+MAX_CAPTION = 2000                                  # characters; what is longer is no caption
+BAD = ("cut tar", "no concepts", "no image", "bad image", "no caption", "empty caption", "long caption",
+       "caption not UTF-8")                         # why samples are skipped, the order of all counts of them
+
+
+def bad_line(counts):
+    """Counts by reason (len(BAD),) in words."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in zip(BAD, counts) if count) or "none"
+
+
+def find_shards(source):
+    """Paths of the tars of a folder, or of a name with ranges such as "shards/{00000..41407}.tar"; gaps are reported.
+
+    Raises FileNotFoundError when there is none.
+    """
+    def expand(name):
+        found = re.search(r"\{(\d+)\.\.(\d+)\}", name)
+        if not found:
+            return [name]
+        first, last = found.groups()
+        width = max(map(len, found.groups())) if first.startswith("0") and len(first) > 1 else 1
+        return [whole for i in range(int(first), int(last) + 1)
+                for whole in expand(f"{name[:found.start()]}{i:0{width}}{name[found.end():]}")]
+
+    if Path(source).is_dir():
+        paths = sorted(Path(source).glob("*.tar"))
+    else:
+        paths = [Path(name) for name in dict.fromkeys(expand(str(source)))]
+    there = [path for path in paths if path.is_file()]
+    if not there:
+        raise FileNotFoundError(f"no tar files in {source}; expected those that img2dataset writes, as a folder or as a "
+                                'range: "shards/{00000..00295}.tar"')
+    if len(there) < len(paths):
+        gap = next(path for path in paths if not path.is_file())
+        print(f"{len(paths) - len(there):,} of the {len(paths):,} shards of {source} are missing, the first is {gap}")
+    return there
+
+
+def read_samples(tar):
+    """Samples of an open tar, in order: (stem, {suffix: TarInfo}). No file's content is read.
+
+    Raises tarfile.ReadError where the tar is cut short; a sample that may have lost files to the cut is not given.
+    """
+    stem, members = None, {}
+    while member := tar.next():
+        tar.members = []                            # tarfile would keep them all
+        if member.isfile():
+            name, suffix = os.path.splitext(member.name)
+            if name != stem and members:
+                yield stem, members
+                members = {}
+            stem = name
+            members[suffix.lower()] = member
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):     # the mark of a tar's end
+        raise tarfile.ReadError("the end of the tar is missing")
+    if members:
+        yield stem, members
+
+
+def read_caption(tar, members):
+    """Caption of a sample, from its .txt or else its .json: (caption, None), or (None, reason of BAD)."""
+    try:
+        if ".txt" in members:
+            if members[".txt"].size > 4 * MAX_CAPTION:                      # a character is at most 4 bytes
+                return None, "long caption"
+            caption = tar.extractfile(members[".txt"]).read().decode("utf-8-sig")
+        else:
+            caption = json.loads(tar.extractfile(members[".json"]).read())["caption"] or ""
+            caption.encode()                        # JSON can hold half characters
+    except UnicodeError:
+        return None, "caption not UTF-8"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):           # no file, or another content
+        return None, "no caption"
+    if caption.strip() in ("", "None"):             # Python's None, as text
+        return None, "empty caption"
+    return (caption, None) if len(caption) <= MAX_CAPTION else (None, "long caption")
+
+
+def read_sidecar(path, annotator, names=("offsets", "rows", "bad")):
+    """Arrays of the concepts file beside a tar; None if there is none, or a broken one.
+
+    annotator: `annotation_key` of bank and parser. Raises ValueError if the file is of another bank, parser or tar.
+    """
+    sidecar = path.with_suffix(".concepts.npz")
+    try:
+        with np.load(sidecar, allow_pickle=False) as file:
+            key, arrays = str(file["key"]), [file[name] for name in names]
+    except Exception:                               # a broken file raises almost anything
+        return None
+    if key != sidecar_key(path, annotator):
+        raise ValueError(f"{sidecar} is of another concept bank or parser, or its tar has changed since")
+    return arrays
+
+
+def sidecar_key(path, annotator):
+    status = path.stat()
+    return f"{annotator} {status.st_size} {status.st_mtime_ns}"
+
+
+def annotate_shard(path, bank, pipeline):
+    """Write the concepts file of a tar, unless it is there and true.
+
+    Returns (captions annotated now, captions in all, those with a concept, Counter of concept ids, bad (len(BAD),)).
+    """
+    annotator, now = annotation_key(None, bank, pipeline), 0
+    try:
+        made = read_sidecar(path, annotator)
+    except ValueError:
+        made = None
+    if not made:
+        key, captions, bad = sidecar_key(path, annotator), [], np.zeros(len(BAD), np.int64)
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for _, members in read_samples(tar):
+                    caption, reason = read_caption(tar, members)
+                    captions.append(caption)
+                    bad[BAD.index(reason) if reason else []] += 1
+        except tarfile.TarError:
+            captions.append(None)                   # stands for what was cut
+            bad[BAD.index("cut tar")] += 1
+        with pipeline.memory_zone():                # forgets the words afterwards
+            found = iter(list(annotate([caption for caption in captions if caption], bank, pipeline)))
+        made = (*as_arrays([next(found) if caption else [] for caption in captions]), bad)
+        save_arrays(path.with_suffix(".concepts.npz"), key=key, **dict(zip(("offsets", "rows", "bad"), made)))
+        forget_words()
+        now = len(captions) - bad.sum()
+    offsets, rows, bad = made
+    return now, len(offsets) - 1 - bad.sum(), (np.diff(offsets) > 0).sum(), Counter(rows[:, 0].tolist()), bad
+
+
+def _start_process(bank, parser, device):
+    """What a process needs for `_annotate_shard`; it is to end when the one that started it does."""
+    global _bank, _pipeline
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    use_device(device, parser)
+    _bank, _pipeline = bank, load_parser(parser, bank)
+
+
+def _annotate_shard(path):
+    return annotate_shard(path, _bank, _pipeline)
+
+
+def annotate_shards(paths, processes, bank, parser, device):
+    """`annotate_shard` for all tars, in processes. Returns (captions, those with a concept, Counter of concept ids)."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")   # a process per core, not a thread per core in each
+    new = captions = annotated = 0
+    counts, bad, start = Counter(), np.zeros(len(BAD), np.int64), time.time()
+    pool = ProcessPoolExecutor(min(processes, len(paths)), multiprocessing.get_context("spawn"), _start_process,
+                               (bank, parser, device))
+    try:
+        with pool:
+            bar = tqdm(total=len(paths), desc="concepts", unit=" shards", disable=None)
+            for numbers in pool.map(_annotate_shard, paths):
+                new, captions, annotated = np.add((new, captions, annotated), numbers[:3])
+                counts.update(numbers[3])
+                bad += numbers[4]
+                bar.set_postfix_str(f"{new / (time.time() - start):,.0f} captions/s", refresh=False)
+                bar.update()
+            bar.close()
+    except BrokenProcessPool:
+        raise ChildProcessError("a parser process died, perhaps for want of memory; run the command again, with fewer "
+                                "--processes. Finished shards are kept") from None
+    seconds = time.time() - start
+    if new:
+        print(f"annotated {new:,} captions in {seconds:.1f} s ({new / seconds:,.0f} captions/s)")
+    print(f"{len(paths):,} shards; skipped samples: {bad_line(bad)}")
+    if not captions:
+        raise ValueError(f"no captions in {paths[0]} and the other shards; expected a .txt or .json beside every image")
+    return captions, annotated, counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Find the concepts of a captions file and cache them beside it.")
-    parser.add_argument("captions", help="COCO captions JSON, or TSV / JSONL of (image, caption)")
+    parser = argparse.ArgumentParser(description="Find the concepts of captions and cache them beside their file.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("captions", nargs="?", help="COCO captions JSON, or TSV / JSONL of (image, caption)")
+    source.add_argument("--shards", help='instead, tars: a folder, or a range such as "shards/{00000..00295}.tar"; '
+                                         "finished ones are skipped")
     parser.add_argument("--parser", default=DEFAULT_PARSER,
                         help="spaCy pipeline (name or folder), or 'match', the built-in matcher (default: %(default)s)")
     parser.add_argument("--bank", help="concept bank, one name per line (default: the eight benchmarks' classes)")
-    parser.add_argument("--processes", type=int, default=1, help="parser processes (default: %(default)s)")
+    parser.add_argument("--processes", type=int, help="parser processes (default: 1; for shards one per core)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                         help="where the parser runs; cuda needs spaCy's cupy extra (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="as in every script; nothing here is random")
@@ -313,17 +534,21 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         bank = ConceptBank.from_file(args.bank) if args.bank else ConceptBank.default()
-        captions = [caption for _, caption in read_captions(args.captions)]
-        if args.device in ("auto", "cuda") and args.parser != "match":
-            import spacy
-            (spacy.require_gpu if args.device == "cuda" else spacy.prefer_gpu)()
-        offsets, rows = load_annotations(args.captions, captions, bank, args.parser, args.processes)
+        paths = find_shards(args.shards) if args.shards else None
+        captions = None if paths else [caption for _, caption in read_captions(args.captions)]
+        use_device(args.device, args.parser)
+        if paths:
+            load_parser(args.parser, bank)          # if it is missing the processes could not say so
+            captions, annotated, counts = annotate_shards(paths, args.processes or os.cpu_count(), bank, args.parser,
+                                                          args.device)
+        else:
+            offsets, rows = load_annotations(args.captions, captions, bank, args.parser, args.processes or 1)
+            captions, annotated, counts = len(captions), (np.diff(offsets) > 0).sum(), Counter(rows[:, 0].tolist())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    share = np.mean(np.diff(offsets) > 0)
-    print(f"{len(captions):,} captions; {share:.1%} have a concept, {len(rows) / len(captions):.2f} per caption; "
-          f"bank of {len(bank)}")
-    for concept, times in Counter(rows[:, 0].tolist()).most_common(20):
+    print(f"{captions:,} captions; {annotated / captions:.1%} have a concept, {counts.total() / captions:.2f} per "
+          f"caption; bank of {len(bank)}")
+    for concept, times in counts.most_common(20):
         print(f"{times:8,}  {bank.names[concept]}")
 
 

@@ -5,21 +5,26 @@ Captions files are read by `concepts.py`; here images are found, opened and crop
     image --crop--> pixels uint8 (B, 3, S, S)       caption --concepts.py--> tokens (B, 77), ids (B, M), spans (B, M, 2)
 """
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import signal
+import tarfile
+import threading
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm import tqdm
 
-from concepts import load_annotations, read_captions, read_classes, tokenize
+from concepts import (BAD, annotate, annotation_key, bad_line, find_shards, forget_words, load_annotations, load_parser,
+                      read_caption, read_captions, read_classes, read_samples, read_sidecar, tokenize)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IGNORE = 255                                        # mask value of pixels that are not scored
@@ -272,7 +277,7 @@ class GlobalBatches(Sampler):
 
 
 def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
-    """Training pairs by the name of their source: "toy", or a captions file.
+    """Training pairs by the name of their source: "toy", a captions file, or tars (`Shards`).
 
     images: folder of the images; by default COCO's place for a COCO file (annotations/captions_X.json -> X/), else
     the captions file's folder. Pairs whose image is missing are left out and counted; more than 1 % is an error.
@@ -284,6 +289,8 @@ def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
         return CaptionedImages([scene[0] for scene in scenes], captions,
                                load_annotations(None, captions, bank, parser), size, seed)
     path = Path(source)
+    if path.suffix == ".tar" or path.is_dir():
+        return Shards(source, bank, parser, size, seed)
     pairs = read_captions(path)
     coco = path.suffix == ".json"
     folder = Path(images or (path.parent.parent / path.stem.removeprefix("captions_") if coco else path.parent))
@@ -306,10 +313,145 @@ def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
     return CaptionedImages([folder / name for name, _ in pairs], [c for _, c in pairs], (offsets, rows), size, seed)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tar shards to train on
+
+WORKER, BATCHES, EPOCH, PLACE, SAMPLE = range(5)    # of a state, followed by the key of the run and len(BAD) counts
+
+
+class Shards(IterableDataset):
+    """Endless stream of batches from tars in img2dataset's layout; for a DataLoader with batch_size=None.
+
+    source: see `find_shards`. Concepts come from the files that `concepts.py --shards` writes; with the parser "match",
+    where there is no such file, from the caption itself. Every epoch shuffles the shards anew. They are dealt out in
+    turn to all readers (the workers of all processes); if there are fewer, several readers share a shard, sample by
+    sample. So each sample is read once an epoch, and no reader waits for another or is without data.
+    `begin` has to be called before. Raises FileNotFoundError, or ValueError for concepts of another bank or parser.
+    """
+
+    def __init__(self, source, bank, parser, size, seed=0):
+        self.paths, self.bank, self.size, self.seed = find_shards(source), bank, size, seed
+        self.annotator, self.match = annotation_key(None, bank, load_parser(parser, bank)), parser == "match"
+        command = f'run: python concepts.py --shards "{source}" --parser {parser} (and --bank, if training has one)'
+        try:
+            without = [path for path in self.paths if read_sidecar(path, self.annotator, ()) is None]
+        except ValueError as error:
+            raise ValueError(f"{error}; {command}") from None
+        if without and not self.match:
+            raise FileNotFoundError(f"{len(without):,} of the {len(self.paths):,} shards have no concepts yet, the "
+                                    f"first is {without[0]}; {command}, or train with --parser match")
+
+    def begin(self, share, rank=0, world=1, workers=0, states=None):
+        """Say which part of the stream this process reads, and from where on.
+
+        share: pairs of a batch in this process. workers: of the DataLoader. states: (workers, K), or of all processes
+        (world, workers, K) int64: the newest "state" of each worker when the run was interrupted. Returns the states to
+        begin with, a row per worker. Raises ValueError if they are of other shards, another seed, world or workers.
+        """
+        workers = max(1, workers)
+        self.share, self.rank, self.world, self.workers = share, rank, world, workers
+        run = [world, workers, zlib.crc32(json.dumps([self.seed, [path.name for path in self.paths]]).encode())]
+        if states is None:
+            states = torch.tensor([[worker, 0, 0, rank * workers + worker, 0, *run, *[0] * len(BAD)]
+                                   for worker in range(workers)])                               # (workers, K)
+        saved = states.reshape(-1, states.shape[-1])[0, 5:8].tolist()
+        if saved[:2] != run[:2]:
+            raise ValueError(f"the run was interrupted with {saved[0]} processes of {saved[1]} data workers, now there "
+                             f"are {world} of {workers}; shards go on only with the same numbers")
+        if saved != run:
+            raise ValueError("the shards or the seed are not those of the interrupted run")
+        self.states = (states[rank] if states.ndim == 3 else states).clone()
+        return self.states.clone()
+
+    def __iter__(self):
+        """Batches as `collate` makes them, with key (B, 3), for `name`, and state (K,), for `begin`, int64."""
+        turn = int(self.states[:, BATCHES].sum())   # the DataLoader asks its workers in turn, always from the first on
+        worker = (turn + (get_worker_info().id if get_worker_info() else 0)) % self.workers
+        state, items = self.states[worker].clone(), []
+        for item in self.read(state):
+            items.append(item)
+            if len(items) == self.share:
+                state[BATCHES] += 1
+                yield {**collate(items), "state": state.clone()}
+                items = []
+
+    def read(self, state):
+        """Endless stream of a reader's pairs, items for `collate`; state says where the next one is looked for."""
+        readers, bad = self.world * self.workers, state[-len(BAD):]
+        parts = -(-readers // len(self.paths))      # of a shard; 1 if there is a shard for every reader
+        matcher = load_parser("match", self.bank) if self.match else None
+        before, barren = int(bad.sum()), 0
+        while True:
+            epoch, place = state[EPOCH].item(), state[PLACE].item()
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.paths) * parts)
+            shard, part = divmod(int(order[place]), parts)
+            for reason, item in self.read_part(shard, part, parts, state, matcher):
+                if reason:
+                    bad[BAD.index(reason)] += 1
+                    barren += 1
+                else:
+                    yield {**item, "bad": int(bad.sum()) - before}
+                    before, barren = int(bad.sum()), 0
+            barren += 1                             # a part may be empty; a thousand in turn are not
+            if barren > 1000:
+                raise ValueError(f"no usable pair for long, now in {self.paths[shard]}; skipped so far: {bad_line(bad)}")
+            epoch, place = divmod(epoch * len(order) + place + readers, len(order))
+            state[[EPOCH, PLACE, SAMPLE]] = torch.tensor([epoch, place, 0])
+            forget_words()
+
+    def read_part(self, shard, part, parts, state, matcher):
+        """Every parts-th sample of a shard, from state on: (None, item), or (reason of BAD, None) where it is bad."""
+        path, epoch = self.paths[shard], state[EPOCH].item()
+        concepts = read_sidecar(path, self.annotator, ("offsets", "rows"))
+        if concepts is None and matcher is None:
+            yield "no concepts", None
+            return
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for sample, (_, members) in enumerate(read_samples(tar)):
+                    if sample < state[SAMPLE] or sample % parts != part:
+                        continue
+                    state[SAMPLE] = sample + 1
+                    caption, reason = read_caption(tar, members)
+                    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
+                    if reason or not suffix:
+                        yield reason or "no image", None
+                        continue
+                    try:
+                        image = load_image(io.BytesIO(tar.extractfile(members[suffix]).read()), 2 * self.size)
+                    except ValueError:
+                        yield "bad image", None
+                        continue
+                    rng = np.random.default_rng((self.seed, epoch, shard, sample))
+                    if concepts:
+                        offsets, rows = concepts
+                        rows = rows[offsets[sample]:offsets[sample + 1]]
+                    else:
+                        with matcher.memory_zone():             # forgets the words afterwards
+                            [rows] = annotate([caption], self.bank, matcher)
+                    yield None, {"pixels": to_pixels(random_resized_crop(image, self.size, rng)),
+                                 "tokens": tokenize(caption), "rows": torch.tensor(rows).long().reshape(-1, 3),
+                                 "key": torch.tensor([epoch, shard, sample])}
+        except (tarfile.TarError, OSError):
+            if part == 0:                           # counted once, however many read it
+                yield "cut tar", None
+
+    def name(self, key):
+        """Where the sample of a key (3,) comes from."""
+        return f"{self.paths[key[1]]}, sample {int(key[2])}"
+
+
 def ignore_signals(worker):
-    """For the DataLoader's workers: when to stop is decided by the process that started them."""
+    """For the DataLoader's workers: when to stop is decided by the process that started them; only its SIGTERM counts."""
+    def wait():                                     # a signal that was ignored altogether would keep it from exiting
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):              # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

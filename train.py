@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from concepts import DEFAULT_PARSER, ConceptBank
-from data import MAX_BAD, CachedFeatures, GlobalBatches, collate, ignore_signals, load_pairs
+from data import BAD, MAX_BAD, CachedFeatures, GlobalBatches, Shards, bad_line, collate, ignore_signals, load_pairs
 from eval import evaluate, grid, open_dataset, print_result, write_result
-from model import (DEFAULT_BACKBONE, MAX_LOGIT_SCALE, SimZSS, TextEncoder, VisionBackbone, by_length, save_model,
-                   sum_over_processes)
+from model import (DEFAULT_BACKBONE, MAX_LOGIT_SCALE, SimZSS, TextEncoder, VisionBackbone, by_length, gather_rows,
+                   save_model, sum_over_processes)
 from segment import PROTOCOL, pick_device
 
 # What differs from the recipe in the toy world: everything is smaller.
@@ -82,12 +82,11 @@ def pick_precision(name, device):
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def next_batch(loader, pieces, model, device, autocast):
+def next_batch(loader, pieces, places, model, device, autocast):
     """The process's share of the next batch, from as many pieces of the loader, with features in place of pixels.
 
     The frozen backbone sees one piece at a time. Returns the batch as `collate` makes it, with class_token (B, D) and
-    patch_tokens (B, N, D), float32 on the device, and the seconds that it waited for data. A piece's "state" becomes a
-    row of "states".
+    patch_tokens (B, N, D), float32 on the device, and the seconds that it waited for data. places: see `open_stream`.
     """
     got, patches, waited = [], None, 0.0
     for number in range(pieces):
@@ -104,6 +103,10 @@ def next_batch(loader, pieces, model, device, autocast):
         if patches is None:                         # the largest tensor by far: joined as it comes, never held twice
             patches = torch.empty(pieces * len(seen), *seen.shape[1:], device=device)   # (B, N, D)
         patches[number * len(seen):(number + 1) * len(seen)] = seen
+        if "state" in piece:
+            places[piece["state"][0]] = piece["state"]
+        else:
+            places[0, BAD.index("bad image")] += piece["bad"]
         got.append(piece)
     M = max(piece["ids"].shape[1] for piece in got)
     for piece in got:
@@ -111,8 +114,7 @@ def next_batch(loader, pieces, model, device, autocast):
         piece["ids"] = F.pad(piece["ids"], (0, missing), value=-1)                      # (B / pieces, M)
         piece["spans"] = F.pad(piece["spans"], (0, 0, 0, missing))                      # (B / pieces, M, 2)
     batch = {key: torch.cat([piece[key] for piece in got]) for key in ("class_token", "tokens", "ids", "spans", "key")}
-    return {**batch, "class_token": batch["class_token"].float(), "patch_tokens": patches,
-            "bad": sum(piece["bad"] for piece in got), "states": [piece["state"] for piece in got if "state" in piece]}, waited
+    return {**batch, "class_token": batch["class_token"].float(), "patch_tokens": patches}, waited
 
 
 def backward(model, batch, group, twice, autocast, scaler):
@@ -186,14 +188,16 @@ def train(args, rank, world, patient=None):
     autocast = partial(torch.autocast, kind, precision, enabled=precision != torch.float32)
 
     if args.cache_features:
+        if isinstance(pairs, Shards):
+            raise ValueError("--cache-features needs single images and a captions file; shards are streamed")
         with first_process_first(rank, patient):
             pairs = CachedFeatures(pairs, model.backbone, args.cache_features)
         pairs.compute(model.backbone, rank, world, args.workers, autocast)
         if patient:
             dist.barrier(patient)
-    share = args.batch // world
-    piece = min(args.micro_batch or share, share)
-    pass_pairs = min(args.epoch_pairs, len(pairs))
+    sharded, share = isinstance(pairs, Shards), args.batch // world
+    piece = min(args.micro_batch or share, share)   # pairs that are loaded and computed at a time
+    pass_pairs = args.epoch_pairs if sharded else min(args.epoch_pairs, len(pairs))
     steps = args.steps or int(args.epochs * pass_pairs / args.batch)
     if steps < 1:
         raise ValueError(f"{args.epochs} passes of {pass_pairs} pairs are less than one batch of {args.batch}; "
@@ -205,34 +209,33 @@ def train(args, rank, world, patient=None):
     scaler = torch.amp.GradScaler(kind, enabled=precision == torch.float16)
     peak = args.base_rate * args.batch / 256
     config = {**vars(args), "protocol": {key: getattr(args, key) for key in PROTOCOL}, "steps": steps,
-              "pass_pairs": pass_pairs, "pairs": len(pairs), "arithmetic": str(precision).removeprefix("torch."),
-              "cached": bool(args.cache_features)}
-    start, bad, skipped = restore(resumed, config, model, optimizer, scaler, world) if resumed else (0, 0, 0)
-
-    batches = GlobalBatches(len(pairs), args.batch, steps, pass_pairs, rank, world, args.seed, start, piece)
-    loader = iter(DataLoader(pairs, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
-                             pin_memory=kind == "cuda", worker_init_fn=ignore_signals))
+              "pass_pairs": pass_pairs, "pairs": None if sharded else len(pairs), "piece": piece if sharded else None,
+              "arithmetic": str(precision).removeprefix("torch."), "cached": bool(args.cache_features)}
+    start, skipped, counts, shards = 0, 0, [0] * len(BAD), None
+    if resumed:
+        start, skipped, counts, shards = restore(resumed, config, model, optimizer, scaler, world)
+    loader, places = open_stream(pairs, args, piece, steps, start, rank, world, counts, shards)
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         log = open_log(output / "log.jsonl", start)
-        print(f"{len(pairs):,} pairs, {steps} steps of {args.batch}, {sum(p.numel() for p in parameters) / 1e6:.1f} M "
-              f"trained parameters, {world} x {device}, {config['arithmetic']}"
-              + (f", resumed at step {start}" if resumed else ""))
+        amount = f"{len(pairs.paths):,} shards" if sharded else f"{len(pairs):,} pairs"
+        print(f"{amount}, {steps} steps of {args.batch}, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained "
+              f"parameters, {world} x {device}, {config['arithmetic']}" + (f", resumed at step {start}" if resumed else ""))
     saved = started = time.time()
     failures = []                                   # steps in a row whose loss or gradients were not finite
-    with interruptible(loader) as signals, \
+    with note_signals() as signals, \
             tqdm(total=steps, initial=start, desc="training", unit=" steps", disable=None if rank == 0 else True) as bar:
         for step in range(start, steps):
             ready = time.time()
-            batch, waited = next_batch(loader, share // piece, model, device, autocast)
+            batch, waited = next_batch(loader, share // piece, places, model, device, autocast)
             rate = learning_rate(step, steps, peak, args.warmup)
             for settings in optimizer.param_groups:
                 settings["lr"] = rate
             optimizer.zero_grad()
             losses = backward(model, batch, group, piece < share, autocast, scaler)
             average_gradients(parameters)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]) / scaler.get_scale()
-            values = {key: value.item() for key, value in {**losses, "grad_norm": norm}.items()}    # waits for the device
+            losses["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in parameters]) / scaler.get_scale()
+            values = {key: value.item() for key, value in losses.items()}               # waits for the device
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])   # the same in all processes
             if finite or scaler.is_enabled() and math.isfinite(values["loss"]):
                 scaler.step(optimizer)              # skips gradients that float16 cannot hold ...
@@ -248,22 +251,22 @@ def train(args, rank, world, patient=None):
                     give_up(failures, output, rank)
 
             due = rank == 0 and time.time() - saved >= 60 * args.save_minutes
-            flags = torch.tensor([len(signals), due, batch["bad"]], device=device)
-            stop, save, newly_bad = sum_over_processes(flags).tolist()
-            bad += newly_bad
-            check_bad(bad, (step + 1) * args.batch, args.max_bad)
+            flags = torch.tensor([len(signals), due, *places[:, -len(BAD):].sum(dim=0)], device=device)
+            stop, save, *counts = sum_over_processes(flags).tolist()                    # over all processes
+            check_bad(counts, (step + 1) * args.batch, args.max_bad)
+            if sharded and (step + 1) * args.batch % pass_pairs < args.batch and rank == 0:
+                bar.write(f"pass {(step + 1) * args.batch // pass_pairs}, left out so far: {bad_line(counts)}")
             if rank == 0:
                 seconds = time.time() - ready
-                write_line(log, {"step": step, **values, "lr": rate, "pairs_per_second": round(args.batch / seconds, 1),
-                                 "waited": round(waited / seconds, 3), "bad_images": bad, "skipped": skipped})
-                bar.set_postfix({"loss": f"{values['loss']:.3f}", "global": f"{values['global']:.3f}",
-                                 "local": f"{values['local']:.3f}", "lr": f"{rate:.1e}",
-                                 "pairs/s": f"{args.batch / seconds:.0f}", **({"skipped": skipped} if skipped else {})})
-                bar.update()
+                report({"step": step, **values, "lr": rate, "pairs_per_second": round(args.batch / seconds, 1),
+                        "waited": round(waited / seconds, 3), "bad_images": sum(counts), "skipped": skipped}, log, bar)
             if step + 1 < steps and (save or stop):
+                shards = gather_rows(places.to(device)).view(world, *places.shape) if sharded else None
                 if rank == 0 and torch.nn.utils.get_total_norm(parameters).isfinite():
-                    save_state(output, model, optimizer, {**config, "step": step + 1}, bad, skipped, scaler)
-                    save_model(output / "model.safetensors", model, {**config, "step": step + 1})
+                    now = {**config, "step": step + 1}
+                    save_state(output, model, optimizer, shards, now, skipped=skipped, counts=counts,
+                               scaler=scaler.state_dict())
+                    save_model(output / "model.safetensors", model, now)
                     saved = time.time()
                 if stop:
                     leave(step + 1, signals, rank, patient)
@@ -272,7 +275,7 @@ def train(args, rank, world, patient=None):
         for path in states(output):                 # nothing is left to go on with
             path.unlink()
         print(f"trained in {time.time() - started:.0f} s, {output / 'model.safetensors'}"
-              + (f"; {bad} unreadable images were replaced" if bad else "")
+              + (f"; left out: {bad_line(counts)}" if sum(counts) else "")
               + (f"; {skipped} steps were skipped, their loss or gradients not finite" if skipped else ""))
         log.close()
     return model.eval(), config
@@ -336,11 +339,23 @@ def first_process_first(rank, patient):
         dist.barrier(patient)
 
 
+def open_stream(pairs, args, piece, steps, start, rank, world, counts, shards):
+    """This process's pairs from step start on, in pieces, and places: a row for each of its readers, which ends with the
+    pairs left out so far by reason of BAD. counts: those before start. shards: the places in shards at start."""
+    if isinstance(pairs, Shards):
+        places, how = pairs.begin(piece, rank, world, args.workers, shards), {"batch_size": None}
+    else:
+        places = torch.tensor([counts if rank == 0 else [0] * len(BAD)])
+        how = {"batch_sampler": GlobalBatches(len(pairs), args.batch, steps, args.epoch_pairs, rank, world, args.seed, start,
+                                              piece), "collate_fn": collate}
+    return iter(DataLoader(pairs, num_workers=args.workers, pin_memory=pick_device(args.device) == "cuda",
+                           worker_init_fn=ignore_signals, **how)), places
+
+
 @contextmanager
-def interruptible(loader):
+def note_signals():
     """Write SIGTERM and SIGINT into the list that is yielded, to be looked at between steps; a second one 3 s later ends
-    the process at once (launchers send the first one twice). The loader's workers, which ignore signals, end with the
-    block, however it ends: a traceback would keep them alive."""
+    the process at once (launchers send the first one twice)."""
     signals, first = [], []
 
     def note(number, frame):
@@ -355,7 +370,6 @@ def interruptible(loader):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        getattr(loader, "_shutdown_workers", lambda: None)()
 
 
 def leave(step, signals, rank, patient):
@@ -372,16 +386,16 @@ def states(folder):
     return sorted(folder.glob("state-*.safetensors"), reverse=True)
 
 
-def save_state(folder, model, optimizer, config, bad, skipped, scaler):
+def save_state(folder, model, optimizer, shards, config, **counters):
     """Write all that the rest of the run depends on, atomically; the state before it is kept, older ones are deleted.
 
-    Order and crops of the data depend on the seed and the step only, so nothing is to be kept of them.
+    Order and crops of single images depend on the seed and the step only; of shards, the places of all readers are kept.
     """
-    tensors = {name: p.detach() for name, p in model.trained().items()}
+    tensors = {} if shards is None else {"shards": shards}
     for name, p in model.trained().items():
-        tensors.update({f"optimizer.{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()})
-    settings = {"training": config, "backbone": model.backbone.config, "bank": model.bank, "bad": bad, "skipped": skipped,
-                "scaler": scaler.state_dict()}
+        tensors[name] = p.detach()
+        tensors.update({f"optimizer.{key}.{name}": value for key, value in optimizer.state[p].items()})
+    settings = {"training": config, "backbone": model.backbone.config, "bank": model.bank, **counters}
     path = folder / f"state-{config['step']:08d}.safetensors"
     partial = path.with_suffix(".partial")
     try:
@@ -424,7 +438,7 @@ def read_state(resume, output):
 
 
 def restore(resumed, config, model, optimizer, scaler, world):
-    """Put a state back in place. Returns its step, and the bad images and skipped steps so far.
+    """Put a state back in place. Returns its step, the steps skipped, what was left out by reason, and places in shards.
 
     Raises ValueError if the run that wrote it was another one.
     """
@@ -452,7 +466,7 @@ def restore(resumed, config, model, optimizer, scaler, world):
     steps = sum_over_processes(torch.tensor(then["step"], device=model.logit_scale.device))
     if steps != then["step"] * world:
         raise ValueError("the processes found different states; --output must be a folder that all of them share")
-    return then["step"], settings.get("bad", 0), settings.get("skipped", 0)
+    return then["step"], settings.get("skipped", 0), settings.get("counts", [0] * len(BAD)), tensors.get("shards")
 
 
 def open_log(path, step):
@@ -465,9 +479,12 @@ def open_log(path, step):
     return open(path, "a", buffering=1)
 
 
-def write_line(log, values):
-    """One line of JSON, which knows no infinity: what is not finite becomes null."""
+def report(values, log, bar):
+    """Write a step's line of JSON, which knows no infinity: what is not finite becomes null; and show it in the bar."""
     log.write(json.dumps({key: value if math.isfinite(value) else None for key, value in values.items()}) + "\n")
+    shown = {"loss": ".3f", "global": ".3f", "local": ".3f", "lr": ".1e", "pairs_per_second": ".0f", "skipped": "d"}
+    bar.set_postfix({key: format(values[key], form) for key, form in shown.items() if key != "skipped" or values[key]})
+    bar.update()
 
 
 def give_up(failures, output, rank):
@@ -479,10 +496,11 @@ def give_up(failures, output, rank):
                      "--precision fp32")
 
 
-def check_bad(bad, pairs, limit):
+def check_bad(counts, pairs, limit):
+    bad = sum(counts)
     if bad > max(limit * (pairs + bad), 10):
-        raise ValueError(f"{bad} of the first {pairs + bad} images could not be read; at most {limit:.0%} may be bad, see "
-                         "--max-bad")
+        raise ValueError(f"{bad} of the first {pairs + bad} pairs could not be read ({bad_line(counts)}); at most {limit:.0%} "
+                         "may be bad, see --max-bad")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,7 +511,8 @@ def parse_args(argv=None):
                                                  "--train-data toy has its own, smaller ones.")
     add = parser.add_argument
     add("--train-data", default="data/coco/annotations/captions_train2017.json",
-        help="toy, a COCO captions JSON, or a TSV / JSONL of (image, caption) (default: %(default)s)")
+        help="toy, a COCO captions JSON, a TSV / JSONL of (image, caption), or tar shards in img2dataset's layout: a folder, "
+             "or names such as \"shards/{00000..00295}.tar\" (default: %(default)s)")
     add("--images", help="folder of the images (default: COCO's place, or the captions file's folder)")
     add("--bank", help="concept bank, one name per line, synonyms after commas (default: the benchmarks' classes)")
     add("--parser", default=DEFAULT_PARSER, help="spaCy pipeline, or match, the built-in matcher (default: %(default)s)")

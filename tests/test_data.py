@@ -410,6 +410,36 @@ def test_images_beside_the_rows(tmp_path, name, row):
     check_aligned(pairs)
 
 
+def photo(path, width, height):
+    """A smooth JPEG, whose reduced decoding can be compared with the full one."""
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
+    small.resize((width, height), Image.BICUBIC).save(path, quality=95)
+    return path
+
+
+@pytest.mark.parametrize("width, height, decoded", [
+    (127, 127, (127, 127)), (640, 127, (640, 127)), (130, 128, (65, 64)), (640, 300, (160, 75)), (700, 600, (88, 75))])
+def test_large_jpegs_are_decoded_smaller(tmp_path, width, height, decoded):
+    """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep as many pixels as are needed; others are
+    what they are without the hint, and without it nothing is reduced."""
+    path = photo(tmp_path / "photo.jpg", width, height)
+    full, reduced = load_image(path), load_image(path, 64)
+    assert full.size == (width, height) and reduced.size == decoded
+    if decoded == (width, height):
+        assert reduced.tobytes() == full.tobytes()
+    difference = np.subtract(*[np.asarray(image.resize((32, 32), Image.BICUBIC), float) for image in (full, reduced)])
+    assert np.abs(difference).mean() < 2
+
+
+def test_training_decodes_at_twice_the_size(tmp_path):
+    """Training asks for at least twice the pixels that its crops need: smaller photos give the very same crops."""
+    paths = [photo(tmp_path / f"{width}.jpg", width, 80) for width in (80, 300)] + [photo(tmp_path / "l.jpg", 256, 300)]
+    pairs = captioned(paths, CAPTIONS[:3], size=32)
+    assert [pairs.picture(i).size for i in range(3)] == [(80, 80), (300, 80), (64, 75)]
+    crop = random_resized_crop(load_image(paths[1]), 32, np.random.default_rng((0, 7)))
+    assert torch.equal(pairs[7, 1]["pixels"], to_pixels(crop))
+
+
 @needs_photos
 def test_real_captions(tmp_path):
     """COCO's own file gives all its captions, with an existing photo and concepts for most."""

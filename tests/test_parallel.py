@@ -24,6 +24,7 @@ class Processes:
     """world processes that call function(*arguments), with the variables that torchrun sets; output goes to files."""
 
     def __init__(self, folder, world, function, *arguments):
+        folder.mkdir(exist_ok=True)
         self.logs = [folder / f"output{rank}.txt" for rank in range(world)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

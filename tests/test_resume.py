@@ -12,6 +12,7 @@ import torch
 import train
 from model import load_model
 from test_parallel import Processes
+from test_shards import flawed, write_shards
 
 STEPS = 12
 RUN = f"--train-data toy --epoch-pairs 20 --batch 8 --steps {STEPS} --image-size 64 --text-width 32 --text-layers 1 " \
@@ -71,8 +72,8 @@ def reference(tmp_path_factory):
     return {1: folder / "1", 2: folder / "2"}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGKILL, 1), (signal.SIGTERM, 2),
+                                           (signal.SIGKILL, 2)])
 def test_interrupted_and_resumed_is_uninterrupted(reference, tmp_path, number, world):
     """Stopped by SIGTERM or SIGKILL, with data workers, and resumed, a run logs the losses of an uninterrupted one and
     ends with its weights, bit by bit. After SIGTERM to one process all save and stop; SIGKILL costs the steps since the
@@ -89,6 +90,25 @@ def test_interrupted_and_resumed_is_uninterrupted(reference, tmp_path, number, w
     second = Processes(tmp_path, world, run, tmp_path / "run", "--resume", "auto", "--workers", "1")
     assert second.wait() == [0] * world, second.output()
     assert same(tmp_path / "run", reference[world]) and not train.states(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGKILL, 2)])
+def test_shards_interrupted_and_resumed_are_uninterrupted(tmp_path, number, world):
+    """So does a run on tar shards, which goes on where each of its data workers stood, in micro-batches, with the samples
+    left out counted on."""
+    write_shards(tmp_path / "shards", [9, 4, 6], flawed)
+    more = ["--train-data", str(tmp_path / "shards"), "--parser", "match", "--backbone", "toy", "--workers", "2",
+            "--micro-batch", "2", "--max-bad", "0.5", "--epoch-pairs", "16"]
+    saving = ["--save-minutes", "0"] if number == signal.SIGKILL else []
+    whole = Processes(tmp_path / "a", world, run, tmp_path / "whole", *more)
+    first = Processes(tmp_path / "b", world, partial(run_until, ranks=(0, 1)), 5, signalled(number), tmp_path / "run", *more,
+                      *saving)
+    assert whole.wait() == [0] * world, whole.output()
+    assert first.wait() == [128 + number if number == signal.SIGTERM else -number] * world, first.output()
+    second = Processes(tmp_path / "b", world, run, tmp_path / "run", "--resume", "auto", *more)
+    assert second.wait() == [0] * world, second.output()
+    assert same(tmp_path / "run", tmp_path / "whole") and read_log(tmp_path / "run")[-1]["bad_images"] > 5
+    assert "pass 1, left out so far: no caption 5\n" in whole.output()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +217,7 @@ def test_other_settings_are_refused(tmp_path, fails):
 def test_a_second_signal_ends_the_process(monkeypatch):
     """A second signal at once, as launchers send it, is the first; later it ends the process in the middle of a step."""
     clock = iter([0.0, 1.0, 1.0, 5.0, 5.0])
-    with pytest.raises(KeyboardInterrupt), train.interruptible(None) as signals:
+    with pytest.raises(KeyboardInterrupt), train.note_signals() as signals:
         monkeypatch.setattr(time, "time", lambda: next(clock))
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -280,12 +280,12 @@ def test_a_few_unreadable_images_are_replaced_and_counted(broken, tmp_path, caps
     (tmp_path / "7.jpg").write_text("no image")
     train.main(["--train-data", str(pairs), *SMALL, "--batch", "60", "--epochs", "1", "--output", str(tmp_path / "run")])
     assert [line["bad_images"] for line in read_log(tmp_path / "run")] == [1]
-    assert "1 unreadable images were replaced" in capsys.readouterr().out
+    assert "left out: bad image 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_many_unreadable_images_stop_the_run(broken, tmp_path, fails, workers):
     """More than 1 % unreadable images stop the run in one line, be they some in every batch or all."""
     more = [*SMALL, "--steps", "5", "--workers", workers, "--output", tmp_path / "run"]
-    fails(train.main, ["--train-data", broken(3), *more], "images could not be read", "1%")
+    fails(train.main, ["--train-data", broken(3), *more], "pairs could not be read (bad image", "1%")
     fails(train.main, ["--train-data", broken(0), *more], "ten unreadable images in a row", "no readable image")
