@@ -14,12 +14,13 @@ import signal
 import tarfile
 import threading
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm import tqdm
 
 from concepts import (BAD, annotate, annotation_key, bad_line, find_shards, forget_words, load_annotations, load_parser,
@@ -32,13 +33,16 @@ MAX_BAD = 0.01                                      # share of missing or unread
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
-def load_image(path):
+def load_image(path, least=None):
     """Any photo as an upright 8-bit RGB image: grey, palette, alpha (over white), 16-bit, CMYK, EXIF-rotated.
 
+    least: pixels that each side needs; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size that leaves as many.
     Raises FileNotFoundError, or ValueError for a file that is no image or is cut short.
     """
     try:
         with Image.open(path) as image:
+            if least:
+                image.draft(None, (least, least))
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":             # 16-bit grey: keep the high byte
                 image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 256).astype(np.uint8))
@@ -96,8 +100,13 @@ class CaptionedImages(Dataset):
         return len(self.captions)
 
     def picture(self, i):
-        """The whole image of pair i. Raises ValueError or OSError."""
-        return Image.fromarray(self.images[i]) if isinstance(self.images[i], np.ndarray) else load_image(self.images[i])
+        """The whole image of pair i, in at least twice the resolution needed. Raises ValueError or OSError."""
+        image = self.images[i]
+        return Image.fromarray(image) if isinstance(image, np.ndarray) else load_image(image, 2 * self.size)
+
+    def name(self, key):
+        """Words for an item's key, to find the pair again."""
+        return f"pair {key}" + ("" if isinstance(self.images[key], np.ndarray) else f", {self.images[key]}")
 
     def view(self, i, position):
         """What the model is to see of pair i, as a dict of tensors. Raises ValueError or OSError."""
@@ -116,13 +125,14 @@ class CaptionedImages(Dataset):
         else:
             raise ValueError(f"ten unreadable images in a row, the last: {failure}")
         rows = torch.from_numpy(self.rows[self.offsets[i]:self.offsets[i + 1]]).long()          # (M, 3)
-        return {**view, "tokens": tokenize(self.captions[i]), "rows": rows, "bad": bad}
+        return {**view, "tokens": tokenize(self.captions[i]), "rows": rows, "bad": bad, "key": torch.tensor(i)}
 
 
 def collate(items):
-    """Items -> pixels uint8 (B, 3, S, S), tokens (B, 77), ids (B, M) padded with -1, spans (B, M, 2), bad (count).
+    """Items -> pixels uint8 (B, 3, S, S), tokens (B, 77), ids (B, M) padded with -1, spans (B, M, 2), bad (count),
+    key (B,), the pairs' indices.
 
-    Pairs with cached features have class_token (B, D) and patch_tokens (B, N, D) in place of pixels.
+    Pairs with cached features have class_token (B, D) and patch_tokens (B, N, D), float16, in place of pixels.
     """
     rows = torch.nn.utils.rnn.pad_sequence([item["rows"] for item in items], batch_first=True, padding_value=-1)
     stacked = {key: torch.stack([item[key] for item in items]) for key in items[0] if key not in ("rows", "bad")}
@@ -132,29 +142,34 @@ def collate(items):
 class CachedFeatures(CaptionedImages):
     """Pairs with the frozen backbone's features, computed once, in place of pixels: fast, but without random crops.
 
-    Features lie in folder as float16 arrays, one row per image, with the key they were made for in features.json,
-    which is written last. Raises ValueError if the folder holds the features of something else.
+    folder holds features.json, what they are the features of, and for every `part` images a float16 array
+    (images, 1 + N, D), class token first, that is written whole or not at all: `compute` makes those that are missing.
+    Raises ValueError if the folder holds the features of something else, OSError if the disk is too small.
     """
 
-    def __init__(self, pairs, backbone, folder, batch=32):
+    def __init__(self, pairs, backbone, folder, part=64):
         super().__init__(pairs.images, pairs.captions, (pairs.offsets, pairs.rows), pairs.size, pairs.seed)
+        self.folder, self.part = Path(folder), part
         first = {}                                  # image -> its first pair; several captions share one image
-        self.row = [first.setdefault(i if isinstance(image, np.ndarray) else image, i)
-                    for i, image in enumerate(pairs.images)]
-        pictured = sorted(set(self.row))            # the pairs whose images are rows of the arrays, in order
-        self.row = np.searchsorted(pictured, self.row)
-        names = hashlib.sha256(b"\n".join(self._identity(pairs.images[i]) for i in pictured))
-        key = {"backbone": backbone.config, "size": pairs.size, "transform": "whole image, bicubic",
-               "images": len(pictured), "names_sha256": names.hexdigest()}
-        self.folder = folder = Path(folder)
-        if not (folder / "features.json").exists():
-            self._compute(backbone, folder, pictured, key, batch)
-        found = json.loads((folder / "features.json").read_text())
+        row = [first.setdefault(i if isinstance(image, np.ndarray) else image, i) for i, image in enumerate(pairs.images)]
+        self.pictured = sorted(set(row))            # the pairs whose images are rows of the arrays, in order
+        self.row = np.searchsorted(self.pictured, row)
+        names = hashlib.sha256(b"\n".join(self._identity(pairs.images[i]) for i in self.pictured))
+        frozen = {name: value for name, value in backbone.config.items() if name != "weights"}  # wherever the file lies
+        key = {"backbone": frozen, "size": pairs.size, "transform": "whole image, JPEG draft of twice the size, bicubic",
+               "images": len(self.pictured), "names_sha256": names.hexdigest(), "part": part}
+        file = self.folder / "features.json"
+        if not file.exists() and not any(self.folder.glob("features-*.npy")):
+            self._check_disk(backbone)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "features.json.partial").write_text(json.dumps(key))
+            (self.folder / "features.json.partial").replace(file)
+        found = json.loads(file.read_text()) if file.exists() else {}
         if found != key:
             differ = [name for name in key if found.get(name) != key[name]]
             raise ValueError(f"{folder} holds the features of something else ({', '.join(differ)} differ); name another "
                              "folder with --cache-features, or delete this one")
-        self._open()
+        self._check_disk(backbone)
 
     @staticmethod
     def _identity(image):
@@ -164,76 +179,100 @@ class CachedFeatures(CaptionedImages):
         status = image.stat()
         return f"{image} {status.st_size} {status.st_mtime_ns}".encode()
 
-    def __getstate__(self):                         # a memory map would be pickled whole for workers that are not forked
-        return {**self.__dict__, "class_tokens": None, "patch_tokens": None}
+    def _file(self, part):
+        return self.folder / f"features-{part:06d}.npy"
 
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._open()
+    def _missing(self):
+        return [part for part in range(-(-len(self.pictured) // self.part)) if not self._file(part).exists()]
 
-    def _open(self):
-        self.class_tokens = np.load(self.folder / "class_tokens.npy", mmap_mode="r")            # (images, D)
-        self.patch_tokens = np.load(self.folder / "patch_tokens.npy", mmap_mode="r")            # (images, N, D)
-
-    def _compute(self, backbone, folder, pictured, key, batch):
-        device = backbone.mean.device
-        h, w = (-(-self.size // patch) for patch in backbone.patch_size)
-        disk = next(place for place in (folder, *folder.resolve().parents) if place.exists())
-        need, free = len(pictured) * (1 + h * w) * backbone.width * 2, shutil.disk_usage(disk).free
+    def _check_disk(self, backbone):
+        tokens = 1 + math.prod(-(-self.size // patch) for patch in backbone.patch_size)
+        disk = next(place for place in (self.folder, *self.folder.resolve().parents) if place.exists())
+        images = min(len(self._missing()) * self.part, len(self.pictured))
+        need, free = images * tokens * backbone.width * 2, shutil.disk_usage(disk).free
         if need > free:
-            raise OSError(f"the features need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
-        folder.mkdir(parents=True, exist_ok=True)
-        open_array = np.lib.format.open_memmap
-        class_tokens = open_array(folder / "class_tokens.npy", "w+", np.float16, (len(pictured), backbone.width))
-        patch_tokens = open_array(folder / "patch_tokens.npy", "w+", np.float16, (len(pictured), h * w, backbone.width))
-        for start in tqdm(range(0, len(pictured), batch), desc="features", unit=" batches", disable=None):
-            rows, pixels = [], []
-            for row in range(start, min(start + batch, len(pictured))):
+            raise OSError(f"the features need {need / 1e9:.1f} GB in {self.folder}, {free / 1e9:.1f} GB are free")
+
+    def compute(self, backbone, rank=0, world=1, workers=0, autocast=nullcontext):
+        """Compute the missing arrays that fall to this process; workers: processes that open the images."""
+        missing = [part for part in self._missing() if part % world == rank]
+        parts = [self.pictured[part * self.part:(part + 1) * self.part] for part in missing]
+        loader = DataLoader(Pictures(self, parts), batch_size=None, num_workers=workers)
+        with tqdm(total=sum(map(len, parts)), desc=f"features, process {rank + 1} of {world}", unit=" images",
+                  disable=None if rank == 0 else True) as bar:
+            for part, (pixels, readable) in zip(missing, loader):
+                with autocast():
+                    class_token, patches, _ = backbone(backbone.normalise(pixels.to(backbone.mean.device)))
+                features = torch.cat([class_token[:, None], patches], dim=1).half().cpu().numpy()       # (images, 1 + N, D)
+                features[~readable.numpy()] = 0     # which no unit-norm feature is
+                partial = self._file(part).with_suffix(f".{os.getpid()}.partial")
                 try:
-                    image = self.picture(pictured[row]).resize((self.size, self.size), Image.BICUBIC)
-                except (ValueError, OSError):
-                    continue                        # its row stays zero, which no unit-norm feature is
-                rows.append(row)
-                pixels.append(to_pixels(image))
-            if rows:
-                class_token, patches, _ = backbone(backbone.normalise(torch.stack(pixels).to(device)))
-                class_tokens[rows], patch_tokens[rows] = class_token.cpu().half(), patches.cpu().half()
-        class_tokens.flush(), patch_tokens.flush()
-        (folder / "features.json.partial").write_text(json.dumps(key))
-        (folder / "features.json.partial").rename(folder / "features.json")
+                    with open(partial, "wb") as file:
+                        np.save(file, features)
+                    partial.replace(self._file(part))
+                except OSError as error:
+                    partial.unlink(missing_ok=True)
+                    raise OSError(f"{self._file(part)} could not be written ({error}); the features computed so far are "
+                                  "kept, the same command goes on from there") from None
+                bar.update(len(features))
 
     def view(self, i, position):
-        class_token = torch.from_numpy(self.class_tokens[self.row[i]].astype(np.float32))
-        if not class_token.any():
+        part, row = divmod(int(self.row[i]), self.part)
+        features = np.load(self._file(part), mmap_mode="r")[row]        # mapped anew each time: no worker holds the maps
+        features = torch.from_numpy(features.copy())                                            # (1 + N, D) float16
+        if not features[0].any():
             raise ValueError(f"{self.images[i]} was unreadable when the features were computed")
-        return {"class_token": class_token,
-                "patch_tokens": torch.from_numpy(self.patch_tokens[self.row[i]].astype(np.float32))}
+        return {"class_token": features[0], "patch_tokens": features[1:]}
+
+
+class Pictures(Dataset):
+    """The whole images of some pairs, several at a time: uint8 (images, 3, S, S), and which could be read (images,)."""
+
+    def __init__(self, pairs, parts):
+        self.pairs, self.parts = pairs, parts
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, part):
+        size, pixels, readable = self.pairs.size, [], []
+        for i in self.parts[part]:
+            try:
+                pixels.append(to_pixels(self.pairs.picture(i).resize((size, size), Image.BICUBIC)))
+                readable.append(True)
+            except (ValueError, OSError):
+                pixels.append(torch.zeros(3, size, size, dtype=torch.uint8))
+                readable.append(False)
+        return torch.stack(pixels), torch.tensor(readable)
 
 
 class GlobalBatches(Sampler):
     """The run's batches, of which each process takes its own slice: the same pairs however many processes there are.
 
     Passes follow one another without a gap, each a fresh shuffle of the data cut to pass_pairs; a batch may hold the
-    end of one pass and the start of the next. Yields lists of (position, index).
+    end of one pass and the start of the next. Yields lists of (position, index), from step `start` on, each step's
+    slice in lists of piece pairs (None: in one).
     """
 
-    def __init__(self, length, batch, steps, pass_pairs, rank=0, world=1, seed=0):
-        self.length, self.batch, self.steps, self.pass_pairs = length, batch, steps, min(pass_pairs, length)
-        self.rank, self.world, self.seed = rank, world, seed
+    def __init__(self, length, batch, steps, pass_pairs, rank=0, world=1, seed=0, start=0, piece=None):
+        self.length, self.batch, self.pass_pairs = length, batch, min(pass_pairs, length)
+        self.rank, self.share, self.seed = rank, batch // world, seed
+        self.steps, self.piece = range(start, steps), piece or self.share
 
     def __len__(self):
-        return self.steps
+        return len(self.steps) * (self.share // self.piece)
 
     def __iter__(self):
-        share, shuffled_pass = self.batch // self.world, None
-        for step in range(self.steps):
+        shuffled_pass = None
+        for step in self.steps:
+            first = step * self.batch + self.rank * self.share
             keys = []
-            for position in range(step * self.batch + self.rank * share, step * self.batch + (self.rank + 1) * share):
+            for position in range(first, first + self.share):
                 number, place = divmod(position, self.pass_pairs)
                 if number != shuffled_pass:
                     order, shuffled_pass = np.random.default_rng((self.seed, number)).permutation(self.length), number
                 keys.append((position, int(order[place])))
-            yield keys
+            yield from (keys[i:i + self.piece] for i in range(0, self.share, self.piece))
 
 
 def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
@@ -381,7 +420,7 @@ class Shards(IterableDataset):
                         yield reason or "no image", None
                         continue
                     try:
-                        image = load_image(io.BytesIO(tar.extractfile(members[suffix]).read()))
+                        image = load_image(io.BytesIO(tar.extractfile(members[suffix]).read()), 2 * self.size)
                     except ValueError:
                         yield "bad image", None
                         continue

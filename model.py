@@ -225,6 +225,11 @@ class TextEncoder(nn.Module):
         return x[torch.arange(len(x), device=x.device), end], x
 
 
+def by_length(tokens, group):
+    """Row numbers of tokens (B, T), shortest caption first, in tensors of up to group: alike lengths need no padding."""
+    return tokens.argmax(dim=-1).argsort(stable=True).split(group)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole
 
@@ -258,8 +263,16 @@ class SimZSS(nn.Module):
         caption, concepts = self.encode_text(tokens, spans)                             # (B, D), (B, M, D)
         return self.losses(class_token, patches, caption, concepts, ids)
 
-    def encode_text(self, tokens, spans):
-        """tokens: (B, T). spans: (B, M, 2). Returns captions (B, D) and concept occurrences (B, M, D), both float32."""
+    def encode_text(self, tokens, spans, group=None):
+        """tokens: (B, T). spans: (B, M, 2). group: captions encoded at a time, see `by_length`; None = all.
+
+        Returns captions (B, D) and concept occurrences (B, M, D), both float32, the same whatever the group.
+        """
+        if group and group < len(tokens):
+            groups = by_length(tokens, group)
+            parts = zip(*[self.encode_text(tokens[rows], spans[rows]) for rows in groups])
+            back = torch.cat(groups).argsort()
+            return tuple(torch.cat(part)[back] for part in parts)
         caption, token_embeddings = self.text(tokens)                                   # (B, D), (B, T, D)
         with torch.autocast(caption.device.type, enabled=False):
             return caption, concept_embeddings(token_embeddings, spans)

@@ -4,33 +4,48 @@
     torchrun --nproc_per_node 8 train.py                # the paper's run on COCO Captions
 
 The flags' defaults are the recipe of the method, section 9. A run writes into its output folder: model.safetensors,
-log.jsonl (a line per step), and, if it was scored at the end, result.json and predictions.png.
+log.jsonl (a line per step), and, if it was scored at the end, result.json and predictions.png; until it is finished,
+also the two newest state-STEP.safetensors, from which --resume auto goes on as if nothing had happened.
 """
 import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from concepts import DEFAULT_PARSER, ConceptBank
-from data import MAX_BAD, CachedFeatures, GlobalBatches, collate, load_pairs
+from data import BAD, MAX_BAD, CachedFeatures, GlobalBatches, Shards, bad_line, collate, ignore_signals, load_pairs
 from eval import evaluate, grid, open_dataset, print_result, write_result
-from model import DEFAULT_BACKBONE, MAX_LOGIT_SCALE, SimZSS, TextEncoder, VisionBackbone, save_model, sum_over_processes
+from model import (DEFAULT_BACKBONE, MAX_LOGIT_SCALE, SimZSS, TextEncoder, VisionBackbone, by_length, gather_rows,
+                   save_model, sum_over_processes)
 from segment import PROTOCOL, pick_device
 
 # What differs from the recipe in the toy world: everything is smaller.
 TOY = {"backbone": "toy", "parser": "match", "image_size": 128, "text_width": 256, "text_layers": 1, "batch": 64,
        "epochs": 16, "epoch_pairs": 2000, "base_rate": 0.012, "eval_data": "toy", "output": "runs/toy", "workers": 0,
        "short_side": 128, "window": 128, "stride": 64, "class_embedding": "concept"}
+
+TEXT_GROUP = 32                                     # captions of alike length that are encoded at a time ...
+GPU_TEXT_GROUP = 256                                # ... and on a GPU, which fewer would not fill
+MAX_SKIPPED = 5                                     # steps in a row without finite loss and gradients that end a run
+# Settings that another value of leaves the losses as they are, or that are compared in another form
+FREE = {"images", "bank", "exclude_classes", "denoiser", "output", "resume", "backbone_weights", "cache_features", "micro_batch", "workers", "max_bad",
+        "save_minutes", "timeout_minutes", "precision", "device", "protocol", "epochs", "epoch_pairs", "eval_data",
+        "eval_without", "eval_names", *PROTOCOL}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,14 +82,61 @@ def pick_precision(name, device):
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-@contextmanager
-def first_process_first(rank, world):
-    """Let the first process go through the block alone, the others after it."""
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and world > 1:
-        dist.barrier()
+def next_batch(loader, pieces, places, model, device, autocast):
+    """The process's share of the next batch, from as many pieces of the loader, with features in place of pixels.
+
+    The frozen backbone sees one piece at a time. Returns the batch as `collate` makes it, with class_token (B, D) and
+    patch_tokens (B, N, D), float32 on the device, and the seconds that it waited for data. places: see `open_stream`.
+    """
+    got, patches, waited = [], None, 0.0
+    for number in range(pieces):
+        start = time.time()
+        piece = next(loader)
+        waited += time.time() - start
+        piece = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) and key not in ("key", "state")
+                 else value for key, value in piece.items()}
+        if "pixels" in piece:
+            with autocast():
+                features = model.backbone(model.backbone.normalise(piece.pop("pixels")))
+            piece["class_token"], piece["patch_tokens"], _ = features
+        seen = piece.pop("patch_tokens")                                                # (B / pieces, N, D)
+        if patches is None:                         # the largest tensor by far: joined as it comes, never held twice
+            patches = torch.empty(pieces * len(seen), *seen.shape[1:], device=device)   # (B, N, D)
+        patches[number * len(seen):(number + 1) * len(seen)] = seen
+        if "state" in piece:
+            places[piece["state"][0]] = piece["state"]
+        else:
+            places[0, BAD.index("bad image")] += piece["bad"]
+        got.append(piece)
+    M = max(piece["ids"].shape[1] for piece in got)
+    for piece in got:
+        missing = M - piece["ids"].shape[1]
+        piece["ids"] = F.pad(piece["ids"], (0, missing), value=-1)                      # (B / pieces, M)
+        piece["spans"] = F.pad(piece["spans"], (0, 0, 0, missing))                      # (B / pieces, M, 2)
+    batch = {key: torch.cat([piece[key] for piece in got]) for key in ("class_token", "tokens", "ids", "spans", "key")}
+    return {**batch, "class_token": batch["class_token"].float(), "patch_tokens": patches}, waited
+
+
+def backward(model, batch, group, twice, autocast, scaler):
+    """The losses of the global batch; their gradients, scaled, are left in the parameters.
+
+    group: captions of alike length encoded at a time. twice: encode first without gradient, then, once the gradient
+    with respect to the embeddings is known, again group by group: the same gradients, with the activations of one
+    group in memory.
+    """
+    tokens, spans = batch["tokens"], batch["spans"]
+    with autocast(), torch.set_grad_enabled(not twice):
+        text = model.encode_text(tokens, spans, group)                                  # (B, D), (B, M, D)
+    if twice:
+        text = [embeddings.requires_grad_() for embeddings in text]
+    losses = model.losses(batch["class_token"], batch["patch_tokens"], *text, batch["ids"])
+    scaler.scale(losses["loss"]).backward()
+    if twice:
+        for rows in by_length(tokens, group):
+            with autocast():                        # a new one each time: it remembers weights cast without gradient
+                again = model.encode_text(tokens[rows], spans[rows])
+            torch.autograd.backward(again, [embeddings.grad[rows] for embeddings in text])
+    return losses
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,103 +162,121 @@ def build_model(args, bank):
                   args.local_target, args.pool_query)
 
 
-def train(args, rank, world):
-    """Train as args say. Returns the trained model, the same in every process, and its settings."""
-    for name in ("batch", "epochs", "epoch_pairs", "steps", "image_size", "text_layers"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a positive number")
-    kind = pick_device(args.device)
-    kind = "cpu" if kind == "mps" and world > 1 else kind           # gloo does not know Apple's GPU
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    if args.batch % world:
-        raise ValueError(f"--batch {args.batch} is the global batch; it must be a multiple of the {world} processes")
-    if world > 1:                                   # an hour, for the first process may have to parse all captions
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
-    torch.manual_seed(args.seed)                    # the same initial weights everywhere
+def train(args, rank, world, patient=None):
+    """Train as args say. Returns the trained model, the same in every process, and its settings.
+
+    patient: process group for waits that may be long, of `join_processes`.
+    """
+    kind, device = place(args, world)
+    output, resumed = Path(args.output), None
+    if args.resume:
+        resumed = read_state(args.resume, output)
+    elif unfinished := states(output):
+        raise ValueError(f"{output} holds an unfinished run ({unfinished[0].name}): go on with --resume auto, name another "
+                         "folder with --output, or delete its state files")
+    torch.manual_seed(args.seed)                    # the same initial weights everywhere; nothing later is drawn from it
     bank = ConceptBank.by_name(args.bank, args.exclude_classes)
     if args.eval_data != "none":
         open_dataset(args.eval_data, args.eval_without, args.eval_names)
-    with first_process_first(rank, world):          # one annotates, the others find the annotations cached
+    with first_process_first(rank, patient):        # one annotates, the others find the annotations cached
         pairs = load_pairs(args.train_data, bank, args.parser, args.image_size, args.images, args.seed, args.epoch_pairs)
     model = build_model(args, bank).to(device)      # after the data was found, for it may download
     if rank == 0 and model.backbone.config["weights"] == "random":
         print("warning: the backbone has random weights, as asked for; this model's masks will mean nothing",
               file=sys.stderr)
+    precision = pick_precision(args.precision, kind)
+    autocast = partial(torch.autocast, kind, precision, enabled=precision != torch.float32)
 
     if args.cache_features:
-        with first_process_first(rank, world):
+        if isinstance(pairs, Shards):
+            raise ValueError("--cache-features needs single images and a captions file; shards are streamed")
+        with first_process_first(rank, patient):
             pairs = CachedFeatures(pairs, model.backbone, args.cache_features)
-    pass_pairs = min(args.epoch_pairs, len(pairs))
+        pairs.compute(model.backbone, rank, world, args.workers, autocast)
+        if patient:
+            dist.barrier(patient)
+    sharded, share = isinstance(pairs, Shards), args.batch // world
+    piece = min(args.micro_batch or share, share)   # pairs that are loaded and computed at a time
+    pass_pairs = args.epoch_pairs if sharded else min(args.epoch_pairs, len(pairs))
     steps = args.steps or int(args.epochs * pass_pairs / args.batch)
     if steps < 1:
         raise ValueError(f"{args.epochs} passes of {pass_pairs} pairs are less than one batch of {args.batch}; "
                          "lower --batch or raise --epochs")
-    batches = GlobalBatches(len(pairs), args.batch, steps, pass_pairs, rank, world, args.seed)
-    loader = DataLoader(pairs, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
-                        pin_memory=kind == "cuda", persistent_workers=args.workers > 0)
-
+    group = min(piece, GPU_TEXT_GROUP if kind == "cuda" else TEXT_GROUP)
     parameters = list(model.trained().values())
     optimizer = torch.optim.AdamW(parameter_groups(parameters, args.weight_decay), betas=(args.beta1, args.beta2),
                                   eps=args.eps, fused=kind != "mps")
-    precision = pick_precision(args.precision, kind)
     scaler = torch.amp.GradScaler(kind, enabled=precision == torch.float16)
     peak = args.base_rate * args.batch / 256
-
-    output = Path(args.output)
-    config = {**vars(args), "protocol": {key: getattr(args, key) for key in PROTOCOL}}
+    config = {**vars(args), "protocol": {key: getattr(args, key) for key in PROTOCOL}, "steps": steps,
+              "pass_pairs": pass_pairs, "pairs": None if sharded else len(pairs), "piece": piece if sharded else None,
+              "arithmetic": str(precision).removeprefix("torch."), "cached": bool(args.cache_features)}
+    start, skipped, counts, shards = 0, 0, [0] * len(BAD), None
+    if resumed:
+        start, skipped, counts, shards = restore(resumed, config, model, optimizer, scaler, world)
+    loader, places = open_stream(pairs, args, piece, steps, start, rank, world, counts, shards)
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
-        log = open(output / "log.jsonl", "w", buffering=1)
-        print(f"{len(pairs):,} pairs, {steps} steps of {args.batch}, {sum(p.numel() for p in parameters) / 1e6:.1f} M "
-              f"trained parameters, {world} x {device}, {str(precision).removeprefix('torch.')}")
+        log = open_log(output / "log.jsonl", start)
+        amount = f"{len(pairs.paths):,} shards" if sharded else f"{len(pairs):,} pairs"
+        print(f"{amount}, {steps} steps of {args.batch}, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained "
+              f"parameters, {world} x {device}, {config['arithmetic']}" + (f", resumed at step {start}" if resumed else ""))
     saved = started = time.time()
-    bad = 0
-    bar = tqdm(loader, total=steps, desc="training", unit=" steps", disable=None if rank == 0 else True)
-    ready = time.time()
-    for step, batch in enumerate(bar):
-        waited = time.time() - ready
-        batch = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                 for key, value in batch.items()}
-        rate = learning_rate(step, steps, peak, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(kind, precision, enabled=precision != torch.float32):
-            if args.cache_features:
-                losses = model.losses(batch["class_token"], batch["patch_tokens"],
-                                      *model.encode_text(batch["tokens"], batch["spans"]), batch["ids"])
+    failures = []                                   # steps in a row whose loss or gradients were not finite
+    with note_signals() as signals, \
+            tqdm(total=steps, initial=start, desc="training", unit=" steps", disable=None if rank == 0 else True) as bar:
+        for step in range(start, steps):
+            ready = time.time()
+            batch, waited = next_batch(loader, share // piece, places, model, device, autocast)
+            rate = learning_rate(step, steps, peak, args.warmup)
+            for settings in optimizer.param_groups:
+                settings["lr"] = rate
+            optimizer.zero_grad()
+            losses = backward(model, batch, group, piece < share, autocast, scaler)
+            average_gradients(parameters)
+            losses["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in parameters]) / scaler.get_scale()
+            values = {key: value.item() for key, value in losses.items()}               # waits for the device
+            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])   # the same in all processes
+            if finite or scaler.is_enabled() and math.isfinite(values["loss"]):
+                scaler.step(optimizer)              # skips gradients that float16 cannot hold ...
+                scaler.update()                     # ... and lowers their scale
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
+            skipped += not finite
+            if finite or math.isfinite(values["loss"]) and scaler.get_scale() > 1:
+                failures = []
             else:
-                losses = model(model.backbone.normalise(batch["pixels"]), batch["tokens"], batch["ids"], batch["spans"])
-        values = {key: value.item() for key, value in losses.items()}                   # waits for the device
-        if not math.isfinite(values["loss"]):
-            raise ValueError(f"the loss is {values['loss']} at step {step}; lower --base-rate, or use --precision fp32")
-        optimizer.zero_grad()
-        scaler.scale(losses["loss"]).backward()
-        average_gradients(parameters)
-        scaler.step(optimizer)
-        scaler.update()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
-        bad += int(sum_over_processes(torch.tensor(float(batch["bad"]), device=device)))
-        if bad > max(MAX_BAD * (step + 1) * args.batch, 10):
-            raise ValueError(f"{bad} of the first {(step + 1) * args.batch} images could not be read; at most "
-                             f"{MAX_BAD:.0%} may be bad")
-        now = time.time()
-        if rank == 0:
-            pairs_per_second = args.batch / (now - ready)
-            bar.set_postfix({"loss": f"{values['loss']:.3f}", "global": f"{values['global']:.3f}",
-                             "local": f"{values['local']:.3f}", "lr": f"{rate:.1e}", "pairs/s": f"{pairs_per_second:.0f}"})
-            log.write(json.dumps({"step": step, **values, "lr": rate, "pairs_per_second": round(pairs_per_second, 1),
-                                  "waited": round(waited / (now - ready), 3), "bad_images": bad}) + "\n")
-            if now - saved > 60 * args.save_minutes:
-                save_model(output / "model.safetensors", model, {**config, "step": step + 1, "steps": steps})
-                saved = now
-        ready = time.time()
+                failures.append({**values, "step": step, "samples": [pairs.name(key) for key in batch["key"]]})
+                if len(failures) == MAX_SKIPPED:
+                    give_up(failures, output, rank)
+
+            due = rank == 0 and time.time() - saved >= 60 * args.save_minutes
+            flags = torch.tensor([len(signals), due, *places[:, -len(BAD):].sum(dim=0)], device=device)
+            stop, save, *counts = sum_over_processes(flags).tolist()                    # over all processes
+            check_bad(counts, (step + 1) * args.batch, args.max_bad)
+            if sharded and (step + 1) * args.batch % pass_pairs < args.batch and rank == 0:
+                bar.write(f"pass {(step + 1) * args.batch // pass_pairs}, left out so far: {bad_line(counts)}")
+            if rank == 0:
+                seconds = time.time() - ready
+                report({"step": step, **values, "lr": rate, "pairs_per_second": round(args.batch / seconds, 1),
+                        "waited": round(waited / seconds, 3), "bad_images": sum(counts), "skipped": skipped}, log, bar)
+            if step + 1 < steps and (save or stop):
+                shards = gather_rows(places.to(device)).view(world, *places.shape) if sharded else None
+                if rank == 0 and torch.nn.utils.get_total_norm(parameters).isfinite():
+                    now = {**config, "step": step + 1}
+                    save_state(output, model, optimizer, shards, now, skipped=skipped, counts=counts,
+                               scaler=scaler.state_dict())
+                    save_model(output / "model.safetensors", model, now)
+                    saved = time.time()
+                if stop:
+                    leave(step + 1, signals, rank, patient)
     if rank == 0:
-        save_model(output / "model.safetensors", model, {**config, "step": steps, "steps": steps})
+        save_model(output / "model.safetensors", model, {**config, "step": steps})
+        for path in states(output):                 # nothing is left to go on with
+            path.unlink()
         print(f"trained in {time.time() - started:.0f} s, {output / 'model.safetensors'}"
-              + (f"; {bad} unreadable images were replaced" if bad else ""))
+              + (f"; left out: {bad_line(counts)}" if sum(counts) else "")
+              + (f"; {skipped} steps were skipped, their loss or gradients not finite" if skipped else ""))
         log.close()
     return model.eval(), config
 
@@ -214,12 +294,225 @@ def score(args, model, config):
     return result
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, interruptions, and steps that fail
+
+def check_numbers(args, world):
+    for name in ("batch", "micro_batch", "epochs", "epoch_pairs", "steps", "image_size", "text_layers"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a positive number")
+    if args.batch % world:
+        raise ValueError(f"--batch {args.batch} is the global batch; it must be a multiple of the {world} processes")
+    share = args.batch // world
+    if args.micro_batch and share % min(args.micro_batch, share):
+        raise ValueError(f"--micro-batch {args.micro_batch} must divide the {share} pairs of each process")
+
+
+def place(args, world):
+    """Kind of device, and the one of this process."""
+    kind = pick_device(args.device)
+    kind = "cpu" if kind == "mps" and world > 1 else kind           # gloo does not know Apple's GPU
+    return kind, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind
+
+
+def join_processes(args, world):
+    """Join the other processes. Returns a second group for waits without end, while one process annotates or scores.
+
+    In training itself nobody should keep the others waiting: there the job ends after --timeout-minutes.
+    """
+    if world == 1:
+        return None
+    kind, device = place(args, world)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=args.timeout_minutes))
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+@contextmanager
+def first_process_first(rank, patient):
+    """Let the first process go through the block alone, the others after it."""
+    if patient and rank > 0:
+        dist.barrier(patient)
+    yield
+    if patient and rank == 0:
+        dist.barrier(patient)
+
+
+def open_stream(pairs, args, piece, steps, start, rank, world, counts, shards):
+    """This process's pairs from step start on, in pieces, and places: a row for each of its readers, which ends with the
+    pairs left out so far by reason of BAD. counts: those before start. shards: the places in shards at start."""
+    if isinstance(pairs, Shards):
+        places, how = pairs.begin(piece, rank, world, args.workers, shards), {"batch_size": None}
+    else:
+        places = torch.tensor([counts if rank == 0 else [0] * len(BAD)])
+        how = {"batch_sampler": GlobalBatches(len(pairs), args.batch, steps, args.epoch_pairs, rank, world, args.seed, start,
+                                              piece), "collate_fn": collate}
+    return iter(DataLoader(pairs, num_workers=args.workers, pin_memory=pick_device(args.device) == "cuda",
+                           worker_init_fn=ignore_signals, **how)), places
+
+
+@contextmanager
+def note_signals():
+    """Write SIGTERM and SIGINT into the list that is yielded, to be looked at between steps; a second one 3 s later ends
+    the process at once (launchers send the first one twice)."""
+    signals, first = [], []
+
+    def note(number, frame):
+        first.append(time.time())
+        if time.time() - first[0] > 3:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave(step, signals, rank, patient):
+    """End an interrupted run, with the status of a process that a signal ended, once the first process has saved."""
+    if patient:
+        dist.barrier(patient)
+    if rank == 0:
+        print(f"interrupted and saved after step {step}; go on with --resume auto", file=sys.stderr)
+    sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
+
+def states(folder):
+    """The state files in a folder, the newest first."""
+    return sorted(folder.glob("state-*.safetensors"), reverse=True)
+
+
+def save_state(folder, model, optimizer, shards, config, **counters):
+    """Write all that the rest of the run depends on, atomically; the state before it is kept, older ones are deleted.
+
+    Order and crops of single images depend on the seed and the step only; of shards, the places of all readers are kept.
+    """
+    tensors = {} if shards is None else {"shards": shards}
+    for name, p in model.trained().items():
+        tensors[name] = p.detach()
+        tensors.update({f"optimizer.{key}.{name}": value for key, value in optimizer.state[p].items()})
+    settings = {"training": config, "backbone": model.backbone.config, "bank": model.bank, **counters}
+    path = folder / f"state-{config['step']:08d}.safetensors"
+    partial = path.with_suffix(".partial")
+    try:
+        safetensors.torch.save_file(tensors, partial, metadata={"simzss": json.dumps(settings)})
+        partial.replace(path)
+    except (safetensors.SafetensorError, OSError) as error:         # a full disk, for one
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error}); what was saved before is whole, make room and go on with "
+                      "--resume auto") from None
+    older = [other for other in states(folder) if other < path]
+    for other in {*states(folder)} - {path, *older[:1]}:            # newer ones are broken, or of a future given up
+        other.unlink()
+
+
+def read_state(resume, output):
+    """Tensors and settings of the file to go on from, or None if the run has not come so far as to write one.
+
+    resume: a file, or auto: the newest one in output that can be read, or a finished model.
+    """
+    finished = output / "model.safetensors"
+    paths = [Path(resume)] if resume != "auto" else [*states(output), finished]
+    broken = []
+    for path in paths:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                settings = json.loads((file.metadata() or {})["simzss"])
+                training = settings["training"]
+                if path != finished or training["step"] == training["steps"]:
+                    return {"path": path, **settings}, {key: file.get_tensor(key) for key in file.keys()}
+        except FileNotFoundError:
+            if resume != "auto":
+                raise FileNotFoundError(f"--resume: no file {resume}; expected a state file, or auto") from None
+        except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            broken.append(path.name)
+            print(f"warning: {path} cannot be read and is left out ({type(error).__name__}: {error})", file=sys.stderr)
+    if broken:
+        raise ValueError(f"nothing to go on from: {', '.join(broken)} cannot be read; name a state file with --resume, or "
+                         "delete these to begin anew")
+    return None
+
+
+def restore(resumed, config, model, optimizer, scaler, world):
+    """Put a state back in place. Returns its step, the steps skipped, what was left out by reason, and places in shards.
+
+    Raises ValueError if the run that wrote it was another one.
+    """
+    settings, tensors = resumed
+    then, now = settings["training"], json.loads(json.dumps(config))
+    differ = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if name not in FREE
+              and then.get(name) != now[name]]
+    differ += ["the bank's names differ"] * (settings["bank"] != model.bank)
+    differ += ["the backbone's weights differ"] * (settings["backbone"]["sha256"] != model.backbone.config["sha256"])
+    if differ:
+        raise ValueError(f"{settings['path']} is of a run with other settings: {'; '.join(differ)}. Go on with the same "
+                         "ones, or begin anew in another folder, see --output")
+    trained = model.trained()
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(tensors[name])
+    names, state = sorted(trained, key=lambda name: trained[name].ndim < 2), {}         # the order of parameter_groups
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, kind, name = key.split(".", 2)
+            state.setdefault(names.index(name), {})[kind] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if settings.get("scaler"):
+        scaler.load_state_dict(settings["scaler"])
+    steps = sum_over_processes(torch.tensor(then["step"], device=model.logit_scale.device))
+    if steps != then["step"] * world:
+        raise ValueError("the processes found different states; --output must be a folder that all of them share")
+    return then["step"], settings.get("skipped", 0), settings.get("counts", [0] * len(BAD)), tensors.get("shards")
+
+
+def open_log(path, step):
+    """Open the log to be appended to, without what it says of this step and later ones."""
+    lines = path.read_text().splitlines() if path.exists() and step else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept))
+    partial.replace(path)
+    return open(path, "a", buffering=1)
+
+
+def report(values, log, bar):
+    """Write a step's line of JSON, which knows no infinity: what is not finite becomes null; and show it in the bar."""
+    log.write(json.dumps({key: value if math.isfinite(value) else None for key, value in values.items()}) + "\n")
+    shown = {"loss": ".3f", "global": ".3f", "local": ".3f", "lr": ".1e", "pairs_per_second": ".0f", "skipped": "d"}
+    bar.set_postfix({key: format(values[key], form) for key, form in shown.items() if key != "skipped" or values[key]})
+    bar.update()
+
+
+def give_up(failures, output, rank):
+    path = output / f"nonfinite-{rank}.json"        # each process writes down its own samples
+    path.write_text(json.dumps(failures, indent=1))
+    last = failures[-1]
+    raise ValueError(f"the loss is {last['loss']} and the gradients' norm {last['grad_norm']} at step {last['step']}, not "
+                     f"finite for {len(failures)} steps in a row; their samples are in {path}. Lower --base-rate, or use "
+                     "--precision fp32")
+
+
+def check_bad(counts, pairs, limit):
+    bad = sum(counts)
+    if bad > max(limit * (pairs + bad), 10):
+        raise ValueError(f"{bad} of the first {pairs + bad} pairs could not be read ({bad_line(counts)}); at most {limit:.0%} "
+                         "may be bad, see --max-bad")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train SimZSS. Defaults: the paper's recipe for COCO Captions; "
                                                  "--train-data toy has its own, smaller ones.")
     add = parser.add_argument
     add("--train-data", default="data/coco/annotations/captions_train2017.json",
-        help="toy, a COCO captions JSON, or a TSV / JSONL of (image, caption) (default: %(default)s)")
+        help="toy, a COCO captions JSON, a TSV / JSONL of (image, caption), or tar shards in img2dataset's layout: a folder, "
+             "or names such as \"shards/{00000..00295}.tar\" (default: %(default)s)")
     add("--images", help="folder of the images (default: COCO's place, or the captions file's folder)")
     add("--bank", help="concept bank, one name per line, synonyms after commas, or none, which makes a concept of "
                        "every noun phrase (default: the benchmarks' classes)")
@@ -248,6 +541,8 @@ def parse_args(argv=None):
              "(paper) (default: %(default)s)")
 
     add("--batch", type=int, default=8192, help="pairs in the global batch, over all processes (default: %(default)s)")
+    add("--micro-batch", type=int, help="pairs that a process computes at a time, for little memory; changes no result "
+        "(default: all of its share)")
     add("--epochs", type=float, default=10, help="passes over the data (default: %(default)s)")
     add("--epoch-pairs", type=int, default=400_000, help="pairs of one pass, at most (default: %(default)s)")
     add("--steps", type=int, help="steps to train for, instead of --epochs")
@@ -273,7 +568,12 @@ def parse_args(argv=None):
     add("--cache-features", metavar="DIR", help="compute the backbone's features once into DIR and train from there: "
         "much faster steps, but no random crops")
     add("--workers", type=int, default=8, help="processes that load images, per process (default: %(default)s)")
+    add("--max-bad", type=float, default=MAX_BAD, help="share of unreadable images that ends the run (default: %(default)s)")
+    add("--resume", metavar="auto|FILE", help="go on with an interrupted run: from the newest state in --output that can be "
+        "read, if there is one, or from a given state file")
     add("--save-minutes", type=float, default=10, help="minutes between checkpoints (default: %(default)s)")
+    add("--timeout-minutes", type=float, default=30, help="of waiting for another process in a step, after which the run "
+        "ends (default: %(default)s)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the towers (default: %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -289,18 +589,25 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        model, config = train(args, rank, world)
-        if dist.is_initialized():
-            dist.destroy_process_group()            # all together; only the first goes on
+        check_numbers(args, world)
+        patient = join_processes(args, world)
+        model, config = train(args, rank, world, patient)
         if rank == 0 and args.eval_data != "none":
             score(args, model, config)
+        if patient:                                 # nobody leaves while another still works
+            dist.barrier(patient)
     except (ValueError, OSError) as error:
         message = str(error).strip()
         if "Original Traceback" in message:         # from a data worker: its own line is the last
             message = message.splitlines()[-1].removeprefix("ValueError: ")
         sys.exit(f"error: {message}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: the GPU's memory is full; lower --batch or use more GPUs ({str(error).splitlines()[0]})")
+        sys.exit(f"error: the GPU's memory is full; lower --micro-batch ({str(error).splitlines()[0]})")
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: another process died or answers no more; the last checkpoint is whole, go on with --resume auto "
+                 f"({str(error).strip().splitlines()[0]})")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

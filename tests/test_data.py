@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
@@ -409,6 +410,36 @@ def test_images_beside_the_rows(tmp_path, name, row):
     check_aligned(pairs)
 
 
+def photo(path, width, height):
+    """A smooth JPEG, whose reduced decoding can be compared with the full one."""
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
+    small.resize((width, height), Image.BICUBIC).save(path, quality=95)
+    return path
+
+
+@pytest.mark.parametrize("width, height, decoded", [
+    (127, 127, (127, 127)), (640, 127, (640, 127)), (130, 128, (65, 64)), (640, 300, (160, 75)), (700, 600, (88, 75))])
+def test_large_jpegs_are_decoded_smaller(tmp_path, width, height, decoded):
+    """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep as many pixels as are needed; others are
+    what they are without the hint, and without it nothing is reduced."""
+    path = photo(tmp_path / "photo.jpg", width, height)
+    full, reduced = load_image(path), load_image(path, 64)
+    assert full.size == (width, height) and reduced.size == decoded
+    if decoded == (width, height):
+        assert reduced.tobytes() == full.tobytes()
+    difference = np.subtract(*[np.asarray(image.resize((32, 32), Image.BICUBIC), float) for image in (full, reduced)])
+    assert np.abs(difference).mean() < 2
+
+
+def test_training_decodes_at_twice_the_size(tmp_path):
+    """Training asks for at least twice the pixels that its crops need: smaller photos give the very same crops."""
+    paths = [photo(tmp_path / f"{width}.jpg", width, 80) for width in (80, 300)] + [photo(tmp_path / "l.jpg", 256, 300)]
+    pairs = captioned(paths, CAPTIONS[:3], size=32)
+    assert [pairs.picture(i).size for i in range(3)] == [(80, 80), (300, 80), (64, 75)]
+    crop = random_resized_crop(load_image(paths[1]), 32, np.random.default_rng((0, 7)))
+    assert torch.equal(pairs[7, 1]["pixels"], to_pixels(crop))
+
+
 @needs_photos
 def test_real_captions(tmp_path):
     """COCO's own file gives all its captions, with an existing photo and concepts for most."""
@@ -428,15 +459,21 @@ def backbone():
 
 
 def seen(backbone, image, size):
-    """The backbone's features of a whole image."""
+    """The backbone's features of a whole image, as float16."""
     class_token, patches, _ = backbone(backbone.normalise(to_pixels(image.resize((size, size), Image.BICUBIC))[None]))
-    return class_token[0].half().float(), patches[0].half().float()
+    return class_token[0].half(), patches[0].half()
+
+
+def features(pairs, backbone, folder, part=2):
+    cached = CachedFeatures(pairs, backbone, folder, part)
+    cached.compute(backbone)
+    return cached
 
 
 def test_cached_features(tmp_path, backbone, capsys):
-    """Cached features are the backbone's of the whole image, to the precision of float16, whatever the batch."""
+    """Cached features are the backbone's of the whole image, to the precision of float16, whatever the part."""
     pairs = captioned([noise(i, 128, 128) for i in range(5)], CAPTIONS, size=64)
-    cached = CachedFeatures(pairs, backbone, tmp_path / "features", batch=2)
+    cached = features(pairs, backbone, tmp_path / "features")
     for i in range(5):
         item, (class_token, patches) = cached[9, i], seen(backbone, Image.fromarray(noise(i, 128, 128)), 64)
         torch.testing.assert_close(item["class_token"], class_token, atol=1e-3, rtol=0)
@@ -446,14 +483,49 @@ def test_cached_features(tmp_path, backbone, capsys):
     assert "pixels" not in batch and torch.equal(batch["patch_tokens"][1], cached[0, 0]["patch_tokens"])
 
 
-def test_features_are_computed_once(tmp_path, backbone):
-    """Features that are there are believed: after a change of the stored array it is the changed one that is seen."""
-    pairs = captioned([noise(i) for i in range(5)], CAPTIONS, size=32)
-    CachedFeatures(pairs, backbone, tmp_path / "features")
-    np.lib.format.open_memmap(tmp_path / "features" / "class_tokens.npy", "r+")[:] = 7
-    assert (CachedFeatures(pairs, backbone, tmp_path / "features")[0, 3]["class_token"] == 7).all()
-    (tmp_path / "features" / "features.json").unlink()                 # as if they had not been finished
-    assert not (CachedFeatures(pairs, backbone, tmp_path / "features")[0, 3]["class_token"] == 7).any()
+def count_images(monkeypatch):
+    """List that grows by the number of images in each call of the toy backbone."""
+    calls, forward = [], VisionBackbone.forward
+    monkeypatch.setattr(VisionBackbone, "forward", lambda self, images: calls.append(len(images)) or forward(self, images))
+    return calls
+
+
+def test_features_are_computed_once_by_one_process(tmp_path, backbone, monkeypatch):
+    """Each of three processes computes its part of the images, no image is computed twice, and after a kill only those
+    that were not written: a half-written file counts for nothing."""
+    pairs, calls = captioned([noise(i) for i in range(5)], CAPTIONS, size=32), count_images(monkeypatch)
+    every = [CachedFeatures(pairs, backbone, tmp_path / "features", part=1) for _ in range(3)]
+    shares = []
+    for rank, cached in enumerate(every):
+        cached.compute(backbone, rank, world=3)
+        shares.append(sum(calls))
+    assert shares == [2, 4, 5]
+    alone = features(pairs, backbone, tmp_path / "alone", part=5)
+    assert all(torch.equal(alone[0, i]["patch_tokens"], every[0][0, i]["patch_tokens"]) for i in range(5))
+    del calls[:]
+    (tmp_path / "features" / "features-000003.npy").rename(tmp_path / "features" / "features-000003.1.partial")
+    features(pairs, backbone, tmp_path / "features", part=1)
+    assert calls == [1] and torch.equal(alone[0, 3]["patch_tokens"], every[0][0, 3]["patch_tokens"])
+
+
+def test_features_on_a_full_disk(tmp_path, backbone, monkeypatch):
+    """A disk that fills up while features are written ends in one line; what was written is kept and gone on from."""
+    pairs, calls, save = captioned([noise(i) for i in range(5)], CAPTIONS, size=32), count_images(monkeypatch), np.save
+    cached = CachedFeatures(pairs, backbone, tmp_path / "features", part=2)
+
+    def full(file, array):
+        file.write(b"half of it")
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        file.seek(0)
+        save(file, array)
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="features-000001.npy could not be written .*No space left.* kept"):
+        cached.compute(backbone)
+    monkeypatch.setattr(np, "save", save)
+    assert sorted(path.name for path in (tmp_path / "features").iterdir()) == ["features-000000.npy", "features.json"]
+    cached.compute(backbone)
+    assert calls == [2, 2, 2, 1]
 
 
 def test_captions_share_their_image(tmp_path, backbone, capsys):
@@ -463,8 +535,8 @@ def test_captions_share_their_image(tmp_path, backbone, capsys):
     (tmp_path / "1.png").write_text("this is no photo")
     paths = [tmp_path / f"{i}.png" for i in (2, 1, 2, 0, 1)]
     pairs = captioned(paths, CAPTIONS, size=32)
-    cached = CachedFeatures(pairs, backbone, tmp_path / "features")
-    assert len(cached.class_tokens) == 3
+    cached = features(pairs, backbone, tmp_path / "features")
+    assert [len(np.load(path)) for path in sorted((tmp_path / "features").glob("*.npy"))] == [2, 1]
     assert torch.equal(cached[0, 0]["patch_tokens"], cached[0, 2]["patch_tokens"])
     class_token, _ = seen(backbone, Image.fromarray(noise(0)), 32)
     torch.testing.assert_close(cached[0, 3]["class_token"], class_token, atol=1e-3, rtol=0)
@@ -510,13 +582,29 @@ def test_features_in_a_new_folder(tmp_path, backbone):
     assert (tmp_path / "new" / "features" / "features.json").is_file()
 
 
+def test_the_key_of_features(tmp_path):
+    """The same weights at another path are the same cache; other weights, or features without their key, are refused."""
+    pairs, names = captioned([noise(0)], ["a dog"], size=32), ["a.safetensors", "b.safetensors", "c.safetensors"]
+    for seed, name in zip([0, 0, 1], names):
+        torch.manual_seed(seed)
+        trunk = VisionBackbone("test_resnet", pretrained=False).trunk
+        safetensors.torch.save_file(trunk.state_dict(), tmp_path / name)
+    first, moved, other = (VisionBackbone("test_resnet", weights=tmp_path / name) for name in names)
+    features(pairs, first, tmp_path / "features")
+    CachedFeatures(pairs, moved, tmp_path / "features", part=2)
+    with pytest.raises(ValueError, match=r"\(backbone differ\)"):
+        CachedFeatures(pairs, other, tmp_path / "features", part=2)
+    (tmp_path / "features" / "features.json").unlink()
+    with pytest.raises(ValueError, match="holds the features of something else"):
+        CachedFeatures(pairs, first, tmp_path / "features", part=2)
+
+
 def test_features_are_not_sent_to_workers(tmp_path, backbone):
-    """A worker that is not forked is told where the features lie, not sent all of them, and reads the same."""
-    cached = CachedFeatures(captioned([noise(i) for i in range(8)], ["a dog"] * 8), backbone, tmp_path / "features")
+    """A worker that is not forked is told where the features lie, not sent any of them, and reads the same."""
+    cached = features(captioned([noise(i) for i in range(8)], ["a dog"] * 8, size=128), backbone, tmp_path / "features")
     parcel = pickle.dumps(cached)
-    assert len(parcel) < cached.patch_tokens.nbytes + sum(image.nbytes for image in cached.images)
-    again = pickle.loads(parcel)
-    assert torch.equal(again[0, 3]["patch_tokens"], cached[0, 3]["patch_tokens"])
+    assert len(parcel) < sum(path.stat().st_size for path in (tmp_path / "features").glob("*.npy")) / 2
+    assert torch.equal(pickle.loads(parcel)[0, 3]["patch_tokens"], cached[0, 3]["patch_tokens"])
 
 
 def test_features_of_a_changed_file(tmp_path, backbone):

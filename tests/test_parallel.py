@@ -1,75 +1,141 @@
-"""Several processes = one process: the losses, their gradients, and whole training runs (gloo, on the CPU)."""
+"""Several processes = one process, and little by little = all at once: the losses, their gradients, and whole training
+runs (gloo, on the CPU)."""
 import json
+import os
+import socket
 import subprocess
 import sys
-from datetime import timedelta
+import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import multiprocessing, nn
+from torch import multiprocessing
 
-from concepts import ConceptBank
-from conftest import ROOT
+from concepts import ConceptBank, tokenize
+from conftest import ROOT, tiny
 from data import GlobalBatches, load_pairs
-from model import SimZSS, concept_embeddings
-from train import average_gradients, main
+from train import average_gradients, backward, join_processes, main, parse_args
+
+
+class Processes:
+    """world processes that call function(*arguments), with the variables that torchrun sets; output goes to files."""
+
+    def __init__(self, folder, world, function, *arguments):
+        folder.mkdir(exist_ok=True)
+        self.logs = [folder / f"output{rank}.txt" for rank in range(world)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            variables = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        context = multiprocessing.get_context("fork")           # nothing has to be imported again
+        self.processes = [context.Process(target=self.run, args=(rank, variables, function, arguments))
+                          for rank in range(world)]
+        for process in self.processes:
+            process.start()
+
+    def run(self, rank, variables, function, arguments):
+        sys.stdout = sys.stderr = open(self.logs[rank], "w", buffering=1)
+        os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+        function(*arguments)
+
+    def output(self):
+        return "".join(log.read_text() for log in self.logs)
+
+    def wait(self, seconds=90):
+        """Exit statuses once all are done; a negative one is the signal that ended the process."""
+        end = time.time() + seconds
+        while time.time() < end and any(process.is_alive() for process in self.processes):
+            time.sleep(0.02)                        # join() would wait for the data workers of a killed process
+        statuses = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        assert None not in statuses, f"still running: {statuses} {self.output()}"
+        return statuses
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses
 
-B, N, T, D, BANK = 6, 5, 7, 8, 9
-IDS = {"mixed": [[3, 3, 1], [0, 3, -1], [5, -1, -1], [3, 8, -1], [0, -1, -1], [2, 2, 2]],
-       "one process without": [[3, 3, 1], [0, 3, -1], [5, -1, -1], [-1] * 3, [-1] * 3, [-1] * 3],
-       "none anywhere": [[-1] * 3] * 6}
+B, N, SIZES = 8, 5, (1, 2, 4)                       # pairs, patches, numbers of processes
+WAYS = {"at once": (B, False), "by length": (2, False), "twice": (1, True)}
+CAPTIONS = ["a cow", "grass, and on it a cow and one more cow", "the sea", "a boat on the sea under the wide blue sky",
+            "sheep", "a sheep and a cow on the grass", "nothing to be seen here at all", "sky"]
+IDS = {"mixed": [[0, -1, -1], [2, 0, 0], [4, -1, -1], [3, 4, 5], [1, -1, -1], [1, 0, 2], [-1] * 3, [5, -1, -1]],
+       "some processes without": [[0, -1, -1], [2, 0, -1], [4, -1, -1], *[[-1] * 3] * 5],
+       "none anywhere": [[-1] * 3] * B}
+CASES = [(ids, target, way) for ids in IDS for target in ("concept", "argmax") for way in WAYS]
 
 
-def losses_and_gradients(ids, target, rows, cut_padding):
-    """Losses of some rows of a random batch and the gradients of what all processes share: a text encoder of one
-    matrix, and the logit scale."""
-    torch.manual_seed(0)
-    class_token, patches = F.normalize(torch.randn(B, D), dim=-1), F.normalize(torch.randn(B, N, D), dim=-1)
-    words, matrix = torch.randn(B, T, D), nn.Parameter(torch.randn(D, D))
-    start = torch.randint(0, T - 2, (B, 3, 1))
-    spans, ids = torch.cat([start, start + torch.randint(1, 3, (B, 3, 1))], -1), torch.tensor(ids)
-    model = SimZSS(nn.Identity(), nn.Identity(), range(BANK), weight=0.5, local_target=target)
-    model.double()
-    matrix.data = matrix.data.double()
-    M = int((ids[rows] >= 0).sum(1).max()) if cut_padding else 3        # each process pads to its own longest
-    tokens = F.normalize(words[rows].double() @ matrix, dim=-1)
-    losses = model.losses(class_token[rows].double(), patches[rows].double(), tokens[:, -1],
-                          concept_embeddings(tokens, spans[rows, :M]), ids[rows, :M])
-    losses["loss"].backward()
-    average_gradients([matrix, model.logit_scale])
-    return {**{key: value.item() for key, value in losses.items()}, "grads": (matrix.grad, model.logit_scale.grad)}
+def losses_and_gradients(model, case, rank=0, world=1):
+    """Losses and gradients of all parameters, of a process's rows of a batch, averaged over processes."""
+    (ids, target, way), rows = case, slice(rank * B // world, (rank + 1) * B // world)
+    model.local_target, model.weight = target, 0.5
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    features = F.normalize(torch.randn(B, 1 + N, model.backbone.width, generator=generator), dim=-1)
+    tokens = torch.stack([tokenize(caption) for caption in CAPTIONS])
+    start = torch.randint(1, 3, (B, 3, 1), generator=generator)
+    spans, ids = torch.cat([start, start + 1 + start % 2], -1), torch.tensor(IDS[ids])
+    M = int((ids[rows] >= 0).sum(1).max()) if world > 1 else 3          # each process pads to its own longest
+    batch = {"class_token": features[rows, 0], "patch_tokens": features[rows, 1:], "tokens": tokens[rows],
+             "ids": ids[rows, :M], "spans": spans[rows, :M]}
+    group, twice = WAYS[way]
+    losses = backward(model, batch, group, twice, nullcontext, torch.amp.GradScaler("cpu", enabled=False))
+    average_gradients(list(model.trained().values()))
+    return {key: value.item() for key, value in losses.items()}, {k: p.grad for k, p in model.trained().items()}
 
 
-def process(rank, rendezvous, output):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2,
-                            timeout=timedelta(seconds=60))
-    rows = slice(rank * B // 2, (rank + 1) * B // 2)
-    torch.save({(case, target): losses_and_gradients(ids, target, rows, True) for case, ids in IDS.items()
-                for target in ("concept", "argmax")}, f"{output}{rank}")
+def all_cases(model, folder):
+    join_processes(parse_args(["--device", "cpu", "--timeout-minutes", "1"]), world=int(os.environ["WORLD_SIZE"]))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.save({case: losses_and_gradients(model, case, rank, world) for case in CASES}, folder / f"{world}-{rank}")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(process, (folder / "rendezvous", folder / "output"), nprocs=2)
-    return [torch.load(folder / f"output{rank}") for rank in range(2)]
+def found(tmp_path_factory):
+    """{(processes, rank, case): losses and gradients}"""
+    folder, model = tmp_path_factory.mktemp("processes"), tiny()
+    runs = [Processes(folder, world, all_cases, model, folder) for world in SIZES if world > 1]
+    found = {(1, 0, case): losses_and_gradients(model, case) for case in CASES}
+    for run, world in zip(runs, SIZES[1:]):
+        assert run.wait() == [0] * world, run.output()
+        for rank in range(world):
+            found.update({(world, rank, case): values for case, values in torch.load(folder / f"{world}-{rank}").items()})
+    return found
 
 
-@pytest.mark.parametrize("target", ["concept", "argmax"])
-@pytest.mark.parametrize("case", IDS)
-def test_two_processes_have_the_losses_and_gradients_of_one(two_processes, case, target):
-    """Losses, counts and gradients of two processes are those of one with the whole batch, in each of the two, also
-    when one process or none has a concept."""
-    one = losses_and_gradients(IDS[case], target, slice(0, B), False)
-    assert (one["local"] > 0) == (case != "none anywhere")
-    for found in (results[case, target] for results in two_processes):
-        torch.testing.assert_close(found, one, rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("ids", IDS)
+def test_one_batch_has_one_loss_however_it_is_split(found, ids, world, way):
+    """1 x 8 = 2 x 4 = 4 x 2 pairs: losses, counts and gradients agree to 1e-5 in float32 in each process, also when some
+    processes or all are without concepts, with captions in groups by length, and encoded twice, one by one."""
+    for target in ("concept", "argmax"):
+        expected, gradients = found[1, 0, (ids, target, "at once")]
+        assert (expected["local"] > 0) == (ids != "none anywhere")
+        for rank in range(world):
+            losses, split = found[world, rank, (ids, target, way)]
+            assert losses == pytest.approx(expected, rel=1e-5)
+            for name, gradient in gradients.items():
+                assert gradient.norm() > 0, name
+                assert (split[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_encoding_twice_keeps_gradients_under_autocast():
+    """In bfloat16, too, the second encoding carries the gradients of the first."""
+    norms = []
+    for twice in (False, True):
+        model, autocast = tiny(), lambda: torch.autocast("cpu", torch.bfloat16)
+        tokens = torch.stack([tokenize(caption) for caption in CAPTIONS])
+        features = F.normalize(torch.randn(B, 1 + N, model.backbone.width, generator=torch.Generator().manual_seed(0)), dim=-1)
+        batch = {"class_token": features[:, 0], "patch_tokens": features[:, 1:], "tokens": tokens,
+                 "ids": torch.tensor(IDS["mixed"]), "spans": torch.tensor([1, 2]).expand(B, 3, 2)}
+        backward(model, batch, 4, twice, autocast, torch.amp.GradScaler("cpu", enabled=False))
+        norms.append({name: p.grad.norm().item() for name, p in model.trained().items()})
+    assert norms[1] == pytest.approx(norms[0], rel=0.02) and min(norms[0].values()) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,16 +148,16 @@ SETTINGS = (f"--train-data toy --batch {BATCH} --steps {STEPS} --epoch-pairs {PA
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """torchrun with two processes, started side by side: all concepts, and a bank of one rare concept."""
+    """Two processes, by torchrun with a bank of one rare concept, and two pairs at a time with all concepts."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "rare.txt").write_text("umbrella\n")
+    options = {"all": ["--micro-batch", "2"], "rare": ["--bank", str(folder / "rare.txt")]}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py"]
-    options = {"all": [], "rare": ["--bank", str(folder / "rare.txt")]}
-    started = {name: subprocess.Popen([*torchrun, *SETTINGS, "--output", folder / name, *more], stderr=subprocess.PIPE,
-                                      stdout=subprocess.PIPE, text=True)
-               for name, more in options.items()}
-    errors = {name: run.communicate(timeout=300)[1] for name, run in started.items()}
-    return folder, options, errors, {name: run.returncode for name, run in started.items()}
+    rare = subprocess.Popen([*torchrun, *SETTINGS, "--output", folder / "rare", *options["rare"]], stderr=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True)
+    every = Processes(folder, 2, main, [*SETTINGS, "--output", str(folder / "all"), *options["all"]])
+    errors = rare.communicate(timeout=300)[1]
+    return folder, options, {"rare": rare.returncode == 0 or errors, "all": every.wait() == [0, 0] or every.output()}
 
 
 def read_log(folder):
@@ -100,11 +166,11 @@ def read_log(folder):
 
 @pytest.mark.parametrize("name", ["all", "rare"])
 def test_torchrun_logs_the_losses_of_one_process(runs, tmp_path, name):
-    """torchrun with two processes logs the losses of one process with the same global batch, step by step, with the
-    whole bank and with one so small that in some steps one process has no concept, or none has."""
-    folder, options, errors, status = runs
-    assert status[name] == 0, errors[name]
-    main([*SETTINGS, *options[name], "--output", str(tmp_path)])
+    """A run of two processes logs the losses of one process with the same global batch, step by step, with the
+    whole bank in micro-batches and with a bank so small that in some steps one process has no concept, or none has."""
+    folder, options, good = runs
+    assert good[name] is True, good[name]
+    main([*SETTINGS, *options[name], "--micro-batch", str(BATCH), "--output", str(tmp_path)])
     two, one = read_log(folder / name), read_log(tmp_path)
     assert len(one) == len(two) == STEPS
     for a, b in zip(one, two):

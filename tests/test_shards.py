@@ -385,7 +385,7 @@ def test_skipping_decodes_nothing(tmp_path, monkeypatch):
     batches, states = stream(tmp_path, 9)
     states[0] = next(batches)["state"]
     opened = []
-    monkeypatch.setattr("data.load_image", lambda file: opened.append(file) or load_image(file))
+    monkeypatch.setattr("data.load_image", lambda file, least: opened.append(file) or load_image(file))
     next(stream(tmp_path, 2, states=states)[0])
     assert len(opened) == 2
 

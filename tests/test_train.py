@@ -149,7 +149,7 @@ def test_cached_features_are_the_live_ones(tmp_path, fails, monkeypatch):
     for i in range(2):
         train.main([*TOY, "--steps", "3", "--cache-features", str(cache), "--output", str(tmp_path / str(i))])
         logs.append([line["loss"] for line in read_log(tmp_path / str(i))])
-        written = (cache / "patch_tokens.npy").stat().st_mtime_ns
+        written = (cache / "features-000000.npy").stat().st_mtime_ns
         assert i == 0 or written == before
         before = written
     assert logs[0] == logs[1]
@@ -240,7 +240,10 @@ def test_missing_images_are_counted(coco, tmp_path, fails):
     (["--steps", "-1"], ["--steps is -1", "positive number"]),
     (["--text-width", "33", "--text-heads", "2"], ["width 33", "2 heads"]),
     (["--backbone", "toy", "--backbone-weights", "random"], ["the toy backbone", "no --backbone-weights"]),
-    (["--base-rate", "1e30", "--steps", "3"], ["the loss is", "--base-rate"])])
+    (["--base-rate", "1e30", "--steps", "9"], ["the loss is nan", "5 steps in a row", "nonfinite-0.json", "--base-rate"]),
+    (["--micro-batch", "3"], ["--micro-batch 3 must divide the 8 pairs"]),
+    (["--micro-batch", "0"], ["--micro-batch is 0", "positive number"]),
+    (["--resume", "none.safetensors"], ["--resume: no file none.safetensors"])])
 def test_mistakes_end_with_one_line(tmp_path, fails, more, words):
     """Wrong settings end with one line that says what is wrong and what to do."""
     fails(train.main, [*TOY, "--output", tmp_path, *more], *words)
@@ -277,12 +280,12 @@ def test_a_few_unreadable_images_are_replaced_and_counted(broken, tmp_path, caps
     (tmp_path / "7.jpg").write_text("no image")
     train.main(["--train-data", str(pairs), *SMALL, "--batch", "60", "--epochs", "1", "--output", str(tmp_path / "run")])
     assert [line["bad_images"] for line in read_log(tmp_path / "run")] == [1]
-    assert "1 unreadable images were replaced" in capsys.readouterr().out
+    assert "left out: bad image 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_many_unreadable_images_stop_the_run(broken, tmp_path, fails, workers):
     """More than 1 % unreadable images stop the run in one line, be they some in every batch or all."""
     more = [*SMALL, "--steps", "5", "--workers", workers, "--output", tmp_path / "run"]
-    fails(train.main, ["--train-data", broken(3), *more], "images could not be read", "1%")
+    fails(train.main, ["--train-data", broken(3), *more], "pairs could not be read (bad image", "1%")
     fails(train.main, ["--train-data", broken(0), *more], "ten unreadable images in a row", "no readable image")
