@@ -43,9 +43,10 @@ TEXT_GROUP = 32                                     # captions of alike length t
 GPU_TEXT_GROUP = 256                                # ... and on a GPU, which fewer would not fill
 MAX_SKIPPED = 5                                     # steps in a row without finite loss and gradients that end a run
 # Settings that another value of leaves the losses as they are, or that are compared in another form
-FREE = {"images", "bank", "exclude_classes", "denoiser", "output", "resume", "backbone_weights", "cache_features", "micro_batch", "workers", "max_bad",
-        "save_minutes", "timeout_minutes", "precision", "device", "protocol", "epochs", "epoch_pairs", "eval_data",
-        "eval_without", "eval_names", *PROTOCOL}
+FREE = {"images", "bank", "exclude_classes", "denoiser", "output", "resume", "backbone_weights", "cache_features",
+        "micro_batch", "workers", "max_bad", "save_minutes", "timeout_minutes", "precision", "device", "protocol", "epochs",
+        "epoch_pairs", "eval_data", "eval_without", "eval_names", *PROTOCOL}
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +285,8 @@ def train(args, rank, world, patient=None):
 def score(args, model, config):
     """Score the trained model on --eval-data; write result.json and a picture of predictions."""
     dataset = open_dataset(args.eval_data, args.eval_without, args.eval_names)
-    result, pictures = evaluate(model, dataset, config["protocol"], pictures=4)
+    protocol = {**config["protocol"], "names": args.eval_names, "without": args.eval_without}
+    result, pictures = evaluate(model, dataset, protocol, pictures=4)
     print_result(result)
     output = Path(args.output)
     write_result(output / "result.json", {"dataset": args.eval_data, "training": config, **result})
