@@ -406,13 +406,12 @@ def check(dataset, indices=None, workers=8):
 def likely_mistake(dataset, found):
     """In words, what masks with the set of values found may be."""
     right = dataset.masks.classes
-    for what, known in dataset.mistakes.items():
-        if found <= known and known != set(right):
-            return f"they look like {what}"
+    likely = [f"they look like {what}" for what, known in dataset.mistakes.items() if found <= known and known != set(right)]
     for shift in (1, -1):
-        if all((value - shift) % 256 in right or right.get(value) == IGNORE for value in found):
-            return f"the labels look shifted by {shift:+d}"
-    return "expected " + ", ".join(map(str, [*right][:12])) + (", ..." if len(right) > 12 else "")
+        kept = all(value - shift in right or right.get(value) == IGNORE for value in found)
+        if kept or all((value - shift) % 256 in right for value in found if value < 256) and max(found) < 256:
+            likely.append(f"the labels look shifted by {shift:+d}")
+    return ", or ".join(likely) or "expected " + ", ".join(map(str, [*right][:12])) + ", ..." * (len(right) > 12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
