@@ -423,6 +423,8 @@ def main(argv=None):
         if len({Path(photo).stem for photo in args.photos}) < len(args.photos):
             raise ValueError("two photos have the same name, their masks would too; segment them into different --output")
         kind, words = parse_background(args.background)
+        if kind != "none":
+            check_classes([["background"], *classes], "--background and --classes")
         classes = check_classes([words, *classes] if kind == "prompt" else classes, "--background and --classes")
         model, protocol = open_model(args)
         embeddings = embed(model, classes, protocol)
