@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from concepts import CLASSES, check_classes, read_classes
 from data import IMAGE_SUFFIXES, ToyScenes, load_image, to_pixels
-from segment import (SLIDING, add_model_args, embed, grid, newest_model, open_model, overlay, parse_background, pick_device,
-                     put_background, segment_image)
+from segment import (SLIDING, add_model_args, embed, grid, newest_model, open_model, overlay, parse_background,
+                     pick_device, put_background, segment_image)
 
 IGNORE, ILLEGAL = -1, -2                            # of a mask that was read: not scored, and what may not be
 
@@ -366,15 +366,16 @@ def check(dataset, indices=None, workers=8):
     indices: of the images to look at, None = all. Image count, mask sizes and values are verified.
     """
     def inspect(i):
+        _, path, mask = dataset.files[i]
         try:
-            raw, path = read_mask(dataset.files[i][2]), dataset.files[i][1]
+            raw = read_mask(mask)
             if not path.is_file():
                 raise FileNotFoundError(f"no image {path}")
             with Image.open(path) as image:
                 size = image.size[::-1 if image.getexif().get(274, 1) < 5 else 1]       # 274: how the camera was held
             return dataset.problem(i, raw.shape, size), np.bincount(raw.ravel(), minlength=2 ** 16)
-        except (ValueError, OSError) as error:
-            return str(error), np.zeros(2 ** 16, int)
+        except Exception as error:                  # Pillow raises almost anything on a broken file
+            return f"{path}: {error}", np.zeros(2 ** 16, int)
 
     indices = range(len(dataset)) if indices is None else indices
     problems, pixels, usual, usual_values = [], np.zeros(2 ** 16, int), 0, list(dataset.masks.usual)
