@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from concepts import CLASSES, check_classes, read_classes
 from data import IMAGE_SUFFIXES, ToyScenes, load_image, to_pixels
-from segment import (SLIDING, add_model_args, embed, grid, newest_model, open_model, overlay, parse_background, pick_device,
-                     put_background, segment_image)
+from segment import (SLIDING, add_model_args, embed, grid, newest_model, open_model, overlay, parse_background,
+                     pick_device, put_background, segment_image)
 
 IGNORE, ILLEGAL = -1, -2                            # of a mask that was read: not scored, and what may not be
 
@@ -215,11 +215,15 @@ class MaskedImages:
 
     classes: C lists of names. files: [(name, image path, mask for `read_mask`)]. masks: `Masks`. count: how many images
     there should be, None = any. background: what stands for the class "background", see `parse_background`. without:
-    classes that are neither scored nor predicted; their pixels are ignored.
+    classes that are neither scored nor predicted; their pixels are ignored. names: class file with other words and
+    synonyms for the classes, line by line.
     """
 
-    def __init__(self, name, classes, files, masks, count=None, background=None, mistakes=None, without=()):
+    def __init__(self, name, classes, files, masks, count=None, background=None, mistakes=None, without=(), names=None):
         first = [names[0] for names in classes]
+        classes = read_classes(names) if names else classes
+        if len(classes) != len(first):
+            raise ValueError(f"{names} has {len(classes)} classes; expected the {len(first)} of {name}")
         unknown = set(without) - set(first)
         if unknown:
             raise ValueError(f"{name} has no class {sorted(unknown)[0]!r} to leave out")
@@ -228,7 +232,7 @@ class MaskedImages:
             raise ValueError(f"{name}: every class is left out, expected at least one to score")
         self.name, self.files, self.masks, self.count, self.mistakes = name, files, masks, count, mistakes or {}
         self.classes = [classes[i] for i in kept]
-        self.background_class = next((i for i, names in enumerate(self.classes) if names[0] == "background"), None)
+        self.background_class = next((i for i, k in enumerate(kept) if first[k] == "background"), None)
         self.background = "none" if self.background_class is None else background or "prompt:" + ", ".join(
             self.classes[self.background_class])
         self.table = np.full(2 ** 16, ILLEGAL, np.int32)                                # value in the file -> class
@@ -243,7 +247,7 @@ class MaskedImages:
         image, mask = load_image(path), self.table[read_mask(mask)]
         problem = self.problem(i, mask.shape, image.size[::-1])
         if problem or (mask == ILLEGAL).any():
-            raise ValueError(problem or f"{self.files[i][2]} holds values that are no class; run eval.py --check")
+            raise ValueError(problem or f"the mask of {path} holds values that are no class; run eval.py --check")
         return name, image, mask
 
     def problem(self, i, mask_size, image_size):
@@ -254,15 +258,17 @@ class MaskedImages:
 
 def read_labels(path):
     """A class file whose lines may begin with "label: ". Returns (labels or None, classes)."""
-    lines = Path(path).read_text("utf-8-sig").splitlines() if Path(path).is_file() else []
+    lines = Path(path).read_text("utf-8-sig", "replace").splitlines() if Path(path).is_file() else []
     lines = [line for line in lines if line.strip()]
-    if not lines or not all(": " in line for line in lines):
+    if not any(":" in line for line in lines):
         return None, read_classes(path)
-    labels = [line.partition(": ")[0].strip() for line in lines]
+    bare = [line for line in lines if ":" not in line]
+    labels = [line.partition(":")[0].strip() for line in lines]
     twice = [label for label, times in Counter(labels).items() if times > 1]
-    if twice:
-        raise ValueError(f"{path}: the label {twice[0]!r} is there twice")
-    return labels, [[name.strip() for name in line.partition(": ")[2].split(",")] for line in lines]
+    if bare or twice:
+        raise ValueError(f"{path}: " + (f"the label {twice[0]!r} is there twice" if not bare else f"{bare[0]!r} has no label "
+                         'before its name; expected "label: name" in every line or in none'))
+    return labels, [[name.strip() for name in line.partition(":")[2].split(",")] for line in lines]
 
 
 def open_benchmark(name, root, names=None, without=()):
@@ -277,14 +283,17 @@ def open_benchmark(name, root, names=None, without=()):
         raise FileNotFoundError(missing)
     if merged:                                      # the original annotations rather than what was made of them
         masks = benchmark.masks[0]
-        content = json.loads((root / masks.folder).read_text())
-        stems = {image["image_id"]: Path(image["file_name"]).stem for image in content["images"] if image["phase"] == "val"}
-        parts = {image: [] for image in stems}
-        for a in content["annos_segmentation"]:
-            if a["image_id"] in parts:
-                parts[a["image_id"]].append((a["category_id"], a["segmentation"]["counts"]))
-        sizes = {image["image_id"]: (image["height"], image["width"]) for image in content["images"]}
-        files = sorted((stem, images / f"{stem}.jpg", (sizes[i], parts[i])) for i, stem in stems.items())
+        try:
+            content = json.loads((root / masks.folder).read_text())
+            shown = {image["image_id"]: image for image in content["images"] if image["phase"] == "val"}
+            parts = {image: [] for image in shown}
+            for a in content["annos_segmentation"]:
+                if a["image_id"] in parts:
+                    parts[a["image_id"]].append((a["category_id"], a["segmentation"]["counts"]))
+            files = sorted((stem, images / f"{stem}.jpg", ((image["height"], image["width"]), parts[i]))
+                           for i, image in shown.items() for stem in [Path(image["file_name"]).stem])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{root / masks.folder} is cut short, or is no trainval_merged.json ({error!r})") from None
     else:
         if benchmark.split:
             if not (root / benchmark.split).is_file():
@@ -297,8 +306,8 @@ def open_benchmark(name, root, names=None, without=()):
         files = [(stem, images / (stem + benchmark.suffix), root / masks.folder / (stem + masks.suffix)) for stem in stems]
     if not files:
         raise FileNotFoundError(missing)
-    return MaskedImages(name, reworded(read_classes(CLASSES / f"{name}.txt"), names, name), files, masks, benchmark.count,
-                        benchmark.background, benchmark.mistakes, without)
+    return MaskedImages(name, read_classes(CLASSES / f"{name}.txt"), files, masks, benchmark.count, benchmark.background,
+                        benchmark.mistakes, without, names)
 
 
 def open_folder(folder, names=None, without=(), ignore=(255,)):
@@ -327,24 +336,14 @@ def open_folder(folder, names=None, without=(), ignore=(255,)):
     if not paths:
         raise FileNotFoundError(f"no images in {folder / 'images'}")
     files = [(path.stem, path, folder / "masks" / f"{path.stem}.png") for path in paths]
-    masks = Masks(f"the values of {folder}/classes.txt", "", "", numbered(values, ignored=ignore))
-    return MaskedImages(str(folder), reworded(classes, names, f"{folder}/classes.txt"), files, masks, without=without)
-
-
-def reworded(classes, names, source):
-    """The same classes in the words of the class file names, if one is given."""
-    if not names:
-        return classes
-    worded = read_classes(names)
-    if len(worded) != len(classes):
-        raise ValueError(f"{names} has {len(worded)} classes; expected the {len(classes)} of {source}")
-    return worded
+    masks = Masks(f"masks by {folder}/classes.txt", "", "", numbered(values, ignored=ignore))
+    return MaskedImages(str(folder), classes, files, masks, without=without, names=names)
 
 
 def open_dataset(name, without=(), names=None, root="data", ignore=(255,)):
     """The dataset called "toy", a benchmark, or a segmentation folder. Raises FileNotFoundError when it is none.
 
-    without: see `MaskedImages`. names: class file with other words and synonyms for the classes, line by line.
+    without, names: see `MaskedImages`. root: folder of the benchmarks. ignore: see `open_folder`.
     """
     if name == "toy":
         if without or names:
@@ -367,13 +366,16 @@ def check(dataset, indices=None, workers=8):
     indices: of the images to look at, None = all. Image count, mask sizes and values are verified.
     """
     def inspect(i):
+        _, path, mask = dataset.files[i]
         try:
-            raw = read_mask(dataset.files[i][2])
-            with Image.open(dataset.files[i][1]) as image:
+            raw = read_mask(mask)
+            if not path.is_file():
+                raise FileNotFoundError(f"no image {path}")
+            with Image.open(path) as image:
                 size = image.size[::-1 if image.getexif().get(274, 1) < 5 else 1]       # 274: how the camera was held
             return dataset.problem(i, raw.shape, size), np.bincount(raw.ravel(), minlength=2 ** 16)
-        except (ValueError, OSError) as error:
-            return str(error), np.zeros(2 ** 16, int)
+        except Exception as error:                  # Pillow raises almost anything on a broken file
+            return f"{path}: {error}", np.zeros(2 ** 16, int)
 
     indices = range(len(dataset)) if indices is None else indices
     problems, pixels, usual, usual_values = [], np.zeros(2 ** 16, int), 0, list(dataset.masks.usual)
@@ -389,9 +391,8 @@ def check(dataset, indices=None, workers=8):
     problems[5:] = [f"... and {bad - 5} more like these"] if bad > 5 else []
     what, found = dataset.masks.what, set(np.flatnonzero(pixels).tolist())
     if strange:
-        some = ", ".join(map(str, sorted(strange)[:5]))
-        problems.append(f"masks hold {len(strange)} values that {what} do not have: {some} (in {strange[min(strange)]}); "
-                        + likely_mistake(dataset, found))
+        some = ", ".join(map(str, sorted(strange)[:5])) + ", ..." * (len(strange) > 5)
+        problems.append(f"value {some} (in {strange[min(strange)]}) cannot occur in {what}; " + likely_mistake(dataset, found))
     elif usual_values and 2 * usual < len(indices) - bad:
         problems.append(f"only {usual} of {len(indices)} masks hold a value of {min(usual_values)}..{max(usual_values)}, as "
                         f"{what} do; " + likely_mistake(dataset, found))
@@ -406,13 +407,12 @@ def check(dataset, indices=None, workers=8):
 def likely_mistake(dataset, found):
     """In words, what masks with the set of values found may be."""
     right = dataset.masks.classes
-    for what, known in dataset.mistakes.items():
-        if found <= known and known != set(right):
-            return f"they look like {what}"
+    likely = [f"they look like {what}" for what, known in dataset.mistakes.items() if found <= known and known != set(right)]
     for shift in (1, -1):
-        if all(value - shift in right or right.get(value) == IGNORE for value in found):
-            return f"the labels look shifted by {shift:+d}"
-    return "expected " + ", ".join(map(str, [*right][:12])) + (", ..." if len(right) > 12 else "")
+        kept = all(value - shift in right or right.get(value) == IGNORE for value in found)
+        if kept or all((value - shift) % 256 in right for value in found if value < 256) and max(found) < 256:
+            likely.append(f"the labels look shifted by {shift:+d}")
+    return ", or ".join(likely) or "expected " + ", ".join(map(str, [*right][:12])) + ", ..." * (len(right) > 12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,18 +440,21 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     thresholds: rising (K,) tensor; adds "sweep", the mIoU with each as background threshold, from the same pass.
     With several processes each takes its share of the images, and all return the same numbers.
     """
-    protocol = {"background": getattr(dataset, "background", "none"), **protocol}
-    kind, value = parse_background(protocol["background"])
     C, place, names = len(dataset.classes), getattr(dataset, "background_class", None), [c[0] for c in dataset.classes]
+    swept = thresholds is not None
+    if swept and place is None:
+        raise ValueError(f'--sweep-background: {dataset.name} has no class "background"')
+    protocol = {"background": THRESHOLD if swept else getattr(dataset, "background", "none"), **protocol}
+    kind, value = parse_background(protocol["background"])
+    if swept and kind == "prompt":
+        raise ValueError(f"--sweep-background is for threshold:T, found {protocol['background']}")
     if (kind == "none") != (place is None):
         raise ValueError(f"--background {protocol['background']}: {dataset.name} " + (
             'scores the class "background"; choose threshold:T or prompt:"word, word"' if kind == "none" else
             'has no class "background" to score; only none makes sense'))
     classes = [value if kind == "prompt" and i == place else c for i, c in enumerate(dataset.classes)
-               if i != place or kind == "prompt" and thresholds is None]
-    if thresholds is not None:
-        if place is None:
-            raise ValueError(f'--sweep-background: {dataset.name} has no class "background"')
+               if i != place or kind == "prompt"]
+    if swept:
         hits = torch.zeros(C, C - 1, len(thresholds) + 1, dtype=torch.int64)    # truth, best of the others, its score
     embeddings = embed(model, classes, protocol)                                        # (C or C - 1, S, D)
     total = len(dataset) if limit is None else min(limit, len(dataset))
@@ -461,13 +464,13 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     for i, (_, image, truth) in zip(mine, tqdm(loader, desc="scoring", unit=" images", disable=True if mine.start else None)):
         mask, score = segment_image(model, image, embeddings, batch=batch, **{key: protocol[key] for key in SLIDING})
         truth = torch.as_tensor(truth)
-        if thresholds is not None:
+        if swept:
             kept = truth != IGNORE
             cell = torch.bucketize(score[kept], thresholds)                             # background from this one on
             cell += len(hits[0, 0]) * (mask[kept].long() + (C - 1) * truth[kept].long())
             hits += torch.bincount(cell, minlength=hits.numel()).view_as(hits)
         if len(classes) < C:
-            mask = put_background(mask, score, value if kind == "threshold" else -torch.inf, place)
+            mask = put_background(mask, score, value, place)
         matrix += confusion_matrix(mask, truth, C, IGNORE)
         if i < pictures:
             shown.append([image, *(overlay(image, m, names, opacity) for m, opacity in ((truth, 1), (mask, 1), (mask, 0.5)))])
@@ -478,16 +481,15 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     result = {**scores(matrix), "classes": names, "images": total,
               "partial": total != (getattr(dataset, "count", None) or len(dataset)), "protocol": protocol,
               **getattr(model, "checkpoint", {}), "backbone": getattr(getattr(model, "backbone", None), "config", None),
-              "seconds": round(seconds, 1),
-              "images_per_second": round(total / seconds, 2), "processes": mine.step, **made_with()}
-    if thresholds is not None:
+              "seconds": round(seconds, 1), "images_per_second": round(total / seconds, 2), "processes": mine.step,
+              **made_with()}
+    if swept:
         sum_counts(hits)
-        result["sweep"] = []
+        result["sweep"], others = [], [c for c in range(C) if c != place]
         for i, threshold in enumerate(thresholds.tolist()):
-            swept, others = torch.zeros_like(matrix), [c for c in range(C) if c != place]
-            swept[:, others] = hits[..., i + 1:].sum(-1)
-            swept[:, place] = hits[..., :i + 1].sum((1, 2))
-            result["sweep"].append([round(threshold, 6), scores(swept)["mIoU"]])
+            matrix[:, others] = hits[..., i + 1:].sum(-1)
+            matrix[:, place] = hits[..., :i + 1].sum((1, 2))
+            result["sweep"].append([round(threshold, 6), scores(matrix)["mIoU"]])
     return result, shown
 
 
@@ -560,8 +562,8 @@ def classify(model, dataset, protocol, limit=None, workers=0, batch=64):
             "classes": [names[0] for names in dataset.classes],
             "protocol": {**{key: protocol[key] for key in ("templates", "class_embedding")}, "size": dataset.size},
             **getattr(model, "checkpoint", {}), "backbone": getattr(getattr(model, "backbone", None), "config", None),
-              "seconds": round(seconds, 1),
-            "images_per_second": round(total / seconds, 2), **made_with()}
+            "seconds": round(seconds, 1), "images_per_second": round(total / seconds, 2), "processes": mine.step,
+            **made_with()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -640,7 +642,8 @@ def parse_args(argv=None):
     parser.add_argument("--limit", type=int, help="score the first N images only; the result is marked as partial")
     parser.add_argument("--save-images", type=int, default=0, metavar="N", help="of the first N images, save photo, truth, "
                         "prediction and overlay side by side")
-    parser.add_argument("--output", help="JSON file to write (default: eval_DATASET.json beside the checkpoint)")
+    parser.add_argument("--output", help="JSON file to write, or folder for eval_DATASET.json (default: beside the "
+                        "checkpoint)")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() - 1), help="processes that load images (default: "
                         "%(default)s)")
     add_model_args(parser)
@@ -648,54 +651,88 @@ def parse_args(argv=None):
     for name in ("limit", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if args.task == "classification" and (args.check or args.background or args.sweep_background or args.without
+                                          or args.save_images):
+        parser.error("--check, --background, --sweep-background, --without and --save-images are for segmentation")
     return args
 
 
 def output_path(args, name):
-    folder = Path(args.checkpoint)
-    folder = folder if folder.is_dir() else folder.parent
-    return Path(args.output or folder / f"eval_{Path(name).resolve().name}.json")
+    """Where the result goes. Raises OSError, before hours of scoring, for a place where nothing can be written."""
+    path = Path(args.output or args.checkpoint)
+    path = path if args.output or path.is_dir() else path.parent
+    if path.is_dir() or args.dataset == "all":
+        path = path / f"eval_{Path(name).resolve().name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"nothing can be written to {path.parent}; name another place with --output")
+    return path
 
 
-def verified(args, name):
-    """The dataset, after its check, which the first process makes for all. Raises ValueError when it fails."""
-    dataset = open_dataset(name, args.without, args.names, args.data, args.ignore)
-    if name == "toy":
-        return dataset
-    failed = torch.zeros(1, dtype=torch.int64)
-    if share_of(1):
-        problems, pixels = check(dataset, range(min(args.limit or len(dataset), len(dataset))))
-        problems = [p for p in problems if not (args.allow_partial and "--allow-partial" in p)]
-        failed += len(problems)
-    if sum_counts(failed):
-        if not share_of(1):
-            sys.exit(1)                             # the first process says why
-        raise ValueError(f"{name} failed its check: " + "; ".join(problems))
-    if args.check:
-        print(f"{name}: {len(dataset)} images with masks, {dataset.masks.what}, {pixels[-1] / pixels.sum():.2%} of the pixels "
-              "are not scored")
-        for names, count in zip(dataset.classes, pixels):
-            print(f"  {names[0]:<24}{count / pixels.sum():9.3%}" + ("   absent" if not count else ""))
-    return dataset
+def verified(args):
+    """The datasets asked for. Returns ({name: dataset} of those that pass their check, what keeps the others away).
+
+    The first process checks for all.
+    """
+    datasets, failed = {}, []
+    for name in BENCHMARKS if args.dataset == "all" else [args.dataset]:
+        try:
+            datasets[name] = dataset = open_dataset(name, args.without, args.names, args.data, args.ignore)
+        except (ValueError, OSError) as error:
+            failed.append(str(error))
+            continue
+        if name == "toy":                           # drawn, not read
+            continue
+        problems = []
+        if share_of(1):
+            problems, pixels = check(dataset, range(min(args.limit or len(dataset), len(dataset))))
+            problems = [p for p in problems if not (args.allow_partial and "--allow-partial" in p)]
+        if sum_counts(torch.tensor([len(problems)])):
+            failed.append(f"{name} failed its check: " + ("; ".join(problems) or "the first process says why"))
+            del datasets[name]
+        elif args.check and share_of(1):
+            print(f"{name}: {len(dataset)} images with masks, {dataset.masks.what}, {pixels[-1] / pixels.sum():.2%} of the "
+                  "pixels are not scored")
+            for names, count in zip(dataset.classes, pixels):
+                print(f"  {names[0]:<24}{count / pixels.sum():9.3%}" + ("   absent" if not count else ""))
+    if len(failed) > 1:
+        failed.insert(0, f"{len(failed)} of {len(BENCHMARKS)} benchmarks cannot be scored")
+    return datasets, failed
 
 
-def segmentation(args, name, dataset, model, protocol):
+def segmentation(args, model, protocol):
+    """Score the datasets asked for, and print the table of all. Raises ValueError, at the end, when some could not be."""
+    datasets, failed = verified(args)
+    results = {name: score_dataset(args, name, dataset, model, protocol) for name, dataset in datasets.items()}
+    if args.dataset == "all" and share_of(1):
+        for name, result in results.items():
+            print(f"{name:<14}{result['mIoU']:8.2%}   {'only ' * result['partial']}{result['images']} images, background "
+                  f"{result['protocol']['background'][:40]}")
+        if not failed:
+            print(f"{'mean':<14}{np.mean([result['mIoU'] for result in results.values()]):8.2%}")
+    if failed:
+        raise ValueError("; ".join(failed))
+
+
+def score_dataset(args, name, dataset, model, protocol):
     """Score one dataset and write what was asked for. Returns the result."""
-    protocol = {**protocol, **({"background": args.background} if args.background else {}), "names": args.names,
-                "without": args.without}
-    thresholds = torch.arange(-100, 101) / 100 if args.sweep_background else None
+    path, protocol = output_path(args, name), {**protocol, "names": args.names, "without": args.without}
+    if args.dataset != "all" or dataset.background_class is not None:       # of all eight, some have no background
+        protocol |= {"background": args.background} if args.background else {}
+        thresholds = torch.arange(-100, 101) / 100 if args.sweep_background else None
+    else:
+        thresholds = None
     result, shown = evaluate(model, dataset, protocol, args.batch, args.save_images, args.limit, args.workers, thresholds)
-    path = output_path(args, name)
     if shown:
         folder = path.with_name(f"{path.stem}_images")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         for i, row in zip(share_of(args.save_images), shown):
             grid([row]).save(folder / f"{i:04d}.png")
     if share_of(1):
         print_result(result)
         write_result(path, {"dataset": name, **result})
         print(f"written to {path}" + (f", pictures in {folder}" if shown else ""))
-        if args.sweep_background:
+        if thresholds is not None:
             curve = result["sweep"]
             best = max(curve, key=lambda point: point[1])
             near = [point for point in curve if abs(point[0] - best[0]) < 0.055]
@@ -708,24 +745,18 @@ def segmentation(args, name, dataset, model, protocol):
     return result
 
 
-def score_all(args, model, protocol):
-    """The eight benchmarks, one after another, and their table. Raises FileNotFoundError when some are not there."""
-    results, missing = {}, []
-    for name in BENCHMARKS:
-        try:
-            dataset = verified(args, name)
-        except FileNotFoundError as error:
-            missing.append(str(error))
-            continue
-        results[name] = segmentation(args, name, dataset, model, protocol)
+def classification(args, model, protocol):
+    """Score on an image folder and write the result."""
+    imagenet, path = args.dataset == "imagenet", output_path(args, args.dataset)
+    dataset = LabelledImages(Path(args.data) / "imagenet" / "val" if imagenet else args.dataset,
+                             args.names or (CLASSES / "imagenet.txt" if imagenet else None),
+                             model.config["training"].get("image_size", 224))
+    result = classify(model, dataset, protocol, args.limit, args.workers)
     if share_of(1):
-        for name, result in results.items():
-            print(f"{name:<14}{result['mIoU']:8.2%}   {'only ' * result['partial']}{result['images']} images, background "
-                  f"{result['protocol']['background'][:40]}")
-        if len(results) == len(BENCHMARKS):
-            print(f"{'mean':<14}{np.mean([result['mIoU'] for result in results.values()]):8.2%}")
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(BENCHMARKS)} benchmarks are not there: " + "; ".join(missing))
+        print(f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   ({'only ' * result['partial']}{result['images']} "
+              f"images, {len(dataset.classes)} classes, {result['images_per_second']} images/s)")
+        write_result(path, {"dataset": args.dataset, "names": args.names, **result})
+        print(f"written to {path}")
 
 
 def main(argv=None):
@@ -733,35 +764,20 @@ def main(argv=None):
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("gloo")         # only counts travel
-        classification = args.task == "classification"
-        if args.check and not classification:
-            for name in BENCHMARKS if args.dataset == "all" else [args.dataset]:
-                verified(args, name)
+        if args.check:
+            failed = verified(args)[1]
+            if failed:
+                raise ValueError("; ".join(failed))
             return
-        if classification:
-            imagenet = args.dataset == "imagenet"
-            names = args.names or (CLASSES / "imagenet.txt" if imagenet else None)
-            dataset = LabelledImages(Path(args.data) / "imagenet" / "val" if imagenet else args.dataset, names)
-        elif args.dataset != "all":
-            dataset = verified(args, args.dataset)
         if pick_device(args.device) == "cuda":      # one GPU per process
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         args.checkpoint = args.checkpoint or newest_model()
-        model, protocol = open_model(args)
-        if classification:
-            dataset.size = model.config["training"].get("image_size", dataset.size)
-            result = classify(model, dataset, protocol, args.limit, args.workers)
-            if share_of(1):
-                print(f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   ({'only ' * result['partial']}"
-                      f"{result['images']} images, {len(dataset.classes)} classes, {result['images_per_second']} images/s)")
-                write_result(output_path(args, args.dataset), {"dataset": args.dataset, **result})
-                print(f"written to {output_path(args, args.dataset)}")
-        elif args.dataset == "all":
-            score_all(args, model, protocol)
-        else:
-            segmentation(args, args.dataset, dataset, model, protocol)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        (classification if args.task == "classification" else segmentation)(args, *open_model(args))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        message = str(error).strip()
+        if "Original Traceback" in message:         # from a data worker: its own line is the last
+            message = message.splitlines()[-1].partition(": ")[2]
+        sys.exit(f"error: {message}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

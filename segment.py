@@ -75,7 +75,8 @@ def window_starts(length, window, stride):
 def score_maps(model, image, class_embeddings, window=448, stride=224, short_side=448, batch=8):
     """Similarity of every class at every pixel of the resized photo, averaged where windows overlap: (C, h, w).
 
-    Arguments: see `segment_image`. Where a GPU's memory does not hold batch windows, half as many are tried.
+    Arguments: see `segment_image`. Where a GPU's memory does not hold batch windows, half as many are tried, for this
+    model also from then on.
     """
     if min(short_side, batch) < 1 or not 0 < stride <= window:
         raise ValueError(f"short_side {short_side}, window {window}, stride {stride}, batch {batch}: expected positive "
@@ -86,6 +87,7 @@ def score_maps(model, image, class_embeddings, window=448, stride=224, short_sid
     corners = [(y, x) for y in window_starts(h, window, stride) for x in window_starts(w, window, stride)]
     total = torch.zeros(len(class_embeddings), h, w, device=pixels.device)              # (C, h, w)
     count = torch.zeros(h, w, device=pixels.device)
+    batch = min(batch, getattr(model, "most_windows", batch))
     while corners:
         crops = torch.stack([pixels[:, y:y + window, x:x + window] for y, x in corners[:batch]])
         try:
@@ -93,7 +95,7 @@ def score_maps(model, image, class_embeddings, window=448, stride=224, short_sid
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
-            batch //= 2
+            batch = model.most_windows = batch // 2
             tqdm.write(f"the GPU's memory is full; going on with {batch} windows at a time (--batch)", file=sys.stderr)
             continue
         ch, cw = crops.shape[-2:]
@@ -259,7 +261,7 @@ def pca_view(model, image, names, class_embeddings, size, scales=(1, 2, 4, 8)):
     low, high = ((tokens[0] - mean) @ basis).quantile(torch.tensor([0.02, 0.98]).to(mean), dim=0)
 
     def colour(x):
-        return (((x - mean) @ basis - low) / (high - low) * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return (((x - mean) @ basis - low) / (high - low).clamp(min=1e-6) * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
 
     height = 448
     shape = (max(1, round(image.width * height / image.height)), height)
@@ -421,6 +423,8 @@ def main(argv=None):
         if len({Path(photo).stem for photo in args.photos}) < len(args.photos):
             raise ValueError("two photos have the same name, their masks would too; segment them into different --output")
         kind, words = parse_background(args.background)
+        if kind != "none":
+            check_classes([["background"], *classes], "--background and --classes")
         classes = check_classes([words, *classes] if kind == "prompt" else classes, "--background and --classes")
         model, protocol = open_model(args)
         embeddings = embed(model, classes, protocol)

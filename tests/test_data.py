@@ -1,4 +1,4 @@
-"""Images, batches, masks and the toy world: what `data.py` promises, claim by claim."""
+"""Images, batches and the toy world: what `data.py` promises, claim by claim."""
 import io
 import json
 import pickle
@@ -15,9 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from concepts import ConceptBank, annotate, load_annotations, read_captions, tokenize
-from data import (IGNORE, PLURALS, STUFF, THINGS, TOY_CLASSES, CachedFeatures, CaptionedImages, GlobalBatches,
-                  SegmentationFolder, ToyScenes, collate, load_image, load_pairs, random_resized_crop, to_pixels,
-                  toy_scene)
+from data import (PLURALS, STUFF, THINGS, TOY_CLASSES, CachedFeatures, CaptionedImages, GlobalBatches, ToyScenes, collate,
+                  load_image, load_pairs, random_resized_crop, to_pixels, toy_scene)
 from model import VisionBackbone
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
@@ -615,167 +614,6 @@ def test_features_of_a_changed_file(tmp_path, backbone):
     Image.fromarray(noise(1)[:-1]).save(path)
     with pytest.raises(ValueError, match="holds the features of something else"):
         CachedFeatures(captioned([path], ["a dog"]), backbone, tmp_path / "features")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-
-@pytest.fixture
-def scored(tmp_path):
-    """A segmentation folder: a photo of 4 x 2 pixels and its mask."""
-    for part in ("images", "masks"):
-        (tmp_path / part).mkdir()
-    (tmp_path / "classes.txt").write_text("background\ndog, puppy\ncat\n")
-    Image.fromarray(noise(0, 2, 4)).save(tmp_path / "images" / "a.PNG")
-    Image.fromarray(MASK).save(tmp_path / "masks" / "a.png")
-    return tmp_path
-
-
-MASK = np.array([[0, 1, 2, 255], [2, 2, 1, 0]], np.uint8)
-
-
-def test_folder(scored):
-    """Masks come with the photo's name and pixels; values are lines of classes.txt; what is no image is passed over."""
-    (scored / "images" / "notes.txt").touch()
-    dataset = SegmentationFolder(scored)
-    ((name, image, mask),) = dataset
-    assert name == "a" and len(dataset) == 1 and dataset.classes == [["background"], ["dog", "puppy"], ["cat"]]
-    assert (np.array(image) == noise(0, 2, 4)).all() and (mask == MASK).all() and mask.dtype == np.uint8
-
-
-@pytest.mark.parametrize("without, classes, expected", [
-    (["background"], [["dog", "puppy"], ["cat"]], [[255, 0, 1, 255], [1, 1, 0, 255]]),
-    (["dog"], [["background"], ["cat"]], [[0, 255, 1, 255], [1, 1, 255, 0]]),
-    (["cat", "background"], [["dog", "puppy"]], [[255, 0, 255, 255], [255, 255, 0, 255]])])
-def test_folder_without_classes(scored, without, classes, expected):
-    """Classes left out become ignored, the others close up; 255 stays ignored."""
-    dataset = SegmentationFolder(scored, without)
-    assert dataset.classes == classes and dataset[0][2].tolist() == expected and IGNORE == 255
-
-
-def test_folder_with_other_names(scored):
-    """Names from another file prompt for the same classes: masks stay, classes are left out by their own names."""
-    (scored / "names.txt").write_text("something else\nhound\nkitten, tomcat\n")
-    dataset = SegmentationFolder(scored, ["background"], scored / "names.txt")
-    assert dataset.classes == [["hound"], ["kitten", "tomcat"]]
-    assert dataset[0][2].tolist() == [[255, 0, 1, 255], [1, 1, 0, 255]]
-
-
-def test_folder_with_too_few_names(scored):
-    """Other names have to be as many as the classes."""
-    (scored / "names.txt").write_text("dog\ncat\n")
-    with pytest.raises(ValueError, match=r"names\.txt has 2 classes; expected the 3 of .*/classes\.txt"):
-        SegmentationFolder(scored, ["background"], scored / "names.txt")
-
-
-def test_palette_mask(scored):
-    """A palette mask's values are its indices, not its colours."""
-    mask = Image.fromarray(MASK)
-    mask.putpalette([255 - i // 3 for i in range(768)])
-    mask.save(scored / "masks" / "a.png")
-    assert Image.open(scored / "masks" / "a.png").mode == "P"
-    assert (SegmentationFolder(scored)[0][2] == MASK).all()
-
-
-def test_one_bit_mask(scored):
-    """A mask of one bit per pixel, as two classes allow, has the values 0 and 1."""
-    Image.fromarray(MASK == 1).save(scored / "masks" / "a.png")
-    assert Image.open(scored / "masks" / "a.png").mode == "1"
-    assert (SegmentationFolder(scored)[0][2] == (MASK == 1)).all()
-
-
-def test_sixteen_bit_mask(scored):
-    """A mask of 16 bits per pixel has the same values as one of 8."""
-    Image.fromarray(MASK.astype(np.uint16)).save(scored / "masks" / "a.png")
-    assert (SegmentationFolder(scored)[0][2] == MASK).all()
-
-
-@pytest.mark.parametrize("mask, message", [
-    (MASK[:, :3], r"a\.png has shape \(2, 3\); expected one value per pixel of its image, \(2, 4\)"),
-    (MASK.T, r"a\.png has shape \(4, 2\); expected one value per pixel of its image, \(2, 4\)"),
-    (np.stack([MASK] * 3, 2), r"a\.png has shape \(2, 4, 3\); expected one value per pixel"),
-    (MASK + (MASK == 1).astype(np.uint8) * 2,
-     r"a\.png holds the value 3; expected 0\.\.2 \(the lines of classes\.txt\) or 255"),
-    (MASK.astype(np.uint16) * 100, r"a\.png holds the value 100; expected 0\.\.2")])
-def test_wrong_mask(scored, mask, message):
-    """A mask of another size, in colour, or with values that are no class is refused with what was expected."""
-    Image.fromarray(np.ascontiguousarray(mask)).save(scored / "masks" / "a.png")
-    with pytest.raises(ValueError, match=message):
-        SegmentationFolder(scored)[0]
-
-
-def test_missing_mask(scored):
-    """An image without a mask is named, with the mask's expected place."""
-    (scored / "masks" / "a.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no mask .*masks/a\.png for image a\.PNG"):
-        SegmentationFolder(scored)[0]
-
-
-@pytest.mark.parametrize("part", ["images", "masks"])
-@pytest.mark.parametrize("kept", [2000, 10])
-def test_cut_short(scored, part, kept):
-    """An image or mask that is cut short, or is none at all, is refused by name."""
-    Image.fromarray(noise(0, 64, 64)).save(scored / "images" / "a.PNG")
-    Image.fromarray(noise(1, 64, 64)[..., 0] % 3).save(scored / "masks" / "a.png", compress_level=0)
-    (path,) = (scored / part).iterdir()
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=rf"{part}/{path.name}"):
-        SegmentationFolder(scored)[0]
-
-
-@pytest.mark.parametrize("part", ["images", "masks"])
-def test_missing_folder(scored, part):
-    """Without images/ or masks/ the error says what a segmentation folder holds."""
-    (scored / part).rename(scored / "elsewhere")
-    message = rf"no folder .*{part}; a segmentation folder holds images/, masks/ \(PNG, value = class\) and classes\.txt"
-    with pytest.raises(FileNotFoundError, match=message):
-        SegmentationFolder(scored)
-
-
-def test_missing_classes(scored):
-    """Without classes.txt the file is named, with what it should hold."""
-    (scored / "classes.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"classes\.txt: expected a text file with one class name per line"):
-        SegmentationFolder(scored)
-
-
-def test_unknown_class_to_leave_out(scored):
-    """A class to leave out has to be there."""
-    with pytest.raises(ValueError, match=r"classes\.txt has no class 'horse' to leave out"):
-        SegmentationFolder(scored, ["dog", "horse"])
-
-
-def test_every_class_left_out(scored):
-    """At least one class has to be left to score."""
-    with pytest.raises(ValueError, match=r"classes\.txt: every class is left out, expected at least one to score"):
-        SegmentationFolder(scored, ["background", "dog", "cat"])
-
-
-def test_no_images(scored):
-    """A folder without images is refused."""
-    (scored / "images" / "a.PNG").rename(scored / "images" / "a.txt")
-    with pytest.raises(FileNotFoundError, match=r"no images in .*images"):
-        SegmentationFolder(scored)
-
-
-@pytest.mark.parametrize("count", [256, 257])
-def test_too_many_classes(scored, count):
-    """A mask of 8 bits has room for 255 classes, for 255 itself means ignored."""
-    (scored / "classes.txt").write_text("\n".join(f"class {i}" for i in range(count)))
-    with pytest.raises(ValueError, match=rf"classes\.txt.*{count}.*255"):
-        SegmentationFolder(scored)
-
-
-@needs_photos
-def test_real_masks():
-    """Real photographs and their masks fit together, and without background only the 20 classes and 255 are left."""
-    whole, dataset = SegmentationFolder(PHOTOS / "test"), SegmentationFolder(PHOTOS / "test", ["background"])
-    assert len(dataset.classes) == 20
-    for i in range(5):
-        (_, image, mask), (_, _, full) = dataset[i], whole[i]
-        assert mask.shape == image.size[::-1] and np.isin(mask, [*range(20), 255]).all()
-        kept = (full > 0) & (full < 255)
-        assert (mask[kept] + 1 == full[kept]).all() and (mask[~kept] == 255).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,11 @@
-"""The measure by hand, and the command on a small folder."""
+"""The measures by hand, segmentation folders, backgrounds, processes, classification, and the command."""
+import hashlib
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +13,14 @@ import torch
 from PIL import Image
 
 import eval
-from conftest import PROTOCOL
-from eval import confusion_matrix, scores
+from conftest import PROTOCOL, ROOT, tiny
+from data import load_image, to_pixels
+from eval import IGNORE, LabelledImages, classify, confusion_matrix, evaluate, open_folder, scores
+from model import save_model
+from segment import palette
+
+PHOTOS = ROOT.parent / "shared" / "data" / "photos"
+needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photographs in {PHOTOS}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The measure
@@ -65,6 +76,284 @@ def test_a_perfect_prediction_scores_one():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Segmentation folders
+
+MASK = np.array([[0, 1, 2, 255], [2, 2, 1, 0]], np.uint8)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """A segmentation folder: a photo of 4 x 2 pixels and its mask."""
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "classes.txt").write_text("background\ndog, puppy\ncat\n")
+    Image.fromarray(noise(2, 4)).save(tmp_path / "images" / "a.PNG")
+    Image.fromarray(MASK).save(tmp_path / "masks" / "a.png")
+    return tmp_path
+
+
+def noise(*size):
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def test_folder(scored):
+    """Masks come with the photo's name and pixels; values are lines of classes.txt, 255 is ignored; what is no image is
+    passed over."""
+    (scored / "images" / "notes.txt").touch()
+    dataset = open_folder(scored)
+    ((name, image, mask),) = dataset
+    assert name == "a" and len(dataset) == 1 and dataset.classes == [["background"], ["dog", "puppy"], ["cat"]]
+    assert (np.array(image) == noise(2, 4)).all() and mask.tolist() == [[0, 1, 2, IGNORE], [2, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("without, classes, expected", [
+    (["background"], [["dog", "puppy"], ["cat"]], [[-1, 0, 1, -1], [1, 1, 0, -1]]),
+    (["dog"], [["background"], ["cat"]], [[0, -1, 1, -1], [1, 1, -1, 0]]),
+    (["cat", "background"], [["dog", "puppy"]], [[-1, 0, -1, -1], [-1, -1, 0, -1]])])
+def test_folder_without_classes(scored, without, classes, expected):
+    """Classes left out become ignored, the others close up; 255 stays ignored."""
+    dataset = open_folder(scored, without=without)
+    assert dataset.classes == classes and dataset[0][2].tolist() == expected and IGNORE == -1
+
+
+def test_folder_with_other_names(scored):
+    """Names from another file prompt for the same classes: masks stay, classes are left out by their own names, and the
+    background is still the background."""
+    (scored / "names.txt").write_text("something else\nhound\nkitten, tomcat\n")
+    dataset = open_folder(scored, scored / "names.txt", ["background"])
+    assert dataset.classes == [["hound"], ["kitten", "tomcat"]] and dataset.background == "none"
+    assert dataset[0][2].tolist() == [[-1, 0, 1, -1], [1, 1, 0, -1]]
+    dataset = open_folder(scored, scored / "names.txt")
+    assert dataset.background_class == 0 and dataset.background == "prompt:something else"
+
+
+@pytest.mark.parametrize("classes, ignore, values", [
+    ("0: background\n1: dog\n2: cat\n", [255], MASK), ("7: road\n300: sky, clouds\n65535: sea\n", [0, 9],
+                                                       [[7, 300, 65535, 9], [65535, 65535, 300, 7]]),
+    ("255:road\n0:sky\n9:sea\n", [], [[255, 0, 9, 9], [9, 9, 0, 255]])])
+def test_folder_with_any_values(scored, classes, ignore, values):
+    """Masks may hold any values up to 65535, told before the names, and any may be ignored, or none, 255 too."""
+    (scored / "classes.txt").write_text(classes)
+    values = np.array(values)
+    Image.fromarray(values.astype(np.uint16)).save(scored / "masks" / "a.png")
+    dataset = open_folder(scored, ignore=ignore)
+    expected = np.where(np.isin(values, ignore), IGNORE, [[0, 1, 2, 2], [2, 2, 1, 0]])
+    assert dataset[0][2].tolist() == expected.tolist() and eval.check(dataset)[0] == []
+
+
+def test_folder_with_many_classes(scored):
+    """Without an ignored value in the way, masks of 16 bit tell more than 255 classes apart."""
+    (scored / "classes.txt").write_text("".join(f"thing number {i}\n" for i in range(400)))
+    values = np.array([[255, 256, 399, 0]] * 2)
+    Image.fromarray(values.astype(np.uint16)).save(scored / "masks" / "a.png")
+    assert (open_folder(scored, ignore=[])[0][2] == values).all()
+    with pytest.raises(ValueError, match="the value 255 is a class and ignored; name other values with --ignore"):
+        open_folder(scored)
+
+
+def test_palette_mask(scored):
+    """A palette mask's values are its indices, not its colours."""
+    mask = Image.fromarray(MASK)
+    mask.putpalette([255 - i // 3 for i in range(768)])
+    mask.save(scored / "masks" / "a.png")
+    assert Image.open(scored / "masks" / "a.png").mode == "P"
+    assert (open_folder(scored, ignore=[255])[0][2] == np.where(MASK == 255, IGNORE, MASK.astype(int))).all()
+
+
+def test_one_bit_mask(scored):
+    """A mask of one bit per pixel, as two classes allow, has the values 0 and 1."""
+    Image.fromarray(MASK == 1).save(scored / "masks" / "a.png")
+    assert Image.open(scored / "masks" / "a.png").mode == "1"
+    assert (open_folder(scored)[0][2] == (MASK == 1)).all()
+
+
+@pytest.mark.parametrize("mask, message", [
+    (MASK[:, :3], r"the mask of .*a\.PNG has 2 x 3 pixels \(height x width\), the image 2 x 4"),
+    (MASK.T, r"the mask of .*a\.PNG has 4 x 2 pixels"),
+    (np.stack([MASK] * 3, 2), r"a\.png has 3 channels, expected one value per pixel"),
+    (MASK + (MASK == 1).astype(np.uint8) * 2, r"the mask of .*a\.PNG holds values that are no class; run eval\.py --check")])
+def test_wrong_mask(scored, mask, message):
+    """A mask of another size, in colour, or with values that are no class is refused where it is read, too."""
+    Image.fromarray(np.ascontiguousarray(mask)).save(scored / "masks" / "a.png")
+    with pytest.raises(ValueError, match=message):
+        open_folder(scored)[0]
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+@pytest.mark.parametrize("kept", [2000, 10])
+def test_cut_short(scored, part, kept):
+    """An image or mask that is cut short, or is none at all, is refused by name."""
+    Image.fromarray(noise(64, 64)).save(scored / "images" / "a.PNG")
+    Image.fromarray(noise(64, 64)[..., 0] % 3).save(scored / "masks" / "a.png", compress_level=0)
+    (path,) = (scored / part).iterdir()
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{part}/{path.name}"):
+        open_folder(scored)[0]
+
+
+def without(part):
+    return lambda folder: (folder / part).rename(folder / "elsewhere")
+
+
+def classes(text):
+    return lambda folder: (folder / "classes.txt").write_bytes(text.encode("latin-1"))
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (without("images"), r"no folder .*images; a segmentation folder holds images/, masks/ \(PNG, value = class\) and classes"),
+    (without("masks"), r"no folder .*masks; a segmentation folder holds"),
+    (without("images/a.PNG"), r"no images in .*images"),
+    (without("classes.txt"), r"classes\.txt: expected a text file with one class name per line"),
+    (classes("a\nb\na"), r"classes\.txt: duplicate class name 'a'"),
+    (classes("1: a\n2: b\n3: a"), r"classes\.txt: duplicate class name 'a'"),
+    (classes("1: a\n1: b"), r"classes\.txt: the label '1' is there twice"),
+    (classes("1: a\nb"), r"classes\.txt: 'b' has no label before its name; expected \"label: name\" in every line or in none"),
+    (classes("road: a\nsky: b"), r"classes\.txt: what stands before a colon must be a mask value, 0 to 65535"),
+    (classes("65536: a"), r"classes\.txt: what stands before a colon must be a mask value"),
+    (classes("caf\xe9"), r"classes\.txt is no UTF-8 text")])
+def test_folders_that_are_none(scored, spoil, message):
+    """What is missing from a segmentation folder, or wrong in its classes.txt, is named."""
+    spoil(scored)
+    with pytest.raises((ValueError, OSError), match=message):
+        open_folder(scored)
+
+
+@needs_photos
+def test_real_masks():
+    """Real photographs and their masks fit together, and without background only the 20 classes are left."""
+    whole, dataset = open_folder(PHOTOS / "test"), open_folder(PHOTOS / "test", without=["background"])
+    assert len(dataset.classes) == 20
+    for i in range(5):
+        (_, image, mask), (_, _, full) = dataset[i], whole[i]
+        assert mask.shape == image.size[::-1] and (mask == np.where(full > 0, full - 1, IGNORE)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Background, with another method's model
+
+class Painted:
+    """Another method: a class scores a pixel by its red, green or blue / 250, any other word by 0.3 everywhere. It has
+    no backbone, no checkpoint and no configuration."""
+
+    def embed_classes(self, classes, templates, pooling):
+        return torch.tensor([[[{"red": 0, "green": 1, "blue": 2}.get(name, 3)] for name in names[:1]] for names in classes])
+
+    def patch_scores(self, pixels, embeddings):
+        scores = torch.cat([pixels / 250, torch.full_like(pixels[:, :1], 0.3, dtype=torch.float32)], dim=1)
+        return scores[:, embeddings.flatten()], pixels.shape[-2:]
+
+
+class Scenes(list):
+    """[(name, image, mask)] as a dataset; place: which of the classes is the background, None = there is none."""
+
+    def __init__(self, items, place=0):
+        super().__init__(items)
+        self.name, self.background_class, self.background = "scenes", place, "none" if place is None else "threshold:0.2"
+        self.classes = [["red"], ["green"], ["blue"]]
+        if place is not None:
+            self.classes.insert(place, ["background"])
+
+
+WHOLE = {"templates": "plain", "class_embedding": "caption", "short_side": 1, "window": 4000, "stride": 4000}   # one look
+COLOURS = [(50, 0, 0), (51, 0, 0), (0, 60, 0), (10, 20, 30), (100, 100, 0), (75, 0, 0), (0, 80, 80), (0, 0, 49)]
+TRUTH = {"background": [0, 3], "red": [1, 5], "green": [2, 4, 7], "blue": []}           # pixels; 6 is not scored
+
+
+def row(place):
+    """One row of pixels; their truth, in classes with the background at a place."""
+    names = [names[0] for names in Scenes([], place).classes]
+    truth = np.full((1, len(COLOURS)), IGNORE)
+    for name, pixels in TRUTH.items():
+        truth[0, pixels] = names.index(name)
+    return Scenes([("row", Image.fromarray(np.array([COLOURS], np.uint8)), truth)], place)
+
+
+# threshold 0.2: 0.2 is a tie, so pixels 0, 3 and 7 are background; 4 is a tie that red wins, being first
+# words, at 0.3: they win 0, 1, 2, 3 and 7; pixel 5 is a tie, which the first of the two wins
+@pytest.mark.parametrize("place, background, expected", [
+    *((place, "threshold:0.2", {"background": 2 / 3, "red": 2 / 3, "green": 1 / 3, "blue": None}) for place in (0, 1, 3)),
+    (0, "threshold:0.1999", {"background": 1 / 3, "red": 2 / 4, "green": 1 / 3, "blue": None}),
+    (0, "prompt:dusk, haze", {"background": 2 / 6, "red": 0, "green": 0, "blue": None}),
+    (3, "prompt:dusk", {"background": 2 / 5, "red": 1 / 3, "green": 0, "blue": None})])
+def test_backgrounds_by_hand(place, background, expected):
+    """Pixels whose best score is at most the threshold are background; with words, what these win is. The background's
+    place among the classes does not matter, its value is in the result, and a model needs two methods only."""
+    result, _ = evaluate(Painted(), row(place), {**WHOLE, "background": background})
+    found = {name: None if math.isnan(iou) else iou for name, iou in zip(result["classes"], result["IoU"])}
+    assert found == pytest.approx(expected)
+    assert result["mIoU"] == pytest.approx(np.mean([iou for iou in expected.values() if iou is not None]))
+    assert result["protocol"]["background"] == background and result["backbone"] is None and "checkpoint" not in result
+    json.dumps(result)
+
+
+def test_measures_of_a_whole_run_by_hand():
+    """mIoU, mAcc and aAcc of the row above: two classes of background and red right, one of three green, one ignored."""
+    result, _ = evaluate(Painted(), row(0), WHOLE)
+    assert result["protocol"]["background"] == "threshold:0.2"          # the dataset's own
+    assert result["mIoU"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
+    assert result["mAcc"] == pytest.approx((1 + 1 + 1 / 3) / 3) and result["aAcc"] == pytest.approx(5 / 7)
+    (_, image, truth), = row(0)
+    truth[0, 6] = 0                                 # now green is predicted there, which was not scored before
+    result, _ = evaluate(Painted(), Scenes([("row", image, truth)]), WHOLE)
+    assert result["IoU"][:3] == pytest.approx([2 / 4, 2 / 3, 1 / 4])
+
+
+def test_a_class_predicted_but_absent_counts_as_zero():
+    """A class that is nowhere in the truth counts as 0 as soon as a scored pixel is taken for it."""
+    truth = np.array([[0, 1, 1]])
+    image = Image.fromarray(np.array([[(0, 0, 0), (250, 0, 0), (0, 0, 250)]], np.uint8))
+    result, _ = evaluate(Painted(), Scenes([("row", image, truth)]), WHOLE)
+    assert result["IoU"][:2] == [1, 0.5] and math.isnan(result["IoU"][2]) and result["IoU"][3] == 0
+    assert result["mIoU"] == 0.5 and result["mAcc"] == 0.75
+
+
+@pytest.mark.parametrize("place, settings, thresholds, words", [
+    (None, {"background": "threshold:0.2"}, None, "--background threshold:0.2: scenes has no class \"background\""),
+    (None, {"background": "prompt:sky"}, None, "--background prompt:sky: scenes has no class"),
+    (0, {"background": "none"}, None, "--background none: scenes scores the class \"background\"; choose threshold"),
+    (0, {"background": "dark"}, None, "background 'dark': expected none, threshold:T"),
+    (None, {}, torch.tensor([0.1]), "--sweep-background: scenes has no class"),
+    (0, {"background": "prompt:sky"}, torch.tensor([0.1]), "--sweep-background is for threshold:T, found prompt:sky")])
+def test_backgrounds_that_make_no_sense(place, settings, thresholds, words):
+    """A background where none is scored, none where one is, and a sweep of either are refused."""
+    dataset = Scenes([("row", Image.new("RGB", (2, 1)), np.zeros((1, 2), int))], place)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        evaluate(Painted(), dataset, {**WHOLE, **settings}, thresholds=thresholds)
+
+
+def random_scenes(place, count=3):
+    """Scenes of values that often lie on a threshold, with pixels that are not scored."""
+    rng = np.random.default_rng(0)
+    return Scenes([(str(i), Image.fromarray((5 * rng.integers(0, 40, (9, 14, 3))).astype(np.uint8)),
+                    rng.integers(IGNORE, 4, (9, 14))) for i in range(count)], place)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_sweep_equals_scoring_each_threshold(place):
+    """One pass gives for every threshold, to the last bit, the mIoU of scoring with it, ties included; and the score of
+    the protocol's own threshold is what it is without a sweep."""
+    dataset, protocol = random_scenes(place), {**WHOLE, "short_side": 9}
+    result, _ = evaluate(Painted(), dataset, protocol, thresholds=torch.arange(-100, 101) / 100)
+    assert [t for t, _ in result["sweep"]] == [t / 100 for t in range(-100, 101)]
+    for i in (0, 90, 98, 99, *range(100, 183, 2), 200):
+        threshold, miou = result["sweep"][i]
+        single, _ = evaluate(Painted(), dataset, {**protocol, "background": f"threshold:{threshold}"})
+        assert single["mIoU"] == miou, threshold
+    assert len({miou for _, miou in result["sweep"]}) > 30
+    assert result["mIoU"] == dict(map(tuple, result["sweep"]))[0.2]
+
+
+def test_a_sweep_on_the_command_line(checkpoint, folder, tmp_path, capsys):
+    """--sweep-background prints the thresholds around the best and plots them; the result file holds all."""
+    result = run(checkpoint, folder, tmp_path / "new" / "sweep.json", "--sweep-background")
+    best, miou = max(result["sweep"], key=lambda point: point[1])
+    assert f"best at {best:.2f}: {miou:.2%}" in capsys.readouterr().out
+    plot = np.array(Image.open(tmp_path / "new" / "sweep.png"))
+    assert plot.shape == (400, 640, 3) and (plot == (31, 95, 168)).all(-1).sum() > 200  # the curve
+    assert result["protocol"]["background"] == eval.THRESHOLD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 def run(checkpoint, dataset, output, *more):
@@ -82,8 +371,14 @@ def test_a_folder_is_scored(checkpoint, folder, tmp_path, capsys):
     assert result["classes"] == ["background", "cow", "grass", "sky", "submarine"] and result["images"] == 3
     assert result["IoU"][4] in (0, None)            # nowhere in the truth: 0 if it was predicted
     assert result["mIoU"] == pytest.approx(np.mean([iou for iou in result["IoU"] if iou is not None]))
-    assert result["protocol"] == PROTOCOL and result["backbone"]["name"] == "toy"
-    assert result["dataset"] == str(folder) and result["checkpoint"] == str(checkpoint)
+    assert result["protocol"] == {**PROTOCOL, "background": "prompt:background", "names": None, "without": []}
+    assert result["dataset"] == str(folder) and result["backbone"]["name"] == "toy" and not result["partial"]
+    assert result["checkpoint"] == str(checkpoint)
+    assert result["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert {"torch", "timm", "numpy", "python"} <= set(result["versions"])
+    assert torch.__version__.startswith(result["versions"]["torch"])
+    assert result["commit"] is None or re.fullmatch(r"[0-9a-f]{40}( and changes)?", result["commit"])
+    assert result["seconds"] >= 0 and result["images_per_second"] > 0 and result["processes"] == 1
 
 
 def test_without_a_class(checkpoint, folder, tmp_path):
@@ -113,7 +408,8 @@ def test_classes_can_be_put_in_other_words(checkpoint, folder, tmp_path):
 def test_the_protocol_can_be_changed(checkpoint, folder, tmp_path):
     """Templates, window and stride of the command line take the place of the checkpoint's and are recorded."""
     result = run(checkpoint, folder, tmp_path / "result.json", "--templates", "simple7", "--stride", "16", "--window", "48")
-    assert result["protocol"] == {**PROTOCOL, "templates": "simple7", "stride": 16, "window": 48}
+    assert result["protocol"] == {**PROTOCOL, "templates": "simple7", "stride": 16, "window": 48, "names": None,
+                                  "background": "prompt:background", "without": []}
 
 
 def test_a_class_that_is_nowhere_is_null(tmp_path):
@@ -128,19 +424,237 @@ def test_the_result_lies_beside_the_checkpoint(checkpoint, folder):
     assert json.loads((checkpoint.parent / "eval_folder.json").read_text())["images"] == 3
 
 
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    """Where the code is no checkout, or there is no git, the result says null."""
+    def none(*args, **kwargs):
+        raise FileNotFoundError("git")
+    monkeypatch.setattr(eval.subprocess, "run", none)
+    assert eval.made_with()["commit"] is None
+
+
+def test_pictures_of_the_first_images(checkpoint, folder, tmp_path):
+    """--save-images N writes photo, truth, prediction and overlay of the first N side by side, below the result."""
+    run(checkpoint, folder, tmp_path / "result.json", "--save-images", "2")
+    pictures = sorted((tmp_path / "result_images").iterdir())
+    assert [path.name for path in pictures] == ["0000.png", "0001.png"]
+    photo = load_image(folder / "images" / "photo0.png")
+    picture = np.array(Image.open(pictures[0]))
+    assert (picture[:photo.height, :photo.width] == np.array(photo)).all() and picture.shape[1] > 4 * photo.width
+    mask = np.array(Image.open(folder / "masks" / "photo0.png"))
+    truth = picture[:photo.height, photo.width:2 * photo.width]
+    assert (truth[mask == 2] == palette(5)[2]).all() and (truth[mask == 255] == np.array(photo)[mask == 255]).all()
+
+
+def test_results_go_where_they_are_sent(checkpoint, folder, tmp_path, monkeypatch, fails):
+    """--output names a file, whose folder is made, or a folder; a place where nothing can be written is refused before
+    anything is scored; a dataset may be named with a slash at its end."""
+    run(checkpoint, folder, tmp_path / "deep" / "er" / "result.json")
+    eval.main(["--dataset", f"{folder}/", "--checkpoint", str(checkpoint), "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "eval_folder.json").read_text())["images"] == 3
+    monkeypatch.setattr(eval, "evaluate", lambda *args: pytest.fail("scored in vain"))
+    (tmp_path / "file").touch()
+    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint, "--output", tmp_path / "file" / "r.json"], "file")
+    monkeypatch.setattr(eval.os, "access", lambda path, mode: path != checkpoint.parent)
+    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint], checkpoint.parent, "--output")
+
+
+def test_limit_marks_the_result(checkpoint, folder, tmp_path, capsys):
+    """--limit scores the first images only, of which alone masks are checked, and says so."""
+    (folder / "masks" / "photo2.png").unlink()
+    result = run(checkpoint, folder, tmp_path / "result.json", "--limit", "2")
+    assert result["partial"] and result["images"] == 2 and "(only 2 images" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+DRIVER = """
+import sys, torch, eval
+from pathlib import Path
+counted, folder = eval.scores, Path(sys.argv[1])
+def keep(matrix):
+    torch.save(matrix, folder / f"matrix{torch.distributed.get_rank()}.pt")
+    return counted(matrix)
+eval.scores = keep
+eval.main(sys.argv[2:])
+"""
+
+
+def test_two_processes_count_what_one_counts(checkpoint, folder, tmp_path, monkeypatch):
+    """torchrun with two processes and three images gives, in both, the confusion matrix of one process, bit for bit, the
+    same result file and the same pictures."""
+    one, counted = [], eval.scores
+    monkeypatch.setattr(eval, "scores", lambda matrix: one.append(matrix.clone()) or counted(matrix))
+    alone = run(checkpoint, folder, tmp_path / "one.json", "--save-images", "3")
+    (tmp_path / "driver.py").write_text(DRIVER)
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "driver.py", tmp_path,
+         "--dataset", folder, "--checkpoint", checkpoint, "--output", tmp_path / "two.json", "--save-images", "3", "--workers",
+         "0"], capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 0, ended.stderr
+    for rank in range(2):
+        assert torch.load(tmp_path / f"matrix{rank}.pt").equal(one[0])
+    together = json.loads((tmp_path / "two.json").read_text())
+    same = set(alone) - {"seconds", "images_per_second", "processes", "date"}
+    assert {key: together[key] for key in same} == {key: alone[key] for key in same} and together["processes"] == 2
+    assert ended.stdout.count("mIoU") == 1
+    for i in range(3):
+        assert (tmp_path / "two_images" / f"000{i}.png").read_bytes() == (tmp_path / "one_images" / f"000{i}.png").read_bytes()
+
+
+@pytest.mark.parametrize("problems", [0, 2])
+def test_the_first_process_checks_for_all(folder, monkeypatch, fails, capsys, problems):
+    """Another process looks at no mask: it goes on, silently, where the first found nothing, and ends with it otherwise."""
+    monkeypatch.setattr(eval, "share_of", lambda total: range(1, total, 2))
+    monkeypatch.setattr(eval, "sum_counts", lambda counts: counts + problems)
+    monkeypatch.setattr(eval, "check", lambda *args: pytest.fail("checked twice"))
+    if problems:
+        fails(eval.main, ["--check", "--dataset", folder], "failed its check: the first process says why")
+    else:
+        eval.main(["--check", "--dataset", str(folder)])
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Zero-shot classification
+
+class Named:
+    """Another method: a class scores an image by how near its mean red value is to the number in the class's name."""
+
+    def embed_classes(self, classes, templates, pooling):
+        return torch.tensor([[[float(name)] for name in names] for names in classes])
+
+    def image_scores(self, pixels, embeddings):
+        return -(pixels[:, 0].float().mean((1, 2))[:, None] - embeddings[:, 0, 0]).abs()
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """An image folder of seven classes: b has two images, c three, the others none."""
+    for name in "abcdefg":
+        (tmp_path / "val" / name).mkdir(parents=True)
+    (tmp_path / "val" / "README.txt").touch()
+    for name, red in (("b/1.png", 22), ("b/2.png", 31), ("c/1.JPG", 29), ("c/2.png", 68), ("c/3.png", 14)):
+        Image.new("RGB", (40, 30), (red, 0, 0)).save(tmp_path / "val" / name, format="PNG")
+    return tmp_path / "val"
+
+
+def test_classification_by_hand(labelled, tmp_path):
+    """Top-1 counts images whose own class is nearest, top-5 those where it is among the five nearest; names are lines in
+    the order of the folders, or lines with the folder's name."""
+    (tmp_path / "names.txt").write_text("10\n20\n30\n40\n50\n60\n70\n")
+    (tmp_path / "labels.txt").write_text("".join(f"{f}: {v}\n" for f, v in zip("gfedcbazyx", [70, 60, 50, 40, 30, 20, 10, 0, -9, -8])))
+    # b is 20, c is 30: 22 and 29 are right; 31 and 14 have their class second and second; of 68 c is the fifth nearest
+    result = classify(Named(), LabelledImages(labelled, tmp_path / "names.txt", 16), WHOLE, batch=2)
+    assert (result["top1"], result["top5"], result["images"], result["partial"]) == (2 / 5, 1, 5, False)
+    dataset = LabelledImages(labelled, tmp_path / "labels.txt", 16)
+    result = classify(Named(), dataset, WHOLE)
+    assert (result["top1"], result["top5"]) == (2 / 5, 1) and len(result["classes"]) == 10
+    assert dataset[0][0].shape == (3, 16, 16) and result["protocol"]["size"] == 16
+    (tmp_path / "names.txt").write_text("10\n20\n95\n40\n50\n60\n70\n")          # c is now far from all of its images
+    result = classify(Named(), LabelledImages(labelled, tmp_path / "names.txt", 16), WHOLE, limit=3)
+    assert (result["top1"], result["top5"], result["images"], result["partial"]) == (1 / 3, 2 / 3, 3, True)
+
+
+def test_the_middle_of_an_image_is_classified(tmp_path):
+    """The short side is resized to the size asked for and the middle is cut out, of wide and of high images."""
+    (tmp_path / "a").mkdir()
+    pixels = np.zeros((30, 90, 3), np.uint8)
+    pixels[:, 30:60] = 200
+    Image.fromarray(pixels).save(tmp_path / "a" / "1.png")
+    Image.fromarray(pixels.transpose(1, 0, 2).copy()).save(tmp_path / "a" / "2.png")
+    for pixels, _ in (LabelledImages(tmp_path, size=15)[i] for i in (0, 1)):
+        assert pixels.shape == (3, 15, 15) and (pixels[:, 2:-2, 2:-2] == 200).all()
+    assert LabelledImages(tmp_path, size=30)[0][0].equal(torch.full((3, 30, 30), 200, dtype=torch.uint8))
+
+
+def test_classification_on_the_command_line(labelled, tmp_path, model, capsys):
+    """A real model classifies an image folder by the names of its folders: top-1 is the share of images whose class
+    token is nearest to its own folder's embedded name."""
+    rng = np.random.default_rng(0)
+    for path in labelled.glob("*/*.*"):
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(path, format="PNG")
+    (labelled / "c").rename(labelled / "ice_cream")
+    save_model(tmp_path / "model.safetensors", model, {"protocol": PROTOCOL, "image_size": 32})
+    eval.main(["--task", "classification", "--dataset", str(labelled), "--checkpoint", str(tmp_path), "--device", "cpu"])
+    result = json.loads((tmp_path / "eval_val.json").read_text())
+    names = ["a", "b", "d", "e", "f", "g", "ice cream"]
+    words = model.embed_classes(names)[:, 0]
+    right = []
+    for name, path in ((p.parent.name.replace("_", " "), p) for p in sorted(labelled.glob("*/*.*"))):
+        image = load_image(path).resize((32, 43), Image.BICUBIC).crop((0, 5, 32, 37))
+        token = model.backbone(model.backbone.normalise(to_pixels(image)[None]))[0][0]
+        nearest = (words @ token).argsort(descending=True).tolist()
+        right.append([names.index(name) in nearest[:k] for k in (1, 5)])
+    assert [result["top1"], result["top5"]] == np.mean(right, axis=0).tolist() and result["classes"] == names
+    assert f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   (5 images, 7 classes" in capsys.readouterr().out
+    assert result["backbone"]["name"] == "toy" and result["checkpoint"] and result["versions"] and result["names"] is None
+
+
+def test_imagenet_has_names_of_its_own(labelled, tmp_path, checkpoint):
+    """--dataset imagenet is data/imagenet/val with the thousand names of classes/imagenet.txt, by the folders' names,
+    of which any number may be there."""
+    (tmp_path / "imagenet").mkdir()
+    for name in "adefg":
+        (labelled / name).rmdir()
+    (labelled / "b").rename(labelled / "n01440764")                     # tench, the first
+    (labelled / "c").rename(labelled / "n15075141")                     # toilet paper, the last
+    labelled.rename(tmp_path / "imagenet" / "val")
+    dataset = LabelledImages(tmp_path / "imagenet" / "val", eval.CLASSES / "imagenet.txt", 8)
+    assert [known for _, known in dataset] == [0, 0, 999, 999, 999] and len(dataset.classes) == 1000
+    assert (dataset.classes[0], dataset.classes[999]) == (["tench"], ["toilet paper"])
+    output = tmp_path / "result.json"
+    eval.main(["--task", "classification", "--dataset", "imagenet", "--data", str(tmp_path), "--checkpoint", str(checkpoint),
+               "--output", str(output), "--limit", "1", "--templates", "plain", "--workers", "0"])
+    result = json.loads(output.read_text())
+    assert result["dataset"] == "imagenet" and result["partial"] and len(result["classes"]) == 1000
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"--dataset": "{tmp}/none"}, ["no class folders in", "none/CLASS/*.jpg"]),
+    ({"--dataset": "imagenet"}, ["no class folders in", "imagenet/val", "image-net.org"]),
+    ({"--dataset": "{tmp}/val/c"}, ["no class folders in"]),
+    ({"--names": "{tmp}/two.txt"}, ["two.txt has 2 classes; expected those of the 7 folders", "such as a"]),
+    ({"--names": "{tmp}/labels.txt"}, ["labels.txt has 2 classes", "such as c"]),
+    ({"--names": "{tmp}/none.txt"}, ["no class file", "none.txt"])])
+def test_wrong_image_folders_are_named(labelled, tmp_path, checkpoint, fails, change, words):
+    """Folders and names that do not belong together are named."""
+    (tmp_path / "two.txt").write_text("cat\ndog\n")
+    (tmp_path / "labels.txt").write_text("a: cat\nb: dog\n")
+    arguments = {"--dataset": labelled, "--task": "classification", "--checkpoint": checkpoint, "--data": tmp_path}
+    arguments |= {key: value.replace("{tmp}", str(tmp_path)) for key, value in change.items()}
+    fails(eval.main, [x for pair in arguments.items() for x in pair], *words)
+
+
+def test_what_masks_alone_have_is_refused_for_classification(labelled, capsys):
+    """Options that mean nothing without masks are refused, not passed over."""
+    for option in (["--check"], ["--background", "none"], ["--sweep-background"], ["--without", "a"], ["--save-images", "1"]):
+        with pytest.raises(SystemExit) as stopped:
+            eval.main(["--task", "classification", "--dataset", str(labelled), *option])
+        assert stopped.value.code == 2 and option[0] in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
 def test_unknown_datasets_are_named(checkpoint, fails):
     """A dataset that is neither known nor a folder is named, with what would do."""
-    fails(eval.main, ["--dataset", "void", "--checkpoint", checkpoint], "unknown dataset 'void'", "'toy'", "images/, masks/")
+    fails(eval.main, ["--dataset", "void", "--checkpoint", checkpoint], "unknown dataset 'void'", "toy, voc", "images/, masks/")
+
+
+def test_a_folder_may_be_called_like_a_benchmark(checkpoint, folder, tmp_path, monkeypatch):
+    """./voc is one's own folder; voc is the benchmark."""
+    folder.rename(tmp_path / "voc")
+    monkeypatch.chdir(tmp_path)
+    assert run(checkpoint, "./voc", tmp_path / "result.json")["images"] == 3
 
 
 def test_classes_to_leave_out_must_be_there(checkpoint, folder, fails):
     """A class to leave out that the dataset lacks is named, and one class must remain."""
     arguments = ["--dataset", folder, "--checkpoint", checkpoint, "--without"]
     fails(eval.main, [*arguments, "background", "unicorn"], "no class 'unicorn'")
-    fails(eval.main, [*arguments, "background", "cow", "grass", "sky", "submarine"], folder, "class")
+    fails(eval.main, [*arguments, "background", "cow", "grass", "sky", "submarine"], folder, "every class is left out")
 
 
 def test_the_toy_world_passes_over_nothing(checkpoint, folder, fails):
@@ -160,18 +674,35 @@ def test_masks_that_cannot_be_right_stop_the_scoring(checkpoint, folder, fails):
     """A mask of wrong values, of another size or cut short stops the scoring with the file's name."""
     path = folder / "masks" / "photo1.png"
     Image.fromarray(np.full((128, 128), 9, np.uint8)).save(path)
-    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint], path, "value 9", "0..4")
+    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint], "value 9 (in photo1)", "expected 0, 1, 2, 3, 4, 255")
     Image.fromarray(np.zeros((128, 127), np.uint8)).save(path)
-    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint], path, "(128, 127)")
+    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint], "photo1", "128 x 127")
     path.write_bytes(path.read_bytes()[:60])
     fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint], path)
 
 
-def test_more_classes_than_masks_can_hold_are_refused(checkpoint, folder, fails):
-    """A folder of more classes than 8-bit masks can tell apart, 255 being ignored, is refused with their number."""
-    for count in (256, 300):
-        (folder / "classes.txt").write_text("".join(f"thing number {i}\n" for i in range(count)))
-        fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint], "classes.txt", count, 255)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_photo_is_one_line(checkpoint, folder, tmp_path, fails, workers):
+    """A photo that is cut short ends the check with its name, or, where its header is sound, the scoring, in one line
+    also when it was a data worker that stumbled."""
+    path, arguments = folder / "images" / "photo1.png", ["--dataset", folder, "--checkpoint", checkpoint, "--workers", workers,
+                                                         "--output", tmp_path / "r.json"]
+    image = Image.open(path).convert("RGB")
+    path.write_bytes(path.read_bytes()[:-2000])
+    fails(eval.main, arguments, "failed its check", path)
+    path.unlink()
+    path = path.with_suffix(".jpg")
+    image.save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    assert fails(eval.main, arguments).startswith(f"error: {path} is no readable image")
+
+
+def test_a_full_memory_is_one_line(checkpoint, folder, tmp_path, monkeypatch, fails):
+    """Where not even one window fits into the GPU's memory the script ends with a line, not with a traceback."""
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(type(tiny()), "patch_scores", full)
+    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint, "--output", tmp_path / "r.json"], "out of memory")
 
 
 def test_nothing_to_score_is_said(checkpoint, folder, tmp_path, fails):

@@ -12,7 +12,8 @@ import segment
 from conftest import PROTOCOL
 from data import toy_scene
 from model import save_model
-from segment import overlay, palette, resize, resized_size, save_mask, segment_image, window_starts
+from segment import (embed, enlarge, overlay, palette, parse_background, pca_view, put_background, resize, resized_size,
+                     save_mask, score_maps, segment_image, similarity_view, window_starts)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The field's arithmetic
@@ -49,7 +50,7 @@ def test_resize_by_hand():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# segment_image against a slow loop
+# segment_image against a slow loop, and against the plain way
 
 def enlarging(size, length):
     """Matrix (size, length) of bilinear weights between pixel centres."""
@@ -102,20 +103,116 @@ def test_masks_equal_a_slow_loop(model, height, width, window, stride, short_sid
     assert clear.mean() > 0.99 and (mask.numpy() == expected.argmax(0))[clear].all()
 
 
-def test_batches_and_chunks_change_nothing(model, monkeypatch):
-    """The mask does not depend on how many windows are computed at a time, nor on how many classes are enlarged."""
+def plain_scores(model, photo, embeddings, window, stride, short_side):
+    """Cosine similarities (C, H, W) in float32: one window after another, everything kept at full size."""
+    height, width = photo.shape[:2]
+    scale = min(2048 / max(height, width), short_side / min(height, width))
+    h, w = int(height * scale + 0.5), int(width * scale + 0.5)
+    pixels = resize(torch.from_numpy(photo).permute(2, 0, 1), h, w)[None]               # see the test below
+    total, count = torch.zeros(1, len(embeddings), h, w), torch.zeros(h, w)
+    for i in range(max(h - window + stride - 1, 0) // stride + 1):
+        for j in range(max(w - window + stride - 1, 0) // stride + 1):
+            bottom, right = min(i * stride + window, h), min(j * stride + window, w)
+            top, left = max(bottom - window, 0), max(right - window, 0)
+            scores, covered = model.patch_scores(pixels[..., top:bottom, left:right], embeddings)
+            scores = F.interpolate(scores, covered, mode="bilinear")
+            total[..., top:bottom, left:right] += scores[..., :bottom - top, :right - left]
+            count[top:bottom, left:right] += 1
+    return F.interpolate(total / count, (height, width), mode="bilinear")[0]
+
+
+@pytest.mark.parametrize("height, width, window, stride, short_side", [
+    (97, 131, 64, 32, 64), (333, 500, 448, 224, 448), (101, 75, 64, 24, 90), (40, 1000, 64, 32, 64), (1000, 40, 64, 32, 64),
+    (33, 47, 64, 32, 50), (7, 5, 64, 32, 16)])
+def test_masks_equal_the_plain_way(model, height, width, window, stride, short_side):
+    """Batched windows and bands give what one window after another gives in float32 at full size: on odd sizes, elongated
+    photos, photos smaller than the window, enlarged and reduced."""
+    rng = np.random.default_rng(2)
+    photo = np.array(Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC))
+    embeddings = F.normalize(torch.randn(6, model.backbone.width), dim=-1)
+    mask, score = segment_image(model, photo, embeddings, window, stride, short_side)
+    expected = plain_scores(model, photo, embeddings, window, stride, short_side)
+    best, second = expected.topk(2, dim=0).values
+    torch.testing.assert_close(score, best, rtol=0, atol=1e-5)
+    clear = best - second > 1e-5
+    assert clear.float().mean() > 0.99 and (mask == expected.argmax(0))[clear].all()
+
+
+@pytest.mark.parametrize("height, width, new_height, new_width", [(90, 131, 45, 66), (90, 131, 200, 291), (400, 30, 64, 5)])
+def test_resized_in_bands_equals_interpolate(height, width, new_height, new_width):
+    """Photos are resized as by PyTorch's bilinear interpolation of the whole, up to one grey level where rounding is
+    a matter of the last bit."""
+    pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(pixels[None].float(), (new_height, new_width), mode="bilinear")[0]
+    found = resize(pixels, new_height, new_width).float()
+    near = (expected + 0.5 - (expected + 0.5).round()).abs() < 1e-3     # to a half, where rounding may go either way
+    assert torch.equal(found[~near], (expected + 0.5).floor()[~near]) and (found - expected).abs().max() < 0.502
+
+
+def test_batches_change_nothing(model):
+    """The mask does not depend on how many windows are computed at a time."""
     photo = np.random.default_rng(1).integers(0, 256, (70, 150, 3), dtype=np.uint8)
     embeddings = F.normalize(torch.randn(7, 3, model.backbone.width), dim=-1)
     mask, score = segment_image(model, photo, embeddings, 64, 32, 64)
     for batch in (1, 3):
         found = segment_image(model, photo, embeddings, 64, 32, 64, batch)
         assert torch.equal(found[0], mask)
-        torch.testing.assert_close(found[1], score)
-    for classes in (1, 3):
-        monkeypatch.setattr(segment, "CHUNK", classes * 70 * 150)
-        found = segment_image(model, photo, embeddings, 64, 32, 64)
-        assert torch.equal(found[0], mask)
-        torch.testing.assert_close(found[1], score)
+        torch.testing.assert_close(found[1], score, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(301, 95), (40, 700), (64, 64)])
+@pytest.mark.parametrize("band", [1, 5000, 10 ** 9])
+def test_bands_equal_the_whole(model, height, width, band, monkeypatch):
+    """A band of rows at a time, of one row or many, gives the mask and scores of all similarities at full size."""
+    photo = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    embeddings = F.normalize(torch.randn(5, model.backbone.width), dim=-1)
+    maps = score_maps(model, photo, embeddings, 64, 32, 64)
+    best, second = F.interpolate(maps[None], (height, width), mode="bilinear")[0].topk(2, dim=0)[0]
+    expected = F.interpolate(maps[None], (height, width), mode="bilinear")[0].argmax(0)
+    monkeypatch.setattr(segment, "BAND", band)
+    mask, score = segment_image(model, photo, embeddings, 64, 32, 64)
+    torch.testing.assert_close(score, best, rtol=0, atol=1e-6)
+    assert (mask == expected)[best - second > 1e-6].all() and (best - second > 1e-6).float().mean() > 0.99
+
+
+def test_enlarged_rows_are_those_of_the_whole():
+    """Some rows of an enlarged map are the rows of the whole enlarged map, to the last bit, at any first row."""
+    maps = torch.rand(3, 13, 17, generator=torch.Generator().manual_seed(0))
+    whole = enlarge(maps, 101, 40)
+    torch.testing.assert_close(whole, F.interpolate(maps[None], (101, 40), mode="bilinear")[0], rtol=0, atol=1e-6)
+    for first in range(0, 101, 7):
+        torch.testing.assert_close(enlarge(maps, 101, 40, first, first + 3)[:, :101 - first], whole[:, first:first + 3],
+                                   rtol=0, atol=1e-7)
+
+
+class Full:
+    """A GPU whose memory holds at most two windows at a time."""
+
+    def __init__(self, model, most=2):
+        self.model, self.most, self.asked = model, most, []
+
+    def patch_scores(self, pixels, embeddings):
+        self.asked.append(len(pixels))
+        if len(pixels) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model.patch_scores(pixels, embeddings)
+
+
+def test_a_full_memory_halves_the_batch(model, capsys):
+    """Where memory does not hold a batch of windows half as many are tried, with one message, until it does; the result
+    is the same, and the next photo begins with what fitted. When not even one fits, the error stands."""
+    photo = np.random.default_rng(1).integers(0, 256, (64, 400, 3), dtype=np.uint8)
+    embeddings, full = F.normalize(torch.randn(3, model.backbone.width), dim=-1), Full(model)
+    expected = segment_image(model, photo, embeddings, 64, 32, 64, 1)
+    for asked in ([8, 4, 2, 2, 2, 2, 2, 2], [2, 2, 2, 2, 2, 2]):        # 12 windows
+        found = segment_image(full, photo, embeddings, 64, 32, 64, 8)
+        assert torch.equal(found[0], expected[0]) and full.asked == asked
+        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-6)
+        full.asked = []
+    message = capsys.readouterr().err.strip().splitlines()
+    assert len(message) == 2 and "memory is full" in message[0] and "2 windows at a time" in message[1]
+    with pytest.raises(torch.OutOfMemoryError):
+        segment_image(Full(model, 0), photo, embeddings, 64, 32, 64, 8)
 
 
 class Planted:
@@ -134,9 +231,8 @@ class Planted:
 
 @pytest.mark.parametrize("height, enlarged", [(64, 1), (44, 1), (32, 2)])
 @pytest.mark.parametrize("C, classes", [(3, [0, 1, 2]), (3, [2, 0, 1]), (256, [255, 7, 0]), (300, [299, 7, 256])])
-def test_planted_scores_give_the_planted_mask(height, enlarged, C, classes, monkeypatch):
+def test_planted_scores_give_the_planted_mask(height, enlarged, C, classes):
     """Stripes whose scores are known come back pixel by pixel, at the photo's own size, for few and for many classes."""
-    monkeypatch.setattr(segment, "CHUNK", 70 * height * 96 * enlarged ** 2)                 # 70 classes at a time
     stripes = np.repeat(np.repeat([0, 2, 1, 0], [16, 40, 16, 24])[None], height, axis=0)
     stripes = stripes.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
     photo = (np.eye(3)[stripes] * 255).astype(np.uint8)
@@ -145,12 +241,10 @@ def test_planted_scores_give_the_planted_mask(height, enlarged, C, classes, monk
     assert score.max() == 1
 
 
-def test_the_first_of_equal_classes_wins(monkeypatch):
-    """Where classes score the same, the first wins, whether they are compared at once or one after another."""
+def test_the_first_of_equal_classes_wins():
+    """Where classes score the same, the first wins."""
     photo, model = np.zeros((16, 16, 3), np.uint8), Planted([0, 1, 2])
-    for chunk in (segment.CHUNK, 1):
-        monkeypatch.setattr(segment, "CHUNK", chunk)
-        assert (segment_image(model, photo, torch.zeros(3, 1), 16, 16, 16)[0] == 0).all()
+    assert (segment_image(model, photo, torch.zeros(3, 1), 16, 16, 16)[0] == 0).all()
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 6000), (6000, 1)])
@@ -167,6 +261,83 @@ def test_windows_that_leave_pixels_out_are_refused(settings):
     """A stride beyond the window, or a negative size, would leave pixels without a score, and is refused."""
     with pytest.raises(ValueError, match=list(settings)[-1]):
         segment_image(Planted([0, 1, 2]), np.zeros((48, 1000, 3), np.uint8), torch.zeros(3, 1), **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Background
+
+@pytest.mark.parametrize("text, expected", [
+    ("none", ("none", None)), ("threshold:0.2", ("threshold", 0.2)), ("threshold:-1", ("threshold", -1)),
+    ("prompt:sky", ("prompt", ["sky"])), ('prompt: open sky ,wall', ("prompt", ["open sky", "wall"]))])
+def test_backgrounds_are_read(text, expected):
+    """A background is nothing, a threshold of the cosine similarity, or words."""
+    assert parse_background(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "None", "none:1", "threshold", "threshold:", "threshold:low", "prompt", "prompt: , "])
+def test_other_backgrounds_are_refused(text):
+    """Anything else is refused with what there is."""
+    with pytest.raises(ValueError, match=f"background '{text}': expected none, threshold:T .*, or prompt"):
+        parse_background(text)
+
+
+@pytest.mark.parametrize("index, expected", [(0, [[0, 2, 3], [0, 1, 0]]), (1, [[1, 2, 3], [1, 0, 1]]), (3, [[3, 1, 2], [3, 0, 3]])])
+def test_background_goes_between_the_classes(index, expected):
+    """Pixels whose score is at most the threshold become the background, a tie too; classes behind it move up."""
+    mask, score = torch.tensor([[2, 1, 2], [0, 0, 1]], dtype=torch.uint8), torch.tensor([[0.2, 0.21, 0.9], [0.1, 0.3, -1]])
+    assert put_background(mask, score, 0.2, index).tolist() == expected
+
+
+def test_background_beyond_a_byte():
+    """With 256 classes and a background the indices still have room."""
+    mask = torch.tensor([[255, 0]], dtype=torch.uint8)
+    assert put_background(mask, torch.tensor([[0.5, 0.1]]), 0.2).tolist() == [[256, 0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class embeddings, kept
+
+def test_kept_class_embeddings_are_the_fresh_ones(checkpoint, tmp_path, monkeypatch):
+    """Class embeddings are computed once and read again bit by bit; for other classes, synonyms, templates, pooling or
+    another checkpoint they are computed anew, and so they are where the file kept is broken or the folder is not ours."""
+    computed = []
+    model, protocol = opened(checkpoint, tmp_path)
+    compute = type(model).embed_classes
+    monkeypatch.setattr(type(model), "embed_classes", lambda *args: computed.append(args[1:]) or compute(*args))
+    classes = [["cow", "cattle"], ["grass"]]
+    fresh = embed(model, classes, protocol)
+    assert fresh.equal(compute(model, classes, ["{}"], "caption")) and len(computed) == 1
+    again, _ = opened(checkpoint, tmp_path)
+    assert embed(again, classes, protocol).equal(fresh) and len(computed) == 1
+
+    changed = [(classes[::-1], protocol), ([["cow"], ["cattle"], ["grass"]], protocol), ([["cow"], ["grass"]], protocol),
+               (classes, {**protocol, "templates": "simple7"}), (classes, {**protocol, "class_embedding": "concept"})]
+    for i, (other, settings) in enumerate(changed):
+        templates = segment.read_templates(settings["templates"])
+        assert embed(model, other, settings).equal(compute(model, other, templates, settings["class_embedding"]))
+        assert len(computed) == 2 + i
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.text.tower.text_projection)
+    save_model(tmp_path / "model.safetensors", model, {"protocol": PROTOCOL})           # trained further, in its place
+    further, _ = opened(None, tmp_path)
+    assert not embed(further, classes, protocol).equal(fresh) and len(computed) == 7
+
+    for path in (tmp_path / "embeddings").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    for count in (8, 8):                                                                # replaced, then read
+        assert embed(further, classes, protocol).equal(compute(further, classes, ["{}"], "caption")) and len(computed) == count
+    assert not list((tmp_path / "embeddings").glob("*.partial"))
+
+    (tmp_path / "file").touch()
+    further.checkpoint["checkpoint"] = str(tmp_path / "file" / "model.safetensors")     # where no folder can be made
+    assert len(embed(further, classes, protocol)) == 2 and len(computed) == 9
+
+
+def opened(checkpoint, folder):
+    """Model and protocol of a checkpoint, copied into folder first."""
+    if checkpoint:
+        (folder / "model.safetensors").write_bytes(checkpoint.read_bytes())
+    return segment.open_model(segment.parse_args(["photo", "--classes", "cow", "--checkpoint", str(folder), "--device", "cpu"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,6 +377,64 @@ def test_saved_masks_keep_their_indices(tmp_path, count, mode):
     assert image.mode == mode and np.array_equal(np.array(image), mask)
     if mode == "P":
         assert np.array_equal(np.array(image.convert("RGB"))[0], palette(count))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views of the method
+
+def test_heat_is_where_the_class_is():
+    """A similarity view has the photo and a panel per class, each as large as the resized photo with a title; the heat
+    is highest, yellow, where the photo has the class and lowest, violet, where it has it not."""
+    photo = np.zeros((48, 96, 3), np.uint8)
+    photo[16:32, 8:24, 0] = photo[8:24, 64:88, 1] = photo[32:40, 40:56, 2] = 255
+    names = ["red", "green", "blue"]
+    view = np.array(similarity_view(Planted([0, 1, 2]), Image.fromarray(photo), names, torch.zeros(3, 1), window=48, stride=24,
+                                    short_side=48)).astype(int)
+    assert view.shape == (24 + 48, 4 * 96, 3)
+    for i, (y, x) in enumerate([(24, 16), (16, 76), (36, 48)]):
+        panel = view[24:, 96 * (i + 1):96 * (i + 2)]
+        warm = panel[..., 0] - panel[..., 2]                            # yellow has most red and least blue
+        assert warm[y, x] > 120 and warm[2, 2] < 0
+        top, left = np.unravel_index(warm.argmax(), warm.shape)
+        assert photo[top, left, i] == 255
+    assert (view[24:, :96] == photo).all()
+
+
+class Tokens:
+    """A model whose patch tokens are known: a token per 8 x 8 pixels, looked up by the pixels' red value."""
+
+    def __init__(self, table):
+        self.table = table                                              # (256, D)
+
+    def patch_scores(self, pixels, embeddings):
+        red = pixels[:, 0, ::8, ::8].long()
+        return torch.einsum("bhwd,cd->bchw", self.table[red], embeddings), (red.shape[1] * 8, red.shape[2] * 8)
+
+
+def test_equal_tokens_have_equal_colours():
+    """In the PCA view patch tokens and class embeddings that are equal have the same colour and others have another, at
+    each scale; the panels are 448 high and as wide as the photo asks, and each class has a field with its name."""
+    torch.manual_seed(0)
+    table = torch.zeros(256, 12)
+    table[[50, 100, 150, 200]] = F.normalize(torch.randn(4, 12), dim=-1)
+    photo = np.zeros((64, 96, 3), np.uint8)
+    photo[:32, :48], photo[:32, 48:], photo[32:, :48], photo[32:, 48:] = 50, 100, 150, 200
+    words = table[[50, 100, 150, 200]][:, None]                                         # (C, S, D)
+    view = np.array(pca_view(Tokens(table), Image.fromarray(photo), ["a", "b", "c", "d"], words, 64, (1, 2)))
+    assert view.shape == (24 + 448 + 2 * 28, 3 * 672, 3)
+    corners = [(100, 50), (100, 600), (400, 50), (400, 600)]
+    colours = [[view[24 + y, x + 672 * panel].astype(int) for y, x in corners] for panel in (1, 2)]
+    fields = [view[472 + 28 * (i // 3) + 25, 672 * (i % 3) + 600].astype(int) for i in range(4)]
+    for panel in colours:                           # up to a last bit that rounds to another grey level
+        assert np.abs(np.subtract(panel, fields)).max() <= 1
+    assert all(np.abs(a - b).max() > 50 for i, a in enumerate(fields) for b in fields[:i])
+
+
+def test_a_photo_of_one_colour_has_a_view():
+    """Where all patch tokens are equal they still have one colour, not noise from dividing by nothing."""
+    table = F.normalize(torch.ones(256, 12), dim=-1)
+    view = np.array(pca_view(Tokens(table), Image.new("RGB", (64, 64), "red"), ["a"], table[:1], 64, (1, 2)))
+    assert len(np.unique(view[24:472, 448:896].reshape(-1, 3), axis=0)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +494,7 @@ def test_the_files_agree(checkpoint, tmp_path, capsys):
         if found:
             assert (found[0]["name"], tuple(found[0]["colour"])) == (name, colour)
             assert found[0]["share"] == pytest.approx((mask == i).mean(), abs=1e-6) and -1 <= found[0]["score"] <= 1
-    assert result["protocol"] == {**PROTOCOL, "stride": 16} and result["backbone"]["name"] == "toy"
+    assert result["protocol"] == {**PROTOCOL, "stride": 16, "background": "none"} and result["backbone"]["name"] == "toy"
     assert "photo_overlay.png" in capsys.readouterr().out
 
 
@@ -316,6 +545,37 @@ def test_segment_and_eval_give_the_identical_mask(checkpoint, folder, tmp_path, 
     assert result["IoU"] == [1 if i in seen else None for i in range(40)]
 
 
+def test_background_on_the_command_line(checkpoint, tmp_path):
+    """threshold:T puts a background before the classes, where no class scores more than T; prompt:... is what its words
+    win over the classes; mask, overlay and JSON know it by that name and the value is in the JSON."""
+    photo = tmp_path / "photo.png"
+    Image.fromarray(toy_scene(np.random.default_rng(0))[0]).save(photo)
+    plain, scores = {}, {}
+    for name, background in (("none", "none"), ("all", "threshold:1"), ("no", "threshold:-1"), ("words", "prompt:sand, shore")):
+        run(checkpoint, tmp_path / name, photo, "--classes", NAMES, "--background", background)
+        result = json.loads((tmp_path / name / "photo.json").read_text())
+        plain[name], scores[name] = np.array(Image.open(result["mask"])), result
+        assert result["protocol"]["background"] == background
+    assert (plain["all"] == 0).all() and [c["name"] for c in scores["all"]["found"]] == ["background"]
+    assert (plain["no"] == plain["none"] + 1).all()
+    assert [c["name"] for c in scores["no"]["found"]] == [c["name"] for c in scores["none"]["found"]]
+    won = plain["words"] == 0
+    assert (plain["words"] == plain["none"] + 1)[~won].all() and scores["words"]["classes"][0] == ["sand", "shore"]
+    assert won.any() == any(c["name"] == "background" for c in scores["words"]["found"])
+    middle = np.median([c["score"] for c in scores["none"]["found"]])
+    run(checkpoint, tmp_path / "some", photo, "--classes", NAMES, "--background", f"threshold:{middle}")
+    mask = np.array(Image.open(tmp_path / "some" / "photo_mask.png"))
+    assert 0 < (mask == 0).mean() < 1 and (mask == plain["no"])[mask > 0].all()
+
+
+def test_views_on_the_command_line(checkpoint, tmp_path):
+    """--view writes its pictures beside the mask and the JSON names them."""
+    Image.fromarray(toy_scene(np.random.default_rng(0))[0]).save(tmp_path / "photo.png")
+    run(checkpoint, tmp_path, tmp_path / "photo.png", "--classes", NAMES, "--view", "pca", "--view", "similarity")
+    result = json.loads((tmp_path / "photo.json").read_text())
+    assert Image.open(result["pca"]).height > 448 and Image.open(result["similarity"]).width >= 128
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
@@ -331,7 +591,11 @@ def test_segment_and_eval_give_the_identical_mask(checkpoint, folder, tmp_path, 
     ({"--checkpoint": "{tmp}/photo.png"}, ["photo.png is no SimZSS checkpoint"]),
     ({"--templates": "poems"}, ["no templates 'poems'", "imagenet80, plain, simple7"]),
     ({"--templates": "{tmp}/cow.txt"}, ["cow.txt", "{} for the class name"]),
-    ({"--templates": "{tmp}/two.txt"}, ["two.txt", "{} for the class name"])])
+    ({"--templates": "{tmp}/two.txt"}, ["two.txt", "{} for the class name"]),
+    ({"--background": "grey"}, ["background 'grey'", "threshold:T"]),
+    ({"--background": "prompt:sea, sky"}, ["--background and --classes", "duplicate class name 'sky'"]),
+    ({"--background": "threshold:0", "--classes": "background, cow"}, ["--background", "duplicate class name 'background'"]),
+    ({"--batch": "0"}, ["batch 0", "positive"])])
 def test_mistakes_end_with_one_line(checkpoint, tmp_path, fails, change, words):
     """Wrong class names, photos, checkpoints, templates and windows end with one line that says what is wrong."""
     Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
@@ -358,4 +622,4 @@ def test_a_checkpoint_without_a_protocol_gets_the_fields_own(tmp_path, model):
     segment.main([str(photo), "--classes", "cow", "--checkpoint", str(tmp_path), "--output", str(tmp_path)])
     protocol = json.loads((tmp_path / "photo.json").read_text())["protocol"]
     assert protocol == {"templates": "imagenet80", "class_embedding": "caption", "short_side": 448, "window": 448,
-                        "stride": 224}
+                        "stride": 224, "background": "none"}
