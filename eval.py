@@ -621,13 +621,52 @@ def plot(path, curves, across, up, size=(640, 400)):
     canvas.save(path)
 
 
+# What does not tell one variant from another: it follows from the rest, or changes no result but by chance.
+ASIDE = {"seed", "output", "resume", "device", "workers", "protocol", "step", "steps", "pairs", "pass_pairs", "micro_batch",
+         "save_minutes", "timeout_minutes", "max_bad"}
+
+
+def compare(paths, picture):
+    """Print mean and spread over seeds of the mIoU of runs, a row for each set of the settings in which they differ.
+
+    paths: result files of train.py or eval.py. Draws a curve into picture if they differ in one number only.
+    """
+    variants = []
+    for path in paths:
+        try:
+            result = json.loads(Path(path).read_text())
+            variants.append(({**result.get("training", {}), **result["protocol"]}, 100 * result["mIoU"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no segmentation result of train.py or eval.py ({error!r})") from None
+    keys = [key for key in {key: 0 for settings, _ in variants for key in settings} if key not in ASIDE
+            and len({json.dumps(settings.get(key)) for settings, _ in variants}) > 1]
+    rows = {}
+    for settings, miou in variants:
+        rows.setdefault(tuple(settings.get(key) if np.isscalar(settings.get(key)) else json.dumps(settings.get(key))
+                              for key in keys), []).append(miou)
+    numeric = all(isinstance(value, (int, float)) for row in rows for value in row)
+    heads = ["lambda" if key == "weight" else key for key in keys] or ["runs"]
+    print("  ".join(f"{head:>16}" for head in heads) + "      mIoU    +-   runs")
+    for row in sorted(rows, key=None if numeric else str):
+        values = np.array(rows[row])
+        print("  ".join(f"{value!s:>16}" for value in row or ["all"]) + f"  {values.mean():8.2f}"
+              + (f" {values.std(ddof=1):5.2f}" if len(values) > 1 else "     -") + f"   {', '.join(f'{v:.1f}' for v in values)}")
+    if len(keys) == 1 and numeric:
+        plot(picture, {"mean": [(row[0], np.mean(rows[row])) for row in sorted(rows)],
+                       "lowest": [(row[0], min(rows[row])) for row in sorted(rows)],
+                       "highest": [(row[0], max(rows[row])) for row in sorted(rows)]}, heads[0], "mIoU, %")
+        print(f"plotted in {picture}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Score a trained model on a dataset with masks, or on an image folder.")
-    parser.add_argument("--dataset", required=True, help=f"{', '.join(BENCHMARKS)}, all of these, toy, or a folder with "
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--dataset", help=f"{', '.join(BENCHMARKS)}, all of these, toy, or a folder with "
                         "images/, masks/ and classes.txt; with --task classification imagenet or a folder of class folders")
+    what.add_argument("--compare", nargs="+", metavar="JSON", help="results of runs to tabulate: mean and spread over seeds")
     parser.add_argument("--task", choices=["segmentation", "classification"], default="segmentation", help="(default: %(default)s)")
     parser.add_argument("--data", default="data", help="folder that holds the benchmarks (default: %(default)s)")
     parser.add_argument("--background", help='threshold:T = pixels whose cosine similarity to every class is at most T, '
@@ -730,7 +769,7 @@ def score_dataset(args, name, dataset, model, protocol):
             grid([row]).save(folder / f"{i:04d}.png")
     if share_of(1):
         print_result(result)
-        write_result(path, {"dataset": name, **result})
+        write_result(path, {"dataset": name, "training": model.config["training"], **result})
         print(f"written to {path}" + (f", pictures in {folder}" if shown else ""))
         if thresholds is not None:
             curve = result["sweep"]
@@ -764,6 +803,8 @@ def main(argv=None):
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("gloo")         # only counts travel
+        if args.compare:
+            return compare(args.compare, Path(args.output or "comparison.png"))
         if args.check:
             failed = verified(args)[1]
             if failed:
