@@ -233,6 +233,7 @@ class MaskedImages:
         self.name, self.files, self.masks, self.count, self.mistakes = name, files, masks, count, mistakes or {}
         self.classes = [classes[i] for i in kept]
         self.background_class = next((i for i, k in enumerate(kept) if first[k] == "background"), None)
+        self.choices = {"masks": masks.what, "names": names and str(names), "without": list(without)}     # for the result
         self.background = "none" if self.background_class is None else background or "prompt:" + ", ".join(
             self.classes[self.background_class])
         self.table = np.full(2 ** 16, ILLEGAL, np.int32)                                # value in the file -> class
@@ -266,8 +267,8 @@ def read_labels(path):
     labels = [line.partition(":")[0].strip() for line in lines]
     twice = [label for label, times in Counter(labels).items() if times > 1]
     if bare or twice:
-        raise ValueError(f"{path}: " + (f"the label {twice[0]!r} is there twice" if not bare else f"{bare[0]!r} has no label "
-                         'before its name; expected "label: name" in every line or in none'))
+        raise ValueError(f"{path}: " + (f"the label {twice[0]!r} is there twice" if not bare else f"{bare[0]!r} has no "
+                         'label before its name; expected "label: name" in every line or in none'))
     return labels, [[name.strip() for name in line.partition(":")[2].split(",")] for line in lines]
 
 
@@ -352,8 +353,8 @@ def open_dataset(name, without=(), names=None, root="data", ignore=(255,)):
     if name in BENCHMARKS:
         return open_benchmark(name, root, names, without)
     if not Path(name).is_dir():
-        raise FileNotFoundError(f"unknown dataset {name!r}; expected toy, {', '.join(BENCHMARKS)}, or a folder with images/, "
-                                "masks/ and classes.txt")
+        raise FileNotFoundError(f"unknown dataset {name!r}; expected toy, {', '.join(BENCHMARKS)}, or a folder with "
+                                "images/, masks/ and classes.txt")
     return open_folder(name, names, without, ignore)
 
 
@@ -386,13 +387,15 @@ def check(dataset, indices=None, workers=8):
             problems += [problem] if problem else []
             pixels += count
             usual += bool(count[usual_values].any())
-            strange.update(dict.fromkeys(np.flatnonzero((count > 0) & (dataset.table == ILLEGAL)).tolist(), dataset.files[i][0]))
+            illegal = np.flatnonzero((count > 0) & (dataset.table == ILLEGAL)).tolist()
+            strange.update(dict.fromkeys(illegal, dataset.files[i][0]))
     bad = len(problems)
     problems[5:] = [f"... and {bad - 5} more like these"] if bad > 5 else []
     what, found = dataset.masks.what, set(np.flatnonzero(pixels).tolist())
     if strange:
         some = ", ".join(map(str, sorted(strange)[:5])) + ", ..." * (len(strange) > 5)
-        problems.append(f"value {some} (in {strange[min(strange)]}) cannot occur in {what}; " + likely_mistake(dataset, found))
+        problems.append(f"value {some} (in {strange[min(strange)]}) cannot occur in {what}; "
+                        + likely_mistake(dataset, found))
     elif usual_values and 2 * usual < len(indices) - bad:
         problems.append(f"only {usual} of {len(indices)} masks hold a value of {min(usual_values)}..{max(usual_values)}, as "
                         f"{what} do; " + likely_mistake(dataset, found))
@@ -444,7 +447,8 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     swept = thresholds is not None
     if swept and place is None:
         raise ValueError(f'--sweep-background: {dataset.name} has no class "background"')
-    protocol = {"background": THRESHOLD if swept else getattr(dataset, "background", "none"), **protocol}
+    protocol = {"background": THRESHOLD if swept else getattr(dataset, "background", "none"), **protocol,
+                **getattr(dataset, "choices", {})}
     kind, value = parse_background(protocol["background"])
     if swept and kind == "prompt":
         raise ValueError(f"--sweep-background is for threshold:T, found {protocol['background']}")
@@ -664,18 +668,20 @@ def compare(paths, picture):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Score a trained model on a dataset with masks, or on an image folder.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--dataset", help=f"{', '.join(BENCHMARKS)}, all of these, toy, or a folder with "
-                        "images/, masks/ and classes.txt; with --task classification imagenet or a folder of class folders")
+    what.add_argument("--dataset", help=f"{', '.join(BENCHMARKS)}, all of these, toy, or a folder with images/, masks/ and "
+                      "classes.txt; with --task classification imagenet or a folder of class folders")
     what.add_argument("--compare", nargs="+", metavar="JSON", help="results of runs to tabulate: mean and spread over seeds")
-    parser.add_argument("--task", choices=["segmentation", "classification"], default="segmentation", help="(default: %(default)s)")
+    parser.add_argument("--task", choices=["segmentation", "classification"], default="segmentation",
+                        help="(default: %(default)s)")
     parser.add_argument("--data", default="data", help="folder that holds the benchmarks (default: %(default)s)")
     parser.add_argument("--background", help='threshold:T = pixels whose cosine similarity to every class is at most T, '
-                        'prompt:"word, word" = what these words win, none = not scored (default: the benchmark\'s, see README)')
-    parser.add_argument("--sweep-background", action="store_true", help="mIoU over the background threshold, as table and plot")
+                        'prompt:"word, word" = what these words win, none = not scored (default: the dataset\'s, see README)')
+    parser.add_argument("--sweep-background", action="store_true",
+                        help="mIoU over the background threshold, as table and plot")
     parser.add_argument("--without", nargs="*", default=[], help="classes neither scored nor predicted, such as background")
     parser.add_argument("--names", help="class file with your own wording and synonyms of the dataset's classes, in order")
-    parser.add_argument("--ignore", type=int, nargs="*", default=[255], help="values of a folder's masks that are not scored "
-                        "(default: 255)")
+    parser.add_argument("--ignore", type=int, nargs="*", default=[255], help="values of a folder's masks that are not "
+                        "scored (default: 255)")
     parser.add_argument("--check", action="store_true", help="only look at the data; scoring always does so first")
     parser.add_argument("--allow-partial", action="store_true", help="score a benchmark of which images are missing")
     parser.add_argument("--limit", type=int, help="score the first N images only; the result is marked as partial")
@@ -683,8 +689,8 @@ def parse_args(argv=None):
                         "prediction and overlay side by side")
     parser.add_argument("--output", help="JSON file to write, or folder for eval_DATASET.json (default: beside the "
                         "checkpoint)")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() - 1), help="processes that load images (default: "
-                        "%(default)s)")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() - 1),
+                        help="processes that load images (default: %(default)s)")
     add_model_args(parser)
     args = parser.parse_args(argv)
     for name in ("limit", "batch"):
@@ -755,12 +761,10 @@ def segmentation(args, model, protocol):
 
 def score_dataset(args, name, dataset, model, protocol):
     """Score one dataset and write what was asked for. Returns the result."""
-    path, protocol = output_path(args, name), {**protocol, "names": args.names, "without": args.without}
+    path, thresholds = output_path(args, name), None
     if args.dataset != "all" or dataset.background_class is not None:       # of all eight, some have no background
-        protocol |= {"background": args.background} if args.background else {}
+        protocol = {**protocol, **({"background": args.background} if args.background else {})}
         thresholds = torch.arange(-100, 101) / 100 if args.sweep_background else None
-    else:
-        thresholds = None
     result, shown = evaluate(model, dataset, protocol, args.batch, args.save_images, args.limit, args.workers, thresholds)
     if shown:
         folder = path.with_name(f"{path.stem}_images")

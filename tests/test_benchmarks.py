@@ -269,6 +269,7 @@ def test_other_words_and_classes_left_out(tmp_path, oracle):
     (tmp_path / "names.txt").write_text("\n".join(names))
     result = result_of(tmp_path, "voc", "--names", tmp_path / "names.txt")
     assert result["mIoU"] == 1 and result["classes"][0] == "nothing at all" and result["IoU"][0] == 1
+    assert result["protocol"]["background"] == eval.THRESHOLD
     result = result_of(tmp_path, "voc", "--names", tmp_path / "names.txt", "--without", "background", "person")
     assert result["mIoU"] == 1 and len(result["classes"]) == 19 and result["protocol"]["background"] == "none"
 

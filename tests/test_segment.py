@@ -430,11 +430,20 @@ def test_equal_tokens_have_equal_colours():
     assert all(np.abs(a - b).max() > 50 for i, a in enumerate(fields) for b in fields[:i])
 
 
-def test_a_photo_of_one_colour_has_a_view():
-    """Where all patch tokens are equal they still have one colour, not noise from dividing by nothing."""
-    table = F.normalize(torch.ones(256, 12), dim=-1)
-    view = np.array(pca_view(Tokens(table), Image.new("RGB", (64, 64), "red"), ["a"], table[:1], 64, (1, 2)))
-    assert len(np.unique(view[24:472, 448:896].reshape(-1, 3), axis=0)) == 1
+def test_colours_are_the_axes_in_which_tokens_differ_most():
+    """Red is the axis of most difference between patch tokens, green the next, whatever they have in common; an axis in
+    which they do not differ has one level, not noise."""
+    common = F.normalize(torch.arange(12.0), dim=0) * 5
+    first, second = F.normalize(torch.linalg.qr(torch.stack([common, torch.ones(12), torch.eye(12)[0]], 1))[0][:, 1:], dim=0).T
+    table = torch.zeros(256, 12)
+    table[[50, 100, 150, 200]] = torch.stack([common + first, common - first, common + second / 2, common - second / 2])
+    photo = np.zeros((64, 64, 3), np.uint8)
+    photo[:32, :32], photo[:32, 32:], photo[32:, :32], photo[32:, 32:] = 50, 100, 150, 200
+    view = np.array(pca_view(Tokens(table), Image.fromarray(photo), ["a"], table[50:51], 64, (1,))).astype(int)
+    a, b, c, d = (view[24 + y, 448 + x] for y in (100, 300) for x in (100, 300))
+    assert {a[0], b[0]} == {0, 255} and abs(c[0] - 127) <= 1 and abs(d[0] - 127) <= 1
+    assert {c[1], d[1]} == {0, 255} and abs(a[1] - 127) <= 1 and abs(b[1] - 127) <= 1
+    assert max(abs(a[2] - other[2]) for other in (b, c, d)) < 128
 
 
 # ---------------------------------------------------------------------------------------------------------------------
