@@ -203,7 +203,7 @@ def main(argv=None):
     captions = read_captions_or_draw(args.captions, rng)
     rng.shuffle(captions)
     model, optimizer = build(bank)
-    print(f"{'':58} {'before':>12} {'after':>12}   {"ratio":>9}   target   ({torch.get_num_threads()} threads)")
+    print(f"{'':58} {'before':>12} {'after':>12}   {'ratio':>9}   target   ({torch.get_num_threads()} threads)")
     if "image" in args.rows:
         image_rows(args.rounds)
     if "annotation" in args.rows:
