@@ -39,7 +39,7 @@ TOY = {"backbone": "toy", "parser": "match", "image_size": 128, "text_width": 25
        "epochs": 16, "epoch_pairs": 2000, "base_rate": 0.012, "eval_data": "toy", "output": "runs/toy", "workers": 0,
        "short_side": 128, "window": 128, "stride": 64, "class_embedding": "concept"}
 
-TEXT_GROUP = 32                                     # captions of alike length that are encoded at a time ...
+TEXT_GROUP = 16                                     # captions of alike length that are encoded at a time ...
 GPU_TEXT_GROUP = 256                                # ... and on a GPU, which fewer would not fill
 MAX_SKIPPED = 5                                     # steps in a row without finite loss and gradients that end a run
 # Settings that another value of leaves the losses as they are, or that are compared in another form

@@ -1,0 +1,220 @@
+"""How fast is what is claimed to be fast: each row is a ratio measured in one run, the two ways in turn, medians of all.
+
+    python tests/benchmark.py --captions data/coco/annotations/captions_train2017.json --parser en_core_web_sm
+    python tests/benchmark.py --device cuda                     # also whole steps of the recipe on one GPU
+
+The backbone is DINOv2's ViT-B/14 with random weights, which are as fast as any. About eight minutes on two CPU cores.
+"""
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from concepts import ConceptBank, annotate, load_annotations, load_parser, tokenize
+from data import CachedFeatures, CaptionedImages, collate, load_image, random_resized_crop, to_pixels
+from model import DEFAULT_BACKBONE, SimZSS, TextEncoder, VisionBackbone, global_loss
+from train import GPU_TEXT_GROUP, TEXT_GROUP, backward, next_batch, parameter_groups
+
+WORDS = "a the two large black white dog cat person car bus on in with near grass street table water and sitting red".split()
+OFF = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def interleaved(rounds, *ways):
+    """Median seconds of each way, called in turn."""
+    seconds = [[] for _ in ways]
+    for _ in range(rounds):
+        for way, taken in zip(ways, seconds):
+            start = time.perf_counter()
+            way()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def print_row(name, slow, fast, target=""):
+    """One row: seconds of both ways and how many times the second is faster."""
+    print(f"{name:58} {slow:10.4f} s {fast:10.4f} s   x {slow / fast:7.3f}   {target}", flush=True)
+
+
+def read_captions_or_draw(path, rng):
+    """Captions of a COCO file; without one, drawn from a few words, with lengths like COCO's (8 to 25 words, mostly 10)."""
+    if path:
+        return [annotation["caption"] for annotation in json.loads(Path(path).read_text())["annotations"]]
+    lengths = np.minimum(8 + rng.geometric(0.35, 2000), 25)
+    return [" ".join(rng.choice(WORDS, length)) for length in lengths]
+
+
+def build(bank):
+    torch.manual_seed(0)
+    backbone = VisionBackbone(DEFAULT_BACKBONE, pretrained=False)
+    model = SimZSS(backbone, TextEncoder(backbone.width), bank.names)
+    parameters = list(model.trained().values())
+    return model, torch.optim.AdamW(parameter_groups(parameters, 0.2), lr=1e-5, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows
+
+def text_rows(model, captions, rounds, batch=256):
+    """The text encoder there and back: padded to the context, cut to the longest of the batch, in groups by length."""
+    tokens = torch.stack([tokenize(caption) for caption in captions[:batch]])
+    padded = tokens.clone()
+    padded[0, 1:-1], padded[0, -1] = 320, tokens.max()          # one caption as long as the context: nothing can be cut
+    spans = torch.tensor([1, 2]).expand(batch, 1, 2)
+
+    def encode(tokens, group):
+        model.zero_grad()
+        caption, concepts = model.encode_text(tokens, spans, group)
+        (caption.sum() + concepts.sum()).backward()
+    full, cut, by_length = interleaved(rounds, lambda: encode(padded, None), lambda: encode(tokens, None),
+                                       lambda: encode(tokens, TEXT_GROUP))
+    lengths = tokens.argmax(dim=-1) + 1
+    print(f"# {batch} captions of {lengths.float().mean():.1f} tokens on average, {int(lengths.max())} at most")
+    print_row("text: padded -> cut to the longest", full, cut)
+    print_row("text: cut -> also in groups by length", cut, by_length)
+    print_row("text: padded -> cut and in groups by length", full, by_length, "at least 3.5")
+
+
+def step_rows(model, optimizer, captions, bank, rounds, batch=32, size=224):
+    """A training step from images in memory, from cached features, and what the local loss adds to it."""
+    rng, captions = np.random.default_rng(0), captions[:batch]
+    images = [rng.integers(0, 256, (480, 640, 3), np.uint8) for _ in range(batch)]
+    pairs = CaptionedImages(images, captions, load_annotations(None, captions, bank, "match"), size)
+
+    def step(pairs, losses=backward):
+        piece = collate([pairs[i, i] for i in range(batch)])
+        loaded, _ = next_batch(iter([piece]), 1, torch.zeros(1, 8, dtype=torch.int64), model, "cpu", nullcontext)
+        optimizer.zero_grad()
+        losses(model, loaded, TEXT_GROUP, False, nullcontext, OFF)
+        optimizer.step()
+
+    def lit(model, batch, group, *others):
+        caption, _ = model.encode_text(batch["tokens"], batch["spans"], group)
+        global_loss(batch["class_token"], caption, model.logit_scale.exp()).backward()
+
+    with tempfile.TemporaryDirectory() as folder:
+        cached = CachedFeatures(pairs, model.backbone, folder)
+        cached.compute(model.backbone)
+        live, fast = interleaved(rounds, lambda: step(pairs), lambda: step(cached))
+        with_local, without = interleaved(4 * rounds, lambda: step(cached), lambda: step(cached, lit))
+    print_row(f"step of {batch}: live -> cached features", live, fast, "at least 10")
+    print_row(f"step of {batch}: SimZSS -> lambda = 0, live", live, live - (with_local - without), "at most 1.03")
+
+
+def image_rows(rounds, size=224):
+    """Decoding and cropping a photo for training, decoded whole and as small as is allowed."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for width, height in ((640, 480), (1280, 960), (4000, 3000)):
+            path = Path(folder) / "photo.jpg"
+            image = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8))
+            image.resize((width, height), Image.BICUBIC).save(path, quality=90)
+
+            def crop(least):
+                to_pixels(random_resized_crop(load_image(path, least), size, np.random.default_rng(0)))
+            print_row(f"photo of {width} x {height}: whole -> reduced decoding",
+                      *interleaved(10 * rounds, lambda: crop(None), lambda: crop(2 * size)))
+
+
+def annotation_rows(captions, bank, parser, rounds):
+    """Finding concepts: caption by caption, and in the parser's batches."""
+    pipeline, captions = load_parser(parser, bank), captions[:500]
+
+    def one_by_one():
+        for caption in captions:
+            list(annotate([caption], bank, pipeline))
+    print_row(f"{len(captions)} captions, parser {Path(parser).name}: single -> batches",
+              *interleaved(rounds, one_by_one, lambda: list(annotate(captions, bank, pipeline))))
+
+
+def gpu_rows(model, optimizer, captions, device="cuda", batches=(1024, 8192), micro=1024, size=224, peak=989e12, rounds=3):
+    """Whole steps on one GPU, and from them the time of the recipe on COCO Captions (488 steps of 8,192 pairs).
+
+    peak: dense bf16 FLOP/s of the card (H100 and H200: 989e12). FLOPs of a pair: backbone 2 x parameters x tokens once;
+    text 2 x parameters x tokens, times 3 for there and back, 4 if encoded twice; attention and losses are left out.
+    """
+    model, kind = model.to(device), torch.device(device).type
+    autocast = partial(torch.autocast, kind, torch.bfloat16)
+    tokens = torch.stack([tokenize(caption) for caption in captions])
+    tokens = tokens[torch.arange(max(batches)) % len(tokens)]
+    N = model.backbone(torch.zeros(1, 3, size, size, device=device))[1].shape[1]
+    pixels = torch.randint(0, 256, (micro, 3, size, size), dtype=torch.uint8)
+    features = {"class_token": torch.randn(micro, model.backbone.width).half(),
+                "patch_tokens": F.normalize(torch.randn(micro, N, model.backbone.width), dim=-1).half()}
+    vision = sum(p.numel() for p in model.backbone.trunk.parameters()) * 2 * (N + 5)
+    text = sum(p.numel() for p in model.text.tower.transformer.parameters()) * 2 * (tokens.argmax(-1) + 1).float().mean().item()
+    seconds = {}
+
+    def step(batch, seen):
+        pieces = [{"tokens": rows, "ids": torch.arange(len(rows))[:, None] % len(model.bank), **seen, "bad": 0,
+                   "spans": torch.tensor([1, 2]).expand(len(rows), 1, 2), "key": torch.zeros(len(rows), dtype=torch.int64)}
+                  for rows in tokens[:batch].split(micro)]
+        loaded, _ = next_batch(iter(pieces), len(pieces), torch.zeros(1, 8, dtype=torch.int64), model, device, autocast)
+        optimizer.zero_grad()
+        losses = backward(model, loaded, GPU_TEXT_GROUP, len(pieces) > 1, autocast, OFF)
+        optimizer.step()
+        return losses["loss"].item()                # waits for the device
+
+    def build_cache():
+        with autocast():
+            model.backbone(model.backbone.normalise(pixels[:64].to(device)))[0].cpu()
+
+    for batch in batches:
+        for name, seen, flops in (("live", {"pixels": pixels}, vision), ("cached", features, 0)):
+            if kind == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            step(batch, seen)
+            [seconds[batch, name]] = interleaved(rounds, partial(step, batch, seen))
+            flops = batch * (flops + text * (4 if batch > micro else 3))
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30 if kind == "cuda" else float("nan")
+            print(f"step of {batch:5}, {name:6}: {seconds[batch, name]:8.3f} s, {batch / seconds[batch, name]:8.0f} pairs/s, "
+                  f"{flops / 1e12:7.1f} TFLOP, {flops / seconds[batch, name] / peak:6.1%} of the bf16 peak, {memory:5.1f} GiB")
+    build_cache()
+    [cache] = interleaved(10 * rounds, build_cache)
+    live, cached = (488 * 8192 / max(batches) * seconds[max(batches), name] for name in ("live", "cached"))
+    print(f"building the cache: {64 / cache:.0f} images/s (decoding left out)\n"
+          f"COCO recipe, 488 steps of 8,192: live {live / 60:.1f} min; cached {cached / 60:.1f} min after "
+          f"{118287 / 64 * cache / 60:.1f} min for 118,287 images (data assumed to be there in time)")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Ratios of the fast ways to the plain ones.")
+    parser.add_argument("--captions", help="COCO captions JSON for real caption lengths (default: drawn words)")
+    parser.add_argument("--parser", default="match", help="spaCy pipeline to annotate with (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda adds whole steps (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each way (default: %(default)s)")
+    parser.add_argument("--rows", nargs="*", default=["image", "annotation", "text", "step"], help="(default: all)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    bank, rng = ConceptBank.default(), np.random.default_rng(0)
+    captions = read_captions_or_draw(args.captions, rng)
+    rng.shuffle(captions)
+    model, optimizer = build(bank)
+    print(f"{'':58} {'before':>12} {'after':>12}   {'ratio':>9}   target   ({torch.get_num_threads()} threads)")
+    if "image" in args.rows:
+        image_rows(args.rounds)
+    if "annotation" in args.rows:
+        annotation_rows(captions, bank, args.parser, args.rounds)
+    if "text" in args.rows:
+        text_rows(model, captions, args.rounds)
+    if "step" in args.rows:
+        step_rows(model, optimizer, captions, bank, args.rounds)
+    if args.device == "cuda":
+        gpu_rows(model, optimizer, captions)
+
+
+if __name__ == "__main__":
+    main()
