@@ -773,7 +773,7 @@ def score_dataset(args, name, dataset, model, protocol):
             grid([row]).save(folder / f"{i:04d}.png")
     if share_of(1):
         print_result(result)
-        write_result(path, {"dataset": name, "training": model.config["training"], **result})
+        write_result(path, {"dataset": name, "training": getattr(model, "config", {}).get("training", {}), **result})
         print(f"written to {path}" + (f", pictures in {folder}" if shown else ""))
         if thresholds is not None:
             curve = result["sweep"]
