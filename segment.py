@@ -261,7 +261,7 @@ def pca_view(model, image, names, class_embeddings, size, scales=(1, 2, 4, 8)):
     low, high = ((tokens[0] - mean) @ basis).quantile(torch.tensor([0.02, 0.98]).to(mean), dim=0)
 
     def colour(x):
-        return (((x - mean) @ basis - low) / (high - low).clamp(min=1e-6) * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return (((x - mean) @ basis - low) / (high - low).clamp(min=1e-3) * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
 
     height = 448
     shape = (max(1, round(image.width * height / image.height)), height)

@@ -324,7 +324,7 @@ UNLABELLED = "zero label was taken away"
     ("cityscapes, labelIds", lambda m: m + np.uint8(1), ["value 34", "shifted by +1"]),
     ("cityscapes, labelIds", lambda m: m - np.uint8(1), ["value 255", "shifted by -1"]),
     ("cityscapes, trainIds", lambda m: m + np.uint8(1), ["value 19", "Cityscapes labelIds", "or the", "shifted by +1"]),
-    ("cityscapes, trainIds", lambda m: np.where(m == 255, 255, m + 1).astype(np.uint8), ["value 19 (in", "; the labels look"]),
+    ("cityscapes, trainIds", lambda m: np.where(m == 255, 255, m + 1).astype(np.uint8), ["value 19 (in", "; the labels"]),
     ("cityscapes, trainIds", lambda m: m - np.uint8(1), ["value 254", "shifted by -1"]),
     ("ade20k", lambda m: m + np.uint8(1), ["value 151", "shifted by +1"]),
     ("ade20k", zero_label_taken_away, ["value 255", UNLABELLED]),
