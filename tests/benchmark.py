@@ -11,8 +11,10 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from concepts import ConceptBank, annotate, load_annotations, load_parser, tokenize
 from data import CachedFeatures, CaptionedImages, collate, load_image, random_resized_crop, to_pixels
 from model import DEFAULT_BACKBONE, SimZSS, TextEncoder, VisionBackbone, global_loss
+from segment import enlarge, row_bands, segment_image
 from train import GPU_TEXT_GROUP, TEXT_GROUP, backward, next_batch, parameter_groups
 
 WORDS = "a the two large black white dog cat person car bus on in with near grass street table water and sitting red".split()
@@ -137,6 +140,50 @@ def annotation_rows(captions, bank, parser, rounds):
               *interleaved(rounds, one_by_one, lambda: list(annotate(captions, bank, pipeline))))
 
 
+def window_rows(rounds, device):
+    """The windows of a photo one by one and in a batch; a small backbone, 3 windows."""
+    backbone = VisionBackbone("vit_small_patch14_reg4_dinov2.lvd142m", pretrained=False)
+    model = SimZSS(backbone, TextEncoder(backbone.width, layers=1)).to(device).eval()
+    photo = np.random.default_rng(0).integers(0, 256, (448, 896, 3), np.uint8)
+    for classes in (2, 171):
+        embeddings = F.normalize(torch.randn(classes, backbone.width, device=device), dim=-1)
+        print_row(f"3 windows, {classes} classes: one by one -> in a batch", *interleaved(
+            rounds, lambda: segment_image(model, photo, embeddings, batch=1), lambda: segment_image(model, photo, embeddings)))
+
+
+def whole_arg_max(maps, height, width):
+    return F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)[0].max(dim=0)
+
+
+def banded_arg_max(maps, height, width):
+    score, mask = torch.empty(height, width), torch.empty(height, width, dtype=torch.int64)
+    for band in row_bands(height, len(maps) * width):
+        score[band], mask[band] = enlarge(maps, height, width, band.start, band.stop).max(dim=0)
+
+
+def added_memory(function, classes, height, width):
+    """MB by which the function raises the memory of the process that calls it at its peak (Linux)."""
+    maps = torch.rand(classes, 448, 597)
+    Path("/proc/self/clear_refs").write_text("5")               # the peak is now what is held now
+    peak = [int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])]
+    function(maps, height, width)
+    peak.append(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
+    return (peak[1] - peak[0]) / 1024
+
+
+def band_rows(rounds, height=1500, width=2000):
+    """The arg max over classes at the photo's size, all at once and in bands of rows, on the CPU."""
+    for classes in (2, 171):
+        maps = torch.rand(classes, 448, 597)
+        memory = []
+        for function in (whole_arg_max, banded_arg_max):
+            with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+                memory.append(fresh.submit(added_memory, function, classes, height, width).result())
+        print_row(f"arg max {height} x {width}, {classes} classes: whole -> bands", *interleaved(
+            rounds, lambda: whole_arg_max(maps, height, width), lambda: banded_arg_max(maps, height, width)),
+            f"{memory[0]:.0f} MB -> {memory[1]:.0f} MB")
+
+
 def gpu_rows(model, optimizer, captions, device="cuda", batches=(1024, 8192), micro=1024, size=224, peak=989e12, rounds=3):
     """Whole steps on one GPU, and from them the time of the recipe on COCO Captions (488 steps of 8,192 pairs).
 
@@ -193,7 +240,8 @@ def parse_args(argv=None):
     parser.add_argument("--parser", default="match", help="spaCy pipeline to annotate with (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda adds whole steps (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each way (default: %(default)s)")
-    parser.add_argument("--rows", nargs="*", default=["image", "annotation", "text", "step"], help="(default: all)")
+    parser.add_argument("--rows", nargs="*", default=["image", "annotation", "windows", "bands", "text", "step"],
+                        help="(default: all)")
     return parser.parse_args(argv)
 
 
@@ -208,6 +256,10 @@ def main(argv=None):
         image_rows(args.rounds)
     if "annotation" in args.rows:
         annotation_rows(captions, bank, args.parser, args.rounds)
+    if "windows" in args.rows:
+        window_rows(args.rounds, args.device)
+    if "bands" in args.rows:
+        band_rows(args.rounds)
     if "text" in args.rows:
         text_rows(model, captions, args.rounds)
     if "step" in args.rows:
