@@ -54,16 +54,17 @@ def concept_embeddings(tokens, spans):
     return inside.to(tokens.dtype) @ tokens                                             # (B, M, D)
 
 
-def class_weights(concepts, ids, bank_size):
+def class_weights(concepts, ids, bank_size, over="batch"):
     """One weight per concept of the bank: w_c = normalize(sum of c's occurrences) (paper: h_i = sum_j 1{q_j = i} g(c_j)).
 
-    concepts: (B, M, D). ids: (B, M) int bank ids, -1 = padding. Sums run over the global batch, with gradient.
+    concepts: (B, M, D). ids: (B, M) int bank ids, -1 = padding. over: "batch", sums run over the global batch, with
+    gradient, or "process", over the process's own share of it (the authors' release); counts are always global.
     Returns (weights (C, D) with unit-norm rows, zero rows for absent concepts; counts (C,) occurrences, float).
     """
     found = ids >= 0
     sums = concepts.new_zeros(bank_size, concepts.shape[-1]).index_add(0, ids[found], concepts[found])      # (C, D)
     counts = torch.bincount(ids[found], minlength=bank_size).to(concepts.dtype)                             # (C,)
-    return F.normalize(sum_over_processes(sums), dim=-1), sum_over_processes(counts)
+    return F.normalize(sum_over_processes(sums) if over == "batch" else sums, dim=-1), sum_over_processes(counts)
 
 
 def similarity_pool(queries, patches, temperature):
@@ -238,20 +239,24 @@ class SimZSS(nn.Module):
 
     bank: names of the C concepts. weight: lambda. pool_temperature: tau_pool. local_temperature: tau_local.
     local_target: see `concept_loss`. pool_query: what patches are pooled by, "class", the concept's class weight
-    (the authors' release), or "caption", the occurrence's own embedding, normalised (paper).
+    (the authors' release), or "caption", the occurrence's own embedding, normalised (paper). weights_over: see
+    `class_weights`.
     """
 
     def __init__(self, backbone, text, bank=(), weight=0.05, pool_temperature=0.1, local_temperature=0.07,
-                 local_target="concept", pool_query="class"):
+                 local_target="concept", pool_query="class", weights_over="batch"):
         if pool_query not in ("class", "caption"):
             raise ValueError(f"pool query must be 'class' or 'caption', found {pool_query!r}")
+        if weights_over not in ("batch", "process"):
+            raise ValueError(f"class weights are over 'batch' or 'process', found {weights_over!r}")
         super().__init__()
         self.backbone, self.text, self.bank = backbone, text, list(bank)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))               # as a logarithm, like CLIP's
-        self.weight, self.local_target, self.pool_query = weight, local_target, pool_query
+        self.weight, self.local_target = weight, local_target
+        self.pool_query, self.weights_over = pool_query, weights_over
         self.pool_temperature, self.local_temperature = pool_temperature, local_temperature
-        self.method = {"weight": weight, "pool_temperature": pool_temperature,
-                       "local_temperature": local_temperature, "local_target": local_target, "pool_query": pool_query}
+        self.method = {"weight": weight, "pool_temperature": pool_temperature, "local_temperature": local_temperature,
+                       "local_target": local_target, "pool_query": pool_query, "weights_over": weights_over}
 
     def trained(self):
         """Names and parameters of what is trained: the text encoder and the logit scale."""
@@ -285,7 +290,7 @@ class SimZSS(nn.Module):
         with torch.autocast(caption.device.type, enabled=False):
             scale = self.logit_scale.exp()                             # train.py keeps it at or below 100
             loss_global = global_loss(class_token, caption, scale)
-            weights, counts = class_weights(concepts, ids, len(self.bank))              # (C, D), (C,)
+            weights, counts = class_weights(concepts, ids, len(self.bank), self.weights_over)     # (C, D), (C,)
             queries = weights[ids.clamp(min=0)] if self.pool_query == "class" else F.normalize(concepts, dim=-1)
             visual = similarity_pool(queries, patches, self.pool_temperature)           # (B, M, D)
             loss_local = concept_loss(visual, ids, weights, counts, self.local_temperature, self.local_target)

@@ -160,7 +160,7 @@ def build_model(args, bank):
                               mean=args.pixel_mean, std=args.pixel_std, denoiser=args.denoiser, **options)
     text = TextEncoder(backbone.width, args.text_width, args.text_heads, args.text_layers)
     return SimZSS(backbone, text, bank.names, args.weight, args.pool_temperature, args.local_temperature,
-                  args.local_target, args.pool_query)
+                  args.local_target, args.pool_query, args.weights_over)
 
 
 def train(args, rank, world, patient=None):
@@ -543,6 +543,8 @@ def parse_args(argv=None):
              "(paper) (default: %(default)s)")
 
     add("--batch", type=int, default=8192, help="pairs in the global batch, over all processes (default: %(default)s)")
+    add("--weights-over", choices=["batch", "process"], default="batch", help="class weights are summed over the global "
+        "batch, or over each process's share of it (release) (default: %(default)s)")
     add("--micro-batch", type=int, help="pairs that a process computes at a time, for little memory; changes no result "
         "(default: all of its share)")
     add("--epochs", type=float, default=10, help="passes over the data (default: %(default)s)")

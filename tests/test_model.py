@@ -219,10 +219,12 @@ def test_with_one_occurrence_each_both_queries_are_the_same(model):
     same(model(images, tokens, ids, spans)["local"].detach(), by_class["local"].detach())
 
 
-def test_unknown_pool_query_is_refused():
-    """An unknown pooling query is named, with the two that exist."""
+def test_unknown_switches_are_refused():
+    """An unknown pooling query, or extent of the class weights, is named, with the two that exist."""
     with pytest.raises(ValueError, match="'class' or 'caption', found 'image'"):
         SimZSS(VisionBackbone("toy"), TextEncoder(128, 32, 2, 1), pool_query="image")
+    with pytest.raises(ValueError, match="'batch' or 'process', found 'node'"):
+        SimZSS(VisionBackbone("toy"), TextEncoder(128, 32, 2, 1), weights_over="node")
 
 
 def test_lambda_zero_is_the_global_loss_alone(model):
@@ -568,7 +570,7 @@ def test_a_checkpoint_without_the_newer_settings_is_loaded(checkpoint, tmp_path)
     path, tensors = tmp_path / "old.safetensors", safetensors.torch.load_file(checkpoint)
     with safetensors.safe_open(checkpoint, "pt") as file:
         settings = json.loads(file.metadata()["simzss"])
-    del settings["method"]["pool_query"], settings["backbone"]["denoiser"]
+    del settings["method"]["pool_query"], settings["method"]["weights_over"], settings["backbone"]["denoiser"]
     safetensors.torch.save_file(tensors, path, {"simzss": json.dumps(settings)})
     old, new = load_model(path), load_model(checkpoint)
     assert old.method == new.method

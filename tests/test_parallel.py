@@ -17,6 +17,7 @@ from torch import multiprocessing
 from concepts import ConceptBank, tokenize
 from conftest import ROOT, tiny
 from data import GlobalBatches, load_pairs
+from model import class_weights, concept_loss, similarity_pool
 from train import average_gradients, backward, join_processes, main, parse_args
 
 
@@ -70,27 +71,35 @@ CASES = [(ids, target, way) for ids in IDS for target in ("concept", "argmax") f
 
 def losses_and_gradients(model, case, rank=0, world=1):
     """Losses and gradients of all parameters, of a process's rows of a batch, averaged over processes."""
-    (ids, target, way), rows = case, slice(rank * B // world, (rank + 1) * B // world)
+    rows = slice(rank * B // world, (rank + 1) * B // world)
+    (ids, target, way), batch = case, whole_batch(model, case)
     model.local_target, model.weight = target, 0.5
     model.zero_grad()
-    generator = torch.Generator().manual_seed(0)
-    features = F.normalize(torch.randn(B, 1 + N, model.backbone.width, generator=generator), dim=-1)
-    tokens = torch.stack([tokenize(caption) for caption in CAPTIONS])
-    start = torch.randint(1, 3, (B, 3, 1), generator=generator)
-    spans, ids = torch.cat([start, start + 1 + start % 2], -1), torch.tensor(IDS[ids])
-    M = int((ids[rows] >= 0).sum(1).max()) if world > 1 else 3          # each process pads to its own longest
-    batch = {"class_token": features[rows, 0], "patch_tokens": features[rows, 1:], "tokens": tokens[rows],
-             "ids": ids[rows, :M], "spans": spans[rows, :M]}
+    M = int((batch["ids"][rows] >= 0).sum(1).max()) if world > 1 else 3         # each process pads to its own longest
+    batch = {key: value[rows, :M] if key in ("ids", "spans") else value[rows] for key, value in batch.items()}
     group, twice = WAYS[way]
     losses = backward(model, batch, group, twice, nullcontext, torch.amp.GradScaler("cpu", enabled=False))
     average_gradients(list(model.trained().values()))
     return {key: value.item() for key, value in losses.items()}, {k: p.grad for k, p in model.trained().items()}
 
 
+def whole_batch(model, case):
+    """The same pairs for all cases, but for the concepts' ids."""
+    generator = torch.Generator().manual_seed(0)
+    features = F.normalize(torch.randn(B, 1 + N, model.backbone.width, generator=generator), dim=-1)
+    tokens = torch.stack([tokenize(caption) for caption in CAPTIONS])
+    start = torch.randint(1, 3, (B, 3, 1), generator=generator)
+    spans, ids = torch.cat([start, start + 1 + start % 2], -1), torch.tensor(IDS[case[0]])
+    return {"class_token": features[:, 0], "patch_tokens": features[:, 1:], "tokens": tokens, "ids": ids, "spans": spans}
+
+
 def all_cases(model, folder):
     join_processes(parse_args(["--device", "cpu", "--timeout-minutes", "1"]), world=int(os.environ["WORLD_SIZE"]))
     rank, world = dist.get_rank(), dist.get_world_size()
-    torch.save({case: losses_and_gradients(model, case, rank, world) for case in CASES}, folder / f"{world}-{rank}")
+    found = {case: losses_and_gradients(model, case, rank, world) for case in CASES}
+    model.weights_over = "process"
+    found["over process"] = losses_and_gradients(model, CASES[0], rank, world)
+    torch.save(found, folder / f"{world}-{rank}")
     dist.destroy_process_group()
 
 
@@ -122,6 +131,29 @@ def test_one_batch_has_one_loss_however_it_is_split(found, ids, world, way):
             for name, gradient in gradients.items():
                 assert gradient.norm() > 0, name
                 assert (split[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("world", SIZES[1:])
+def test_class_weights_over_the_process(found, world):
+    """With weights_over "process" each process has class weights of its own pairs, and zeros for concepts that only others
+    have, while the mean runs over all occurrences; the global loss does not change."""
+    model = tiny()
+    batch = whole_batch(model, CASES[0])
+    with torch.no_grad():
+        _, concepts = model.encode_text(batch["tokens"], batch["spans"])
+        _, counts = class_weights(concepts, batch["ids"], len(model.bank))
+        expected = 0
+        for rows in torch.arange(B).chunk(world):
+            ids = batch["ids"][rows]
+            weights, _ = class_weights(concepts[rows], ids, len(model.bank))
+            visual = similarity_pool(weights[ids.clamp(min=0)], batch["patch_tokens"][rows], model.pool_temperature)
+            expected += concept_loss(visual, ids, weights, counts, model.local_temperature)
+    everywhere = found[1, 0, CASES[0]][0]
+    for rank in range(world):
+        losses, _ = found[world, rank, "over process"]
+        assert losses["local"] == pytest.approx(expected.item(), rel=1e-5)
+        assert losses["local"] != pytest.approx(everywhere["local"], rel=1e-3)
+        assert losses["global"] == pytest.approx(everywhere["global"], rel=1e-5)
 
 
 def test_encoding_twice_keeps_gradients_under_autocast():
