@@ -415,6 +415,7 @@ def segment_file(model, protocol, photo, classes, embeddings, output, batch, vie
 
 def main(argv=None):
     args = parse_args(argv)
+    Image.MAX_IMAGE_PIXELS = None                   # the photos are the user's own: big ones are no attack
     try:
         if os.path.isfile(args.classes):        # false for a long list of names, where pathlib raises
             classes = read_classes(args.classes)
