@@ -133,7 +133,7 @@ def backward(model, batch, group, twice, autocast, scaler):
     scaler.scale(losses["loss"]).backward()
     if twice:
         for rows in by_length(tokens, group):
-            with autocast():                        # a new one each time: it remembers weights cast without gradient
+            with autocast():                        # anew: it may keep weights that were cast without gradient
                 again = model.encode_text(tokens[rows], spans[rows])
             torch.autograd.backward(again, [embeddings.grad[rows] for embeddings in text])
     return losses

@@ -225,13 +225,15 @@ def test_a_second_signal_ends_the_process(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_half_precision_goes_on_with_its_scale(tmp_path):
-    """In float16 the scale of the gradients is part of the state."""
-    more = ["--precision", "fp16"]
+def test_half_precision_goes_on_with_its_scale(tmp_path, monkeypatch):
+    """In float16 gradients too large for it lower their scale, however often, and the scale is part of the state."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0 ** 40, growth_interval=4))
+    more = ["--precision", "fp16", "--steps", "40"]
     run(tmp_path / "whole", *more)
-    interrupted(tmp_path / "run", *more)
-    settings, _ = train.read_state("auto", tmp_path / "run")
-    assert settings["scaler"]["scale"] > 1 and settings["scaler"]["_growth_tracker"] > 0
+    skipped = [line["skipped"] for line in read_log(tmp_path / "whole")]
+    assert skipped[20] == 21 < skipped[-1] < 39     # the first steps, and now and then one that tries a higher scale
+    with pytest.raises(SystemExit):
+        run_until(33, signalled(signal.SIGTERM), tmp_path / "run", *more)
     run(tmp_path / "run", "--resume", "auto", *more)
     assert same(tmp_path / "run", tmp_path / "whole")
 
