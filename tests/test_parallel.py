@@ -189,3 +189,16 @@ def test_in_some_steps_one_process_had_no_concept(runs):
               for rank in range(2)]
     assert [a + b for a, b in zip(*counts)] == [line["concepts"] for line in read_log(runs[0] / "rare")]
     assert any((a == 0) != (b == 0) for a, b in zip(*counts)) and any(a == b == 0 for a, b in zip(*counts))
+
+
+def test_two_processes_share_the_feature_cache(tmp_path):
+    """Two processes compute a feature cache together, each a part, and train from it with the losses of one process."""
+    cache = ["--epoch-pairs", "150", "--cache-features", str(tmp_path / "cache")]
+    both = Processes(tmp_path, 2, main, [*SETTINGS, *cache, "--output", str(tmp_path / "two")])
+    assert both.wait() == [0, 0], both.output()
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert len(written) == 1 + 3                    # features.json, and 64 + 64 + 22 images
+    main([*SETTINGS, *cache, "--output", str(tmp_path / "one")])
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("two", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
