@@ -134,7 +134,7 @@ def backward(model, batch, group, twice, autocast, scaler):
     scaler.scale(losses["loss"]).backward()
     if twice:
         for rows in by_length(tokens, group):
-            with autocast():                        # a new one each time: it remembers weights cast without gradient
+            with autocast():                        # anew: it may keep weights that were cast without gradient
                 again = model.encode_text(tokens[rows], spans[rows])
             torch.autograd.backward(again, [embeddings.grad[rows] for embeddings in text])
     return losses
@@ -399,12 +399,12 @@ def save_state(folder, model, optimizer, shards, config, **counters):
         tensors.update({f"optimizer.{key}.{name}": value for key, value in optimizer.state[p].items()})
     settings = {"training": config, "backbone": model.backbone.config, "bank": model.bank, **counters}
     path = folder / f"state-{config['step']:08d}.safetensors"
-    partial = path.with_suffix(".partial")
+    unfinished = path.with_suffix(".partial")
     try:
-        safetensors.torch.save_file(tensors, partial, metadata={"simzss": json.dumps(settings)})
-        partial.replace(path)
+        safetensors.torch.save_file(tensors, unfinished, metadata={"simzss": json.dumps(settings)})
+        unfinished.replace(path)
     except (safetensors.SafetensorError, OSError) as error:         # a full disk, for one
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error}); what was saved before is whole, make room and go on with "
                       "--resume auto") from None
     older = [other for other in states(folder) if other < path]
@@ -475,9 +475,9 @@ def open_log(path, step):
     """Open the log to be appended to, without what it says of this step and later ones."""
     lines = path.read_text().splitlines() if path.exists() and step else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
-    partial.replace(path)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text("".join(f"{line}\n" for line in kept))
+    unfinished.replace(path)
     return open(path, "a", buffering=1)
 
 

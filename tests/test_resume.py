@@ -111,6 +111,13 @@ def test_shards_interrupted_and_resumed_are_uninterrupted(tmp_path, number, worl
     assert "pass 1, left out so far: no caption 5\n" in whole.output()
 
 
+def test_shards_have_no_feature_cache(tmp_path, fails):
+    """Shards are streamed: a feature cache for them is refused."""
+    write_shards(tmp_path / "shards", [9])
+    fails(train.main, [*RUN, "--train-data", tmp_path / "shards", "--cache-features", tmp_path / "cache", "--parser", "match",
+                       "--backbone", "toy"], "--cache-features", "shards are streamed")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes that die or hang, disks that are full
 
@@ -136,6 +143,12 @@ def test_a_hung_process_ends_the_others(tmp_path):
     assert both.wait() == [1, -signal.SIGKILL], both.output()
     assert "error: another process died or answers no more" in both.output() and "Timed out" in both.output()
     assert train.read_state("auto", tmp_path / "run")[0]["training"]["step"] == 5
+
+
+def test_a_dead_data_worker_ends_the_run(tmp_path, fails, monkeypatch):
+    """A data worker that is killed, by a machine out of memory for one, ends the run with one line."""
+    monkeypatch.setattr("data.CaptionedImages.view", lambda self, i, position: signalled(signal.SIGKILL)())
+    fails(train.main, [*RUN, "--output", tmp_path, "--workers", "1"], "another process died", "DataLoader worker")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(reference, tmp_path, monkeypatch):
@@ -214,6 +227,13 @@ def test_other_settings_are_refused(tmp_path, fails):
           "the backbone's weights differ")
 
 
+def test_processes_go_on_from_one_state(tmp_path, fails, monkeypatch):
+    """Processes that find different states, for lack of a shared folder, do not go on."""
+    interrupted(tmp_path)
+    monkeypatch.setattr(train, "sum_over_processes", lambda step: 2 * step)          # as if another were twice as far
+    fails(train.main, [*RUN, "--output", tmp_path, "--resume", "auto"], "different states", "--output", "share")
+
+
 def test_a_second_signal_ends_the_process(monkeypatch):
     """A second signal at once, as launchers send it, is the first; later it ends the process in the middle of a step."""
     clock = iter([0.0, 1.0, 1.0, 5.0, 5.0])
@@ -225,13 +245,15 @@ def test_a_second_signal_ends_the_process(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_half_precision_goes_on_with_its_scale(tmp_path):
-    """In float16 the scale of the gradients is part of the state."""
-    more = ["--precision", "fp16"]
+def test_half_precision_goes_on_with_its_scale(tmp_path, monkeypatch):
+    """In float16 gradients too large for it lower their scale, however often, and the scale is part of the state."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0 ** 40, growth_interval=4))
+    more = ["--precision", "fp16", "--steps", "40"]
     run(tmp_path / "whole", *more)
-    interrupted(tmp_path / "run", *more)
-    settings, _ = train.read_state("auto", tmp_path / "run")
-    assert settings["scaler"]["scale"] > 1 and settings["scaler"]["_growth_tracker"] > 0
+    skipped = [line["skipped"] for line in read_log(tmp_path / "whole")]
+    assert skipped[20] == 21 < skipped[-1] < 39     # the first steps, and now and then one that tries a higher scale
+    with pytest.raises(SystemExit):
+        run_until(33, signalled(signal.SIGTERM), tmp_path / "run", *more)
     run(tmp_path / "run", "--resume", "auto", *more)
     assert same(tmp_path / "run", tmp_path / "whole")
 
