@@ -15,6 +15,7 @@ import tarfile
 import threading
 import zlib
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,7 @@ class CachedFeatures(CaptionedImages):
     Raises ValueError if the folder holds the features of something else, OSError if the disk is too small.
     """
 
-    def __init__(self, pairs, backbone, folder, part=64):
+    def __init__(self, pairs, backbone, folder, part=64, precision="torch.float32"):
         super().__init__(pairs.images, pairs.captions, (pairs.offsets, pairs.rows), pairs.size, pairs.seed)
         self.folder, self.part = Path(folder), part
         first = {}                                  # image -> its first pair; several captions share one image
@@ -155,7 +156,7 @@ class CachedFeatures(CaptionedImages):
         self.pictured = sorted(set(row))            # the pairs whose images are rows of the arrays, in order
         self.row = np.searchsorted(self.pictured, row)
         names = hashlib.sha256(b"\n".join(self._identity(pairs.images[i]) for i in self.pictured))
-        frozen = {name: value for name, value in backbone.config.items() if name != "weights"}  # wherever the file lies
+        frozen = {"precision": precision} | {name: value for name, value in backbone.config.items() if name != "weights"}  # wherever the file lies
         key = {"backbone": frozen, "size": pairs.size, "transform": "whole image, JPEG draft of twice the size, bicubic",
                "images": len(self.pictured), "names_sha256": names.hexdigest(), "part": part}
         file = self.folder / "features.json"
@@ -182,20 +183,21 @@ class CachedFeatures(CaptionedImages):
     def _file(self, part):
         return self.folder / f"features-{part:06d}.npy"
 
-    def _missing(self):
+    def missing(self):
+        """Numbers of the arrays that are still to be computed."""
         return [part for part in range(-(-len(self.pictured) // self.part)) if not self._file(part).exists()]
 
     def _check_disk(self, backbone):
         tokens = 1 + math.prod(-(-self.size // patch) for patch in backbone.patch_size)
         disk = next(place for place in (self.folder, *self.folder.resolve().parents) if place.exists())
-        images = min(len(self._missing()) * self.part, len(self.pictured))
+        images = min(len(self.missing()) * self.part, len(self.pictured))
         need, free = images * tokens * backbone.width * 2, shutil.disk_usage(disk).free
         if need > free:
             raise OSError(f"the features need {need / 1e9:.1f} GB in {self.folder}, {free / 1e9:.1f} GB are free")
 
     def compute(self, backbone, rank=0, world=1, workers=0, autocast=nullcontext):
         """Compute the missing arrays that fall to this process; workers: processes that open the images."""
-        missing = [part for part in self._missing() if part % world == rank]
+        missing = [part for part in self.missing() if part % world == rank]
         parts = [self.pictured[part * self.part:(part + 1) * self.part] for part in missing]
         loader = DataLoader(Pictures(self, parts), batch_size=None, num_workers=workers)
         with tqdm(total=sum(map(len, parts)), desc=f"features, process {rank + 1} of {world}", unit=" images",
@@ -218,11 +220,15 @@ class CachedFeatures(CaptionedImages):
 
     def view(self, i, position):
         part, row = divmod(int(self.row[i]), self.part)
-        features = np.load(self._file(part), mmap_mode="r")[row]        # mapped anew each time: no worker holds the maps
-        features = torch.from_numpy(features.copy())                                            # (1 + N, D) float16
+        features = torch.from_numpy(open_features(self._file(part))[row].copy())                # (1 + N, D) float16
         if not features[0].any():
             raise ValueError(f"{self.images[i]} was unreadable when the features were computed")
         return {"class_token": features[0], "patch_tokens": features[1:]}
+
+
+@lru_cache(maxsize=None)
+def open_features(path):
+    return np.load(path, mmap_mode="r")             # (images, 1 + N, D)
 
 
 class Pictures(Dataset):
@@ -309,7 +315,8 @@ def load_pairs(source, bank, parser, size, images=None, seed=0, toy_scenes=0):
     rows = rows[np.repeat(kept, np.diff(offsets))]
     offsets = np.concatenate([[0], np.cumsum(np.diff(offsets)[kept])])
     pairs = [pair for pair, keep in zip(pairs, kept) if keep]
-    return CaptionedImages([folder / name for name, _ in pairs], [c for _, c in pairs], (offsets, rows), size, seed)
+    paths = {name: folder / name for name in there}                     # one object for all captions of an image
+    return CaptionedImages([paths[name] for name, _ in pairs], [c for _, c in pairs], (offsets, rows), size, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

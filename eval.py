@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,7 +221,7 @@ class MaskedImages:
 
     def __init__(self, name, classes, files, masks, count=None, background=None, mistakes=None, without=(), names=None):
         first = [names[0] for names in classes]
-        classes = read_classes(names) if names else classes
+        classes = read_labels(names)[1] if names else classes
         if len(classes) != len(first):
             raise ValueError(f"{names} has {len(classes)} classes; expected the {len(first)} of {name}")
         unknown = set(without) - set(first)
@@ -259,7 +259,7 @@ class MaskedImages:
 
 def read_labels(path):
     """A class file whose lines may begin with "label: ". Returns (labels or None, classes)."""
-    lines = Path(path).read_text("utf-8-sig", "replace").splitlines() if Path(path).is_file() else []
+    lines = Path(path).read_text("utf-8-sig", "surrogateescape").splitlines() if Path(path).is_file() else []
     lines = [line for line in lines if line.strip()]
     if not any(":" in line for line in lines):
         return None, read_classes(path)
@@ -373,6 +373,7 @@ def check(dataset, indices=None, workers=8):
             if not path.is_file():
                 raise FileNotFoundError(f"no image {path}")
             with Image.open(path) as image:
+                image.load()                        # the whole file is there
                 size = image.size[::-1 if image.getexif().get(274, 1) < 5 else 1]       # 274: how the camera was held
             return dataset.problem(i, raw.shape, size), np.bincount(raw.ravel(), minlength=2 ** 16)
         except Exception as error:                  # Pillow raises almost anything on a broken file
@@ -396,7 +397,7 @@ def check(dataset, indices=None, workers=8):
         some = ", ".join(map(str, sorted(strange)[:5])) + ", ..." * (len(strange) > 5)
         problems.append(f"value {some} (in {strange[min(strange)]}) cannot occur in {what}; "
                         + likely_mistake(dataset, found))
-    elif usual_values and 2 * usual < len(indices) - bad:
+    elif usual_values and len(indices) == len(dataset) and 2 * usual < len(indices) - bad:
         problems.append(f"only {usual} of {len(indices)} masks hold a value of {min(usual_values)}..{max(usual_values)}, as "
                         f"{what} do; " + likely_mistake(dataset, found))
     if dataset.count not in (None, len(dataset)):
@@ -434,14 +435,15 @@ def sum_counts(counts):
     return counts
 
 
-def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=0, thresholds=None):
+def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=0, thresholds=None, alone=False):
     """Score a model. Returns (result, pictures).
 
     model: anything with `embed_classes` and `patch_scores`, like SimZSS. dataset: `MaskedImages` or alike. protocol:
     templates, class_embedding, short_side, window, stride and background (default: the dataset's). batch: windows at a
     time. pictures: of how many images to return [photo, truth, prediction, overlay]. limit: score the first images only.
     thresholds: rising (K,) tensor; adds "sweep", the mIoU with each as background threshold, from the same pass.
-    With several processes each takes its share of the images, and all return the same numbers.
+    With several processes each takes its share of the images, and all return the same numbers; alone: this one takes
+    all, whatever others do.
     """
     C, place, names = len(dataset.classes), getattr(dataset, "background_class", None), [c[0] for c in dataset.classes]
     swept = thresholds is not None
@@ -456,13 +458,13 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
         raise ValueError(f"--background {protocol['background']}: {dataset.name} " + (
             'scores the class "background"; choose threshold:T or prompt:"word, word"' if kind == "none" else
             'has no class "background" to score; only none makes sense'))
-    classes = [value if kind == "prompt" and i == place else c for i, c in enumerate(dataset.classes)
-               if i != place or kind == "prompt"]
+    classes = check_classes([value if kind == "prompt" and i == place else c for i, c in enumerate(dataset.classes)
+                             if i != place or kind == "prompt"], f"{dataset.name} with background {protocol['background']}")
     if swept:
         hits = torch.zeros(C, C - 1, len(thresholds) + 1, dtype=torch.int64)    # truth, best of the others, its score
     embeddings = embed(model, classes, protocol)                                        # (C or C - 1, S, D)
     total = len(dataset) if limit is None else min(limit, len(dataset))
-    mine = share_of(total)
+    mine, sums = (range(total), lambda counts: counts) if alone else (share_of(total), sum_counts)
     matrix, shown, start = torch.zeros(C, C, dtype=torch.int64), [], time.time()
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers)
     for i, (_, image, truth) in zip(mine, tqdm(loader, desc="scoring", unit=" images", disable=True if mine.start else None)):
@@ -478,7 +480,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
         matrix += confusion_matrix(mask, truth, C, IGNORE)
         if i < pictures:
             shown.append([image, *(overlay(image, m, names, opacity) for m, opacity in ((truth, 1), (mask, 1), (mask, 0.5)))])
-    sum_counts(matrix)
+    sums(matrix)
     if not matrix.any():
         raise ValueError(f"{dataset.name} has no pixel to score: all are ignored")
     seconds = time.time() - start
@@ -488,7 +490,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
               "seconds": round(seconds, 1), "images_per_second": round(total / seconds, 2), "processes": mine.step,
               **made_with()}
     if swept:
-        sum_counts(hits)
+        sums(hits)
         result["sweep"], others = [], [c for c in range(C) if c != place]
         for i, threshold in enumerate(thresholds.tolist()):
             matrix[:, others] = hits[..., i + 1:].sum(-1)
@@ -505,9 +507,10 @@ def made_with():
         commit += " and changes" * bool(subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True).stdout)
     except (OSError, subprocess.CalledProcessError):
         commit = None                               # not a checkout
-    packages = ("torch", "timm", "open_clip_torch", "numpy", "pillow")
+    versions = {name: distribution.version for distribution in distributions()
+                if (name := distribution.metadata["Name"]) in ("torch", "timm", "open_clip_torch", "numpy", "pillow")}
     return {"commit": commit, "date": datetime.date.today().isoformat(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}}}
+            "versions": {"python": platform.python_version(), **versions}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,8 +558,9 @@ def classify(model, dataset, protocol, limit=None, workers=0, batch=64):
     """Top-1 and top-5 of the class token against the embedded class names. Returns a result."""
     embeddings = embed(model, dataset.classes, protocol)                                # (C, S, D)
     total = len(dataset) if limit is None else min(limit, len(dataset))
+    some = np.linspace(0, len(dataset) - 1, total).astype(int)          # of all classes: images lie class by class
     right, start, mine = torch.zeros(2, dtype=torch.int64), time.time(), share_of(total)
-    loader = DataLoader(Subset(dataset, mine), batch_size=batch, num_workers=workers)
+    loader = DataLoader(Subset(dataset, some[mine]), batch_size=batch, num_workers=workers)
     for pixels, known in tqdm(loader, desc="classifying", unit=" batches", disable=True if mine.start else None):
         similarity = model.image_scores(pixels.to(embeddings.device), embeddings)       # (B, C)
         best = similarity.topk(min(5, len(embeddings)), dim=1).indices.cpu() == known[:, None]
@@ -626,8 +630,8 @@ def plot(path, curves, across, up, size=(640, 400)):
 
 
 # What does not tell one variant from another: it follows from the rest, or changes no result but by chance.
-ASIDE = {"seed", "output", "resume", "device", "workers", "protocol", "step", "steps", "pairs", "pass_pairs", "micro_batch",
-         "save_minutes", "timeout_minutes", "max_bad"}
+ASIDE = {"seed", "output", "resume", "device", "workers", "protocol", "step", "pairs", "pass_pairs", "micro_batch",
+         "save_minutes", "timeout_minutes", "max_bad", "without", "names"}
 
 
 def compare(paths, picture):
@@ -639,7 +643,9 @@ def compare(paths, picture):
     for path in paths:
         try:
             result = json.loads(Path(path).read_text())
-            variants.append(({**result.get("training", {}), **result["protocol"]}, 100 * result["mIoU"]))
+            variants.append(({"dataset": result["dataset"], "images": result["images"],
+                              **(result.get("training") or {"checkpoint": result["checkpoint_sha256"]}),
+                              **result["protocol"]}, 100 * result["mIoU"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no segmentation result of train.py or eval.py ({error!r})") from None
     keys = [key for key in {key: 0 for settings, _ in variants for key in settings} if key not in ASIDE
@@ -706,8 +712,8 @@ def output_path(args, name):
     """Where the result goes. Raises OSError, before hours of scoring, for a place where nothing can be written."""
     path = Path(args.output or args.checkpoint)
     path = path if args.output or path.is_dir() else path.parent
-    if path.is_dir() or args.dataset == "all":
-        path = path / f"eval_{Path(name).resolve().name}.json"
+    if path.suffix != ".json" or args.dataset == "all":
+        path = path / f"eval_{Path(name).resolve().name}{f'_first{args.limit}' if args.limit else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"nothing can be written to {path.parent}; name another place with --output")

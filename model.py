@@ -348,9 +348,8 @@ class SimZSS(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sums and gathers over processes, with gradient: the way back of a sum is a sum, that of a gather is a sum of which each
-# process keeps its own rows. So every process gets the gradient of all processes' losses added up. Without a process
-# group both are the identity.
+# Sums over processes, with gradient: the way back of a sum is a sum. So every process gets the gradient of all processes'
+# losses added up. Without a process group they are the identity.
 
 class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
@@ -366,21 +365,6 @@ class _SumOverProcesses(torch.autograd.Function):
         return grad
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def distributed():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -391,7 +375,11 @@ def sum_over_processes(x):
 
 def gather_rows(x):
     """(rows, D) of every process, in rank order -> (world * rows, D). Every process must hold as many rows."""
-    return _GatherRows.apply(x) if distributed() else x
+    if not distributed():
+        return x
+    rows = x.new_zeros(dist.get_world_size(), *x.shape)             # a sum in which everyone has a place of his own
+    rows[dist.get_rank()] = x
+    return sum_over_processes(rows).flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

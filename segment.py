@@ -163,7 +163,7 @@ def count_pixels(mask, count, weights=None):
 # Pictures
 
 def palette(count):
-    """count RGB colours, (count, 3) uint8: the bits of the index, spread over the channels as in Pascal VOC."""
+    """count RGB colours, (count, 3) uint8: those of Pascal VOC without its black, bits spread over the channels."""
     index = np.arange(1, count + 1)
     colours = np.zeros((count, 3), int)
     for bit in range(8):
@@ -357,7 +357,8 @@ def embed(model, classes, protocol):
     if not hasattr(model, "checkpoint"):            # no file to tell it by
         return model.embed_classes(classes, templates, protocol["class_embedding"])
     device = next(model.parameters()).device
-    content = [classes, templates, protocol["class_embedding"], model.checkpoint["checkpoint_sha256"], device.type]
+    code = hashlib.sha256(Path(load_model.__code__.co_filename).read_bytes()).hexdigest()
+    content = [code, classes, templates, protocol["class_embedding"], model.checkpoint["checkpoint_sha256"], device.type]
     name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     path = Path(model.checkpoint["checkpoint"]).parent / "embeddings" / f"{name}.safetensors"
     with contextlib.suppress(OSError, safetensors.SafetensorError, KeyError):           # none yet, or a broken one
@@ -407,7 +408,8 @@ def segment_file(model, protocol, photo, classes, embeddings, output, batch, vie
              for i, colour in enumerate(palette(len(names)).tolist()) if pixels[i] > 0]
     save_mask(files["mask"], mask, len(names))
     overlay(image, mask, names).save(files["overlay"])
-    result = {"photo": str(photo), "width": image.width, "height": image.height, "classes": classes, "found": found,
+    result = {"photo": str(photo), "width": image.width, "height": image.height, "names": names, "found": found,
+              "classes": classes,
               **files, "protocol": protocol, "backbone": model.config["backbone"]}
     Path(f"{stem}.json").write_text(json.dumps(result, indent=1))
     return result
@@ -417,7 +419,7 @@ def main(argv=None):
     args = parse_args(argv)
     Image.MAX_IMAGE_PIXELS = None                   # the photos are the user's own: big ones are no attack
     try:
-        if os.path.isfile(args.classes):        # false for a long list of names, where pathlib raises
+        if args.classes.endswith(".txt") or os.path.isfile(args.classes):       # false for a long list; pathlib raises
             classes = read_classes(args.classes)
         else:
             classes = check_classes([[name.strip()] for name in args.classes.split(",")], "--classes")
@@ -435,8 +437,8 @@ def main(argv=None):
             result = segment_file(model, protocol, photo, classes, embeddings, args.output, args.batch, args.view)
             tqdm.write(f"{result['overlay']}: " + ", ".join(
                 f"{c['name']} {c['share']:.1%}" for c in sorted(result["found"], key=lambda c: -c["share"])))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {str(error).strip()}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ TOY = {"backbone": "toy", "parser": "match", "image_size": 128, "text_width": 25
 
 TEXT_GROUP = 16                                     # captions of alike length that are encoded at a time ...
 GPU_TEXT_GROUP = 256                                # ... and on a GPU, which fewer would not fill
+PIECE = 256                                         # pairs that a data worker loads, and the backbone sees, at most
 MAX_SKIPPED = 5                                     # steps in a row without finite loss and gradients that end a run
 # Settings that another value of leaves the losses as they are, or that are compared in another form
 FREE = {"images", "bank", "exclude_classes", "denoiser", "output", "resume", "backbone_weights", "cache_features",
@@ -192,18 +193,21 @@ def train(args, rank, world, patient=None):
         if isinstance(pairs, Shards):
             raise ValueError("--cache-features needs single images and a captions file; shards are streamed")
         with first_process_first(rank, patient):
-            pairs = CachedFeatures(pairs, model.backbone, args.cache_features)
+            pairs = CachedFeatures(pairs, model.backbone, args.cache_features, precision=str(precision))
         pairs.compute(model.backbone, rank, world, args.workers, autocast)
         if patient:
             dist.barrier(patient)
+        if pairs.missing():
+            raise ValueError(f"features are missing in {args.cache_features}; it must be a folder that all processes share")
     sharded, share = isinstance(pairs, Shards), args.batch // world
-    piece = min(args.micro_batch or share, share)   # pairs that are loaded and computed at a time
+    micro = min(args.micro_batch or share, share)   # pairs that the text encoder computes at a time, and at most ...
+    piece = max(part for part in range(1, min(micro, PIECE) + 1) if share % part == 0)  # ... these are loaded together
     pass_pairs = args.epoch_pairs if sharded else min(args.epoch_pairs, len(pairs))
     steps = args.steps or int(args.epochs * pass_pairs / args.batch)
     if steps < 1:
         raise ValueError(f"{args.epochs} passes of {pass_pairs} pairs are less than one batch of {args.batch}; "
                          "lower --batch or raise --epochs")
-    group = min(piece, GPU_TEXT_GROUP if kind == "cuda" else TEXT_GROUP)
+    group = min(micro, GPU_TEXT_GROUP if kind == "cuda" else TEXT_GROUP)
     parameters = list(model.trained().values())
     optimizer = torch.optim.AdamW(parameter_groups(parameters, args.weight_decay), betas=(args.beta1, args.beta2),
                                   eps=args.eps, fused=kind != "mps")
@@ -214,7 +218,9 @@ def train(args, rank, world, patient=None):
               "arithmetic": str(precision).removeprefix("torch."), "cached": bool(args.cache_features)}
     start, skipped, counts, shards = 0, 0, [0] * len(BAD), None
     if resumed:
-        start, skipped, counts, shards = restore(resumed, config, model, optimizer, scaler, world)
+        start, skipped, counts, shards = restore(resumed, config, model, optimizer, scaler)
+    if sum_over_processes(torch.tensor(start, device=device)) != start * world:
+        raise ValueError("the processes found different states; --output must be a folder that all of them share")
     loader, places = open_stream(pairs, args, piece, steps, start, rank, world, counts, shards)
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
@@ -233,7 +239,7 @@ def train(args, rank, world, patient=None):
             for settings in optimizer.param_groups:
                 settings["lr"] = rate
             optimizer.zero_grad()
-            losses = backward(model, batch, group, piece < share, autocast, scaler)
+            losses = backward(model, batch, group, micro < share, autocast, scaler)
             average_gradients(parameters)
             losses["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in parameters]) / scaler.get_scale()
             values = {key: value.item() for key, value in losses.items()}               # waits for the device
@@ -286,7 +292,7 @@ def score(args, model, config):
     """Score the trained model on --eval-data; write result.json and a picture of predictions."""
     dataset = open_dataset(args.eval_data, args.eval_without, args.eval_names)
     protocol = {**config["protocol"], "names": args.eval_names, "without": args.eval_without}
-    result, pictures = evaluate(model, dataset, protocol, pictures=4)
+    result, pictures = evaluate(model, dataset, protocol, pictures=4, alone=True)
     print_result(result)
     output = Path(args.output)
     write_result(output / "result.json", {"dataset": args.eval_data, "training": config, **result})
@@ -439,7 +445,7 @@ def read_state(resume, output):
     return None
 
 
-def restore(resumed, config, model, optimizer, scaler, world):
+def restore(resumed, config, model, optimizer, scaler):
     """Put a state back in place. Returns its step, the steps skipped, what was left out by reason, and places in shards.
 
     Raises ValueError if the run that wrote it was another one.
@@ -465,9 +471,6 @@ def restore(resumed, config, model, optimizer, scaler, world):
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     if settings.get("scaler"):
         scaler.load_state_dict(settings["scaler"])
-    steps = sum_over_processes(torch.tensor(then["step"], device=model.logit_scale.device))
-    if steps != then["step"] * world:
-        raise ValueError("the processes found different states; --output must be a folder that all of them share")
     return then["step"], settings.get("skipped", 0), settings.get("counts", [0] * len(BAD)), tensors.get("shards")
 
 
@@ -600,6 +603,7 @@ def main(argv=None):
             score(args, model, config)
         if patient:                                 # nobody leaves while another still works
             dist.barrier(patient)
+            dist.destroy_process_group()            # not after an error: it would wait for the others
     except (ValueError, OSError) as error:
         message = str(error).strip()
         if "Original Traceback" in message:         # from a data worker: its own line is the last
@@ -612,9 +616,6 @@ def main(argv=None):
             raise
         sys.exit(f"error: another process died or answers no more; the last checkpoint is whole, go on with --resume auto "
                  f"({str(error).strip().splitlines()[0]})")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def runs(tmp_path_factory):
     """Two processes, by torchrun with a bank of one rare concept, and two pairs at a time with all concepts."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "rare.txt").write_text("umbrella\n")
-    options = {"all": ["--micro-batch", "2"], "rare": ["--bank", str(folder / "rare.txt")]}
+    options = {"all": ["--micro-batch", "2"], "rare": ["--bank", str(folder / "rare.txt"), "--eval-data", "toy"]}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py"]
     rare = subprocess.Popen([*torchrun, *SETTINGS, "--output", folder / "rare", *options["rare"]], stderr=subprocess.PIPE,
                             stdout=subprocess.PIPE, text=True)
@@ -211,6 +211,11 @@ def test_torchrun_logs_the_losses_of_one_process(runs, tmp_path, name):
         assert (a["step"], a["concepts"], a["present"], a["lr"]) == (b["step"], b["concepts"], b["present"], b["lr"])
         for key in ("loss", "global", "local", "logit_scale"):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-9), f"step {a['step']}, {key}"
+
+
+def test_the_first_process_scores_all_images(runs):
+    """At the end of a run of two processes one scores the whole dataset, while the other waits."""
+    assert json.loads((runs[0] / "rare" / "result.json").read_text())["images"] == 100
 
 
 def test_in_some_steps_one_process_had_no_concept(runs):
