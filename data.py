@@ -156,8 +156,9 @@ class CachedFeatures(CaptionedImages):
         self.pictured = sorted(set(row))            # the pairs whose images are rows of the arrays, in order
         self.row = np.searchsorted(self.pictured, row)
         names = hashlib.sha256(b"\n".join(self._identity(pairs.images[i]) for i in self.pictured))
-        frozen = {"precision": precision} | {name: value for name, value in backbone.config.items() if name != "weights"}  # wherever the file lies
-        key = {"backbone": frozen, "size": pairs.size, "transform": "whole image, JPEG draft of twice the size, bicubic",
+        frozen = {name: value for name, value in backbone.config.items() if name != "weights"}  # wherever the file lies
+        key = {"backbone": frozen, "precision": precision, "size": pairs.size,
+               "transform": "whole image, JPEG draft of twice the size, bicubic",
                "images": len(self.pictured), "names_sha256": names.hexdigest(), "part": part}
         file = self.folder / "features.json"
         if not file.exists() and not any(self.folder.glob("features-*.npy")):

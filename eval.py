@@ -428,6 +428,10 @@ def share_of(total):
     return range(rank, total, world)
 
 
+def first_process():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def sum_counts(counts):
     """int64 counts added up over processes."""
     if dist.is_initialized():
@@ -467,7 +471,8 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     mine, sums = (range(total), lambda counts: counts) if alone else (share_of(total), sum_counts)
     matrix, shown, start = torch.zeros(C, C, dtype=torch.int64), [], time.time()
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers)
-    for i, (_, image, truth) in zip(mine, tqdm(loader, desc="scoring", unit=" images", disable=True if mine.start else None)):
+    bar = tqdm(loader, desc="scoring", unit=" images", disable=True if mine.start else None)
+    for i, (_, image, truth) in zip(mine, bar):
         mask, score = segment_image(model, image, embeddings, batch=batch, **{key: protocol[key] for key in SLIDING})
         truth = torch.as_tensor(truth)
         if swept:
@@ -479,7 +484,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
             mask = put_background(mask, score, value, place)
         matrix += confusion_matrix(mask, truth, C, IGNORE)
         if i < pictures:
-            shown.append([image, *(overlay(image, m, names, opacity) for m, opacity in ((truth, 1), (mask, 1), (mask, 0.5)))])
+            shown.append([image, overlay(image, truth, names, 1), overlay(image, mask, names, 1), overlay(image, mask, names)])
     sums(matrix)
     if not matrix.any():
         raise ValueError(f"{dataset.name} has no pixel to score: all are ignored")
@@ -584,7 +589,8 @@ def print_result(result, most=10):
     there = [i for i in order if not np.isnan(iou[i])]
     shown = order if len(order) <= 3 * most else [*there[:most], None, *there[-most:]]
     for i in shown:
-        print("  ..." if i is None else f"  {result['classes'][i]:<24}" + ("   absent" if np.isnan(iou[i]) else f"{iou[i]:9.2%}"))
+        value = "" if i is None else "   absent" if np.isnan(iou[i]) else f"{iou[i]:9.2%}"
+        print(f"  {'...' if i is None else result['classes'][i]:<24}{value}")
     print(f"mIoU {result['mIoU']:.2%}   mAcc {result['mAcc']:.2%}   aAcc {result['aAcc']:.2%}   "
           f"({'only ' * result['partial']}{result['images']} images, {result['images_per_second']} images/s)")
 
@@ -659,8 +665,9 @@ def compare(paths, picture):
     print("  ".join(f"{head:>16}" for head in heads) + "      mIoU    +-   runs")
     for row in sorted(rows, key=None if numeric else str):
         values = np.array(rows[row])
-        print("  ".join(f"{value!s:>16}" for value in row or ["all"]) + f"  {values.mean():8.2f}"
-              + (f" {values.std(ddof=1):5.2f}" if len(values) > 1 else "     -") + f"   {', '.join(f'{v:.1f}' for v in values)}")
+        spread = f"{values.std(ddof=1):5.2f}" if len(values) > 1 else "    -"
+        print("  ".join(f"{value!s:>16}" for value in row or ["all"]),
+              f" {values.mean():8.2f} {spread}   {', '.join(f'{value:.1f}' for value in values)}")
     if len(keys) == 1 and numeric:
         plot(picture, {"mean": [(row[0], np.mean(rows[row])) for row in sorted(rows)],
                        "lowest": [(row[0], min(rows[row])) for row in sorted(rows)],
@@ -681,7 +688,7 @@ def parse_args(argv=None):
                         help="(default: %(default)s)")
     parser.add_argument("--data", default="data", help="folder that holds the benchmarks (default: %(default)s)")
     parser.add_argument("--background", help='threshold:T = pixels whose cosine similarity to every class is at most T, '
-                        'prompt:"word, word" = what these words win, none = not scored (default: the dataset\'s, see README)')
+                        'prompt:"word, word" = what these words win, none = not scored (default: see README)')
     parser.add_argument("--sweep-background", action="store_true",
                         help="mIoU over the background threshold, as table and plot")
     parser.add_argument("--without", nargs="*", default=[], help="classes neither scored nor predicted, such as background")
@@ -735,13 +742,13 @@ def verified(args):
         if name == "toy":                           # drawn, not read
             continue
         problems = []
-        if share_of(1):
+        if first_process():
             problems, pixels = check(dataset, range(min(args.limit or len(dataset), len(dataset))))
             problems = [p for p in problems if not (args.allow_partial and "--allow-partial" in p)]
         if sum_counts(torch.tensor([len(problems)])):
             failed.append(f"{name} failed its check: " + ("; ".join(problems) or "the first process says why"))
             del datasets[name]
-        elif args.check and share_of(1):
+        elif args.check and first_process():
             print(f"{name}: {len(dataset)} images with masks, {dataset.masks.what}, {pixels[-1] / pixels.sum():.2%} of the "
                   "pixels are not scored")
             for names, count in zip(dataset.classes, pixels):
@@ -755,7 +762,7 @@ def segmentation(args, model, protocol):
     """Score the datasets asked for, and print the table of all. Raises ValueError, at the end, when some could not be."""
     datasets, failed = verified(args)
     results = {name: score_dataset(args, name, dataset, model, protocol) for name, dataset in datasets.items()}
-    if args.dataset == "all" and share_of(1):
+    if args.dataset == "all" and first_process():
         for name, result in results.items():
             print(f"{name:<14}{result['mIoU']:8.2%}   {'only ' * result['partial']}{result['images']} images, background "
                   f"{result['protocol']['background'][:40]}")
@@ -777,21 +784,25 @@ def score_dataset(args, name, dataset, model, protocol):
         folder.mkdir(exist_ok=True)
         for i, row in zip(share_of(args.save_images), shown):
             grid([row]).save(folder / f"{i:04d}.png")
-    if share_of(1):
+    if first_process():
         print_result(result)
         write_result(path, {"dataset": name, "training": getattr(model, "config", {}).get("training", {}), **result})
         print(f"written to {path}" + (f", pictures in {folder}" if shown else ""))
         if thresholds is not None:
-            curve = result["sweep"]
-            best = max(curve, key=lambda point: point[1])
-            near = [point for point in curve if abs(point[0] - best[0]) < 0.055]
-            print("background threshold, mIoU: " + ", ".join(f"{t:.2f} {miou:.2%}" for t, miou in near))
-            print(f"best at {best[0]:.2f}: {best[1]:.2%}. Choose it on training images, not on those that you report")
-            moving = [p for p in curve if any(q[1] != p[1] for q in curve if abs(q[0] - p[0]) < 0.015)]
-            plot(path.with_suffix(".png"), {name: [(t, 100 * miou) for t, miou in moving or curve]},
-                 "background threshold (cosine similarity)", "mIoU, %")
-            print(f"plotted in {path.with_suffix('.png')}")
+            show_sweep(result["sweep"], name, path.with_suffix(".png"))
     return result
+
+
+def show_sweep(curve, name, picture):
+    """Print mIoU around the best background threshold and draw it over all that change it. curve: [(threshold, mIoU)]."""
+    best = max(curve, key=lambda point: point[1])
+    near = [f"{t:.2f} {miou:.2%}" for t, miou in curve if abs(t - best[0]) < 0.055]
+    print(f"background threshold, mIoU: {', '.join(near)}\nbest at {best[0]:.2f}: {best[1]:.2%}. Choose it on training "
+          "images, not on those that you report")
+    moving = [p for p in curve if any(q[1] != p[1] for q in curve if abs(q[0] - p[0]) < 0.015)]
+    plot(picture, {name: [(t, 100 * miou) for t, miou in moving or curve]}, "background threshold (cosine similarity)",
+         "mIoU, %")
+    print(f"plotted in {picture}")
 
 
 def classification(args, model, protocol):
@@ -801,7 +812,7 @@ def classification(args, model, protocol):
                              args.names or (CLASSES / "imagenet.txt" if imagenet else None),
                              model.config["training"].get("image_size", 224))
     result = classify(model, dataset, protocol, args.limit, args.workers)
-    if share_of(1):
+    if first_process():
         print(f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   ({'only ' * result['partial']}{result['images']} "
               f"images, {len(dataset.classes)} classes, {result['images_per_second']} images/s)")
         write_result(path, {"dataset": args.dataset, "names": args.names, **result})

@@ -536,7 +536,8 @@ def parse_args(argv=None):
     add("--text-heads", type=int, help="its attention heads (default: CLIP's for the backbone, or width / 64)")
     add("--text-layers", type=int, default=12, help="its layers (default: %(default)s)")
 
-    add("--lambda", dest="weight", type=float, default=0.05, help="weight of the local loss; 0 is LiT (default: %(default)s)")
+    add("--lambda", dest="weight", type=float, default=0.05,
+        help="weight of the local loss; 0 is LiT (default: %(default)s)")
     add("--pool-temperature", type=float, default=0.1, help="of the similarity pooling (default: %(default)s)")
     add("--local-temperature", type=float, default=0.07, help="of the local loss (default: %(default)s)")
     add("--local-target", choices=["concept", "argmax"], default="concept",
