@@ -605,8 +605,10 @@ def write_result(path, result):
 
 
 def plot(path, curves, across, up, size=(640, 400)):
-    """Draw curves, {name: [(x, y)]}, with axes called across and up, into a PNG."""
+    """Draw curves, {name: [(x, y)]}, with axes called across and up, into a PNG; x that spans a lot by its logarithm."""
     points = np.array([p for curve in curves.values() for p in curve], float)
+    log = points[:, 0].min() > 0 and points[:, 0].max() > 15 * points[:, 0].min()
+    points[:, 0] = np.log10(points[:, 0]) if log else points[:, 0]
     low, high = points.min(0), points.max(0)
     span = np.where(high > low, high - low, 1)
     left, right, top, bottom = 70, size[0] - 20, 20 + 18 * len(curves), size[1] - 50
@@ -614,11 +616,13 @@ def plot(path, curves, across, up, size=(640, 400)):
     draw = ImageDraw.Draw(canvas)
 
     def place(point):
-        x, y = (np.asarray(point) - low) / span
+        x, y = ((np.log10(point[0]) if log else point[0], point[1]) - low) / span
         return left + x * (right - left), bottom - y * (bottom - top)
 
     for tick in np.linspace(0, 1, 5):
-        (x, y), value = place(low + tick * span), low + tick * span
+        value = low + tick * span
+        value[0] = 10 ** value[0] if log else value[0]
+        x, y = place(value)
         draw.line((x, top, x, bottom), fill="#dddddd")
         draw.line((left, y, right, y), fill="#dddddd")
         draw.text((x, bottom + 14), f"{value[0]:.3g}", fill="black", font=font, anchor="mm")
