@@ -318,3 +318,13 @@ def test_five_steps_in_a_row_end_the_run(tmp_path, fails):
     assert [failure["step"] for failure in failures] == [2, 3, 4, 5, 6]
     assert failures[0]["samples"] == [f"pair {int(i)}" for i in
                                       [key[1] for key in [*train.GlobalBatches(20, 8, 3, 20)][2]]]
+
+
+def test_processes_that_see_different_states_end_together(tmp_path):
+    """Where one process finds a state and the other does not, as on two nodes without a shared disk, both end at once."""
+    interrupted(tmp_path / "0")
+
+    def resume():
+        run(tmp_path / os.environ["RANK"], "--resume", "auto")
+    two = Processes(tmp_path, 2, resume)
+    assert two.wait(60) == [1, 1] and two.output().count("the processes found different states") == 2
