@@ -209,8 +209,9 @@ class TextEncoder(nn.Module):
         self.config = {"output_dim": output_dim, "width": width, "heads": heads, "layers": layers}
         self.tower = TextTransformer(CONTEXT_LENGTH, width=width, heads=heads, layers=layers, output_dim=output_dim)
 
-    def forward(self, tokens):
-        """tokens: (B, T) int64, zeros after the end token, which has the highest id of all.
+    def forward(self, tokens, embedded=None):
+        """tokens: (B, T) int64, zeros after the end token, which has the highest id of all. embedded: (B, T, width) of the
+        tower's token embedding, None = looked up here.
 
         Cut to the longest caption first: attention is causal, so no state depends on the padding behind it.
         Returns caption (B, D), the state at the end token, and token embeddings (B, T of the longest, D), both
@@ -219,7 +220,8 @@ class TextEncoder(nn.Module):
         end = tokens.argmax(dim=-1)                                                     # (B,)
         tokens = tokens[:, : int(end.max()) + 1]                                        # (B, T)
         T, tower = tokens.shape[1], self.tower
-        x = tower.token_embedding(tokens) + tower.positional_embedding[:T]              # (B, T, width)
+        embedded = tower.token_embedding(tokens) if embedded is None else embedded[:, :T]
+        x = embedded + tower.positional_embedding[:T]                                   # (B, T, width)
         x = tower.transformer(x, attn_mask=tower.attn_mask[:T, :T])
         x = tower.ln_final(x) @ tower.text_projection                                   # (B, T, D)
         x = F.normalize(x.float(), dim=-1)
@@ -268,17 +270,19 @@ class SimZSS(nn.Module):
         caption, concepts = self.encode_text(tokens, spans)                             # (B, D), (B, M, D)
         return self.losses(class_token, patches, caption, concepts, ids)
 
-    def encode_text(self, tokens, spans, group=None):
-        """tokens: (B, T). spans: (B, M, 2). group: captions encoded at a time, see `by_length`; None = all.
+    def encode_text(self, tokens, spans, group=None, embedded=None):
+        """tokens: (B, T). spans: (B, M, 2). group: captions encoded at a time, see `by_length`; None = all. embedded: see
+        `TextEncoder`.
 
         Returns captions (B, D) and concept occurrences (B, M, D), both float32, the same whatever the group.
         """
         if group and group < len(tokens):
             groups = by_length(tokens, group)
-            parts = zip(*[self.encode_text(tokens[rows], spans[rows]) for rows in groups])
+            embedded = self.text.tower.token_embedding(tokens)      # once: its gradient is as large as the vocabulary
+            parts = zip(*[self.encode_text(tokens[rows], spans[rows], None, embedded[rows]) for rows in groups])
             back = torch.cat(groups).argsort()
             return tuple(torch.cat(part)[back] for part in parts)
-        caption, token_embeddings = self.text(tokens)                                   # (B, D), (B, T, D)
+        caption, token_embeddings = self.text(tokens, embedded)                         # (B, D), (B, T, D)
         with torch.autocast(caption.device.type, enabled=False):
             return caption, concept_embeddings(token_embeddings, spans)
 
