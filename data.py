@@ -101,7 +101,7 @@ class CaptionedImages(Dataset):
         return len(self.captions)
 
     def picture(self, i):
-        """The whole image of pair i, in at least twice the resolution needed. Raises ValueError or OSError."""
+        """The whole image of pair i; a large JPEG reduced, to no less than twice self.size. Raises ValueError or OSError."""
         image = self.images[i]
         return Image.fromarray(image) if isinstance(image, np.ndarray) else load_image(image, 2 * self.size)
 

@@ -86,7 +86,7 @@ class Masks(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    images: tuple                                   # folders, of which one holds the images
+    images: list                                    # folders, of which one holds the images
     suffix: str
     split: str | None                               # file that lists the images; None = all that are there
     masks: tuple                                    # of Masks, in order of preference
@@ -252,6 +252,7 @@ class MaskedImages:
         return name, image, mask
 
     def problem(self, i, mask_size, image_size):
+        """What is wrong with the sizes (H, W) of image i and its mask, in words, or None."""
         if mask_size != image_size:
             return (f"the mask of {self.files[i][1]} has {mask_size[0]} x {mask_size[1]} pixels (height x width), the image "
                     f"{image_size[0]} x {image_size[1]}; expected the same size")

@@ -357,7 +357,7 @@ def embed(model, classes, protocol):
     if not hasattr(model, "checkpoint"):            # no file to tell it by
         return model.embed_classes(classes, templates, protocol["class_embedding"])
     device = next(model.parameters()).device
-    code = hashlib.sha256(Path(load_model.__code__.co_filename).read_bytes()).hexdigest()
+    code = hashlib.sha256(Path(__file__).with_name("model.py").read_bytes()).hexdigest()
     content = [code, classes, templates, protocol["class_embedding"], model.checkpoint["checkpoint_sha256"], device.type]
     name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     path = Path(model.checkpoint["checkpoint"]).parent / "embeddings" / f"{name}.safetensors"
@@ -408,9 +408,8 @@ def segment_file(model, protocol, photo, classes, embeddings, output, batch, vie
              for i, colour in enumerate(palette(len(names)).tolist()) if pixels[i] > 0]
     save_mask(files["mask"], mask, len(names))
     overlay(image, mask, names).save(files["overlay"])
-    result = {"photo": str(photo), "width": image.width, "height": image.height, "names": names, "found": found,
-              "classes": classes,
-              **files, "protocol": protocol, "backbone": model.config["backbone"]}
+    result = {"photo": str(photo), "width": image.width, "height": image.height, "names": names, "classes": classes,
+              "found": found, **files, "protocol": protocol, "backbone": model.config["backbone"]}
     Path(f"{stem}.json").write_text(json.dumps(result, indent=1))
     return result
 

@@ -49,7 +49,6 @@ FREE = {"images", "bank", "exclude_classes", "denoiser", "output", "resume", "ba
         "epoch_pairs", "eval_data", "eval_without", "eval_names", *PROTOCOL}
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces of a step
 
@@ -298,7 +297,7 @@ def score(args, model, config):
     write_result(output / "result.json", {"dataset": args.eval_data, "training": config, **result})
     dataset[0][1].save(output / "example.png")      # something to try segment.py on
     grid(pictures).save(output / "predictions.png")
-    print(f"photo, truth and prediction of {len(pictures)} images: {output / 'predictions.png'}")
+    print(f"photo, truth, prediction and overlay of {len(pictures)} images: {output / 'predictions.png'}")
     return result
 
 
