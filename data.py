@@ -258,11 +258,13 @@ class GlobalBatches(Sampler):
 
     Passes follow one another without a gap, each a fresh shuffle of the data cut to pass_pairs; a batch may hold the
     end of one pass and the start of the next. Yields lists of (position, index), from step `start` on, each step's
-    slice in lists of piece pairs (None: in one).
+    slice in lists of piece pairs (None: in one). only: of the data, use this many pairs, drawn by the seed; a larger
+    number adds to them.
     """
 
-    def __init__(self, length, batch, steps, pass_pairs, rank=0, world=1, seed=0, start=0, piece=None):
-        self.length, self.batch, self.pass_pairs = length, batch, min(pass_pairs, length)
+    def __init__(self, length, batch, steps, pass_pairs, rank=0, world=1, seed=0, start=0, piece=None, only=None):
+        self.data = np.random.default_rng(seed).permutation(length)[:only] if only else np.arange(length)
+        self.batch, self.pass_pairs = batch, min(pass_pairs, len(self.data))
         self.rank, self.share, self.seed = rank, batch // world, seed
         self.steps, self.piece = range(start, steps), piece or self.share
 
@@ -277,7 +279,7 @@ class GlobalBatches(Sampler):
             for position in range(first, first + self.share):
                 number, place = divmod(position, self.pass_pairs)
                 if number != shuffled_pass:
-                    order, shuffled_pass = np.random.default_rng((self.seed, number)).permutation(self.length), number
+                    order, shuffled_pass = np.random.default_rng((self.seed, number)).permutation(self.data), number
                 keys.append((position, int(order[place])))
             yield from (keys[i:i + self.piece] for i in range(0, self.share, self.piece))
 

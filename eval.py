@@ -641,7 +641,7 @@ def plot(path, curves, across, up, size=(640, 400)):
 
 
 # What does not tell one variant from another: it follows from the rest, or changes no result but by chance.
-ASIDE = {"seed", "output", "resume", "device", "workers", "protocol", "step", "pairs", "pass_pairs", "micro_batch",
+ASIDE = {"seed", "output", "resume", "device", "workers", "protocol", "step", "pass_pairs", "micro_batch",
          "save_minutes", "timeout_minutes", "max_bad", "without", "names"}
 
 

@@ -181,6 +181,18 @@ def train(args, rank, world, patient=None):
         open_dataset(args.eval_data, args.eval_without, args.eval_names)
     with first_process_first(rank, patient):        # one annotates, the others find the annotations cached
         pairs = load_pairs(args.train_data, bank, args.parser, args.image_size, args.images, args.seed, args.epoch_pairs)
+    sharded = isinstance(pairs, Shards)
+    if sharded and args.cache_features:
+        raise ValueError("--cache-features needs single images and a captions file; shards are streamed")
+    if args.pairs and (sharded or args.pairs > len(pairs)):
+        raise ValueError(f"--pairs {args.pairs}: " + ("tars are read whole, name fewer of them" if sharded else
+                                                      f"there are only {len(pairs)}"))
+    used = None if sharded else args.pairs or len(pairs)
+    pass_pairs = args.epoch_pairs if sharded else min(args.epoch_pairs, used)
+    steps = args.steps or int(args.epochs * pass_pairs / args.batch)
+    if steps < 1:
+        raise ValueError(f"{args.epochs} passes of {pass_pairs} pairs are less than one batch of {args.batch}; "
+                         "lower --batch or raise --epochs")
     model = build_model(args, bank).to(device)      # after the data was found, for it may download
     if rank == 0 and model.backbone.config["weights"] == "random":
         print("warning: the backbone has random weights, as asked for; this model's masks will mean nothing",
@@ -189,8 +201,6 @@ def train(args, rank, world, patient=None):
     autocast = partial(torch.autocast, kind, precision, enabled=precision != torch.float32)
 
     if args.cache_features:
-        if isinstance(pairs, Shards):
-            raise ValueError("--cache-features needs single images and a captions file; shards are streamed")
         with first_process_first(rank, patient):
             pairs = CachedFeatures(pairs, model.backbone, args.cache_features, precision=str(precision))
         pairs.compute(model.backbone, rank, world, args.workers, autocast)
@@ -198,14 +208,9 @@ def train(args, rank, world, patient=None):
             dist.barrier(patient)
         if pairs.missing():
             raise ValueError(f"features are missing in {args.cache_features}; it must be a folder that all processes share")
-    sharded, share = isinstance(pairs, Shards), args.batch // world
+    share = args.batch // world
     micro = min(args.micro_batch or share, share)   # pairs that the text encoder computes at a time, and at most ...
     piece = max(part for part in range(1, min(micro, PIECE) + 1) if share % part == 0)  # ... these are loaded together
-    pass_pairs = args.epoch_pairs if sharded else min(args.epoch_pairs, len(pairs))
-    steps = args.steps or int(args.epochs * pass_pairs / args.batch)
-    if steps < 1:
-        raise ValueError(f"{args.epochs} passes of {pass_pairs} pairs are less than one batch of {args.batch}; "
-                         "lower --batch or raise --epochs")
     group = min(micro, GPU_TEXT_GROUP if kind == "cuda" else TEXT_GROUP)
     parameters = list(model.trained().values())
     optimizer = torch.optim.AdamW(parameter_groups(parameters, args.weight_decay), betas=(args.beta1, args.beta2),
@@ -213,7 +218,7 @@ def train(args, rank, world, patient=None):
     scaler = torch.amp.GradScaler(kind, enabled=precision == torch.float16)
     peak = args.base_rate * args.batch / 256
     config = {**vars(args), "protocol": {key: getattr(args, key) for key in PROTOCOL}, "steps": steps,
-              "pass_pairs": pass_pairs, "pairs": None if sharded else len(pairs), "piece": piece if sharded else None,
+              "pass_pairs": pass_pairs, "pairs": used, "piece": piece if sharded else None,
               "arithmetic": str(precision).removeprefix("torch."), "cached": bool(args.cache_features)}
     start, skipped, counts, shards = 0, 0, [0] * len(BAD), None
     if resumed:
@@ -224,7 +229,7 @@ def train(args, rank, world, patient=None):
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         log = open_log(output / "log.jsonl", start)
-        amount = f"{len(pairs.paths):,} shards" if sharded else f"{len(pairs):,} pairs"
+        amount = f"{len(pairs.paths):,} shards" if sharded else f"{used:,} pairs"
         print(f"{amount}, {steps} steps of {args.batch}, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained "
               f"parameters, {world} x {device}, {config['arithmetic']}" + (f", resumed at step {start}" if resumed else ""))
     saved = started = time.time()
@@ -305,7 +310,7 @@ def score(args, model, config):
 # Several processes, interruptions, and steps that fail
 
 def check_numbers(args, world):
-    for name in ("batch", "micro_batch", "epochs", "epoch_pairs", "steps", "image_size", "text_layers"):
+    for name in ("batch", "micro_batch", "epochs", "pairs", "epoch_pairs", "steps", "image_size", "text_layers"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a positive number")
     if args.batch % world:
@@ -354,7 +359,7 @@ def open_stream(pairs, args, piece, steps, start, rank, world, counts, shards):
     else:
         places = torch.tensor([counts if rank == 0 else [0] * len(BAD)])
         how = {"batch_sampler": GlobalBatches(len(pairs), args.batch, steps, args.epoch_pairs, rank, world, args.seed, start,
-                                              piece), "collate_fn": collate}
+                                              piece, args.pairs), "collate_fn": collate}
     return iter(DataLoader(pairs, num_workers=args.workers, pin_memory=pick_device(args.device) == "cuda",
                            worker_init_fn=ignore_signals, **how)), places
 
@@ -551,6 +556,7 @@ def parse_args(argv=None):
     add("--micro-batch", type=int, help="pairs that a process computes at a time, for little memory; changes no result "
         "(default: all of its share)")
     add("--epochs", type=float, default=10, help="passes over the data (default: %(default)s)")
+    add("--pairs", type=int, help="train on so many of the pairs only, drawn by --seed (default: all)")
     add("--epoch-pairs", type=int, default=400_000, help="pairs of one pass, at most (default: %(default)s)")
     add("--steps", type=int, help="steps to train for, instead of --epochs")
     add("--base-rate", type=float, default=3e-5, help="peak learning rate per 256 pairs of batch (default: %(default)s)")

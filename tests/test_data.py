@@ -318,6 +318,20 @@ def test_pass_is_never_longer_than_the_data():
     assert list(GlobalBatches(10, 4, 9, 400_000)) == list(GlobalBatches(10, 4, 9, 10))
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_only_some_of_the_pairs(world):
+    """only=4 uses the same 4 of 10 pairs in every pass and process, each once; only=6 adds two; another seed has others."""
+    def used(only, seed=3):
+        slices = [list(GlobalBatches(10, 4, 30, 99, rank, world, seed, only=only)) for rank in range(world)]
+        return [index for parts in zip(*slices) for keys in parts for _, index in keys]
+
+    four = used(4)
+    assert len(four) == 120 and all(set(four[i:i + 4]) == set(four) for i in range(0, 120, 4)) and len(set(four)) == 4
+    assert len({tuple(four[i:i + 4]) for i in range(0, 120, 4)}) > 10           # each pass in another order
+    assert set(four) < set(used(6)) and len(set(used(6))) == 6
+    assert len({frozenset(used(4, seed)) for seed in range(9)}) > 3
+
+
 def test_batch_larger_than_a_pass():
     """A batch may span several passes: 7 of 3 pairs have two whole passes and one more pair."""
     (keys,) = GlobalBatches(3, 7, 1, 3)

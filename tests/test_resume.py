@@ -111,11 +111,12 @@ def test_shards_interrupted_and_resumed_are_uninterrupted(tmp_path, number, worl
     assert "pass 1, left out so far: no caption 5\n" in whole.output()
 
 
-def test_shards_have_no_feature_cache(tmp_path, fails):
-    """Shards are streamed: a feature cache for them is refused."""
+def test_what_shards_do_not_have(tmp_path, fails):
+    """Shards are streamed: a feature cache for them is refused, and so is a number of pairs."""
     write_shards(tmp_path / "shards", [9])
-    fails(train.main, [*RUN, "--train-data", tmp_path / "shards", "--cache-features", tmp_path / "cache", "--parser", "match",
-                       "--backbone", "toy"], "--cache-features", "shards are streamed")
+    run = [*RUN, "--train-data", tmp_path / "shards", "--parser", "match", "--backbone", "toy"]
+    fails(train.main, [*run, "--cache-features", tmp_path / "cache"], "--cache-features", "shards are streamed")
+    fails(train.main, [*run, "--pairs", "4"], "--pairs 4", "name fewer of them")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

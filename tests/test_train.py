@@ -131,6 +131,17 @@ def test_a_seed_fixes_the_run(tmp_path):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
+def test_a_run_on_some_of_the_pairs(tmp_path, monkeypatch, capsys):
+    """--pairs 5 trains on five of the sixteen pairs, a pass being these five, and the checkpoint says so."""
+    seen, whole = [], train.next_batch
+    monkeypatch.setattr(train, "next_batch", lambda *given: (seen.append(whole(*given)), seen[-1])[1])
+    train.main([*TOY, "--pairs", "5", "--epochs", "8", "--output", str(tmp_path)])
+    assert len(seen) == 5 * 8 // 8 and len({int(key) for batch, _ in seen for key in batch["key"]}) == 5
+    assert "5 pairs, 5 steps of 8" in capsys.readouterr().out
+    training = load_model(tmp_path).config["training"]
+    assert training["pairs"] == training["pass_pairs"] == 5
+
+
 def test_the_logit_scale_is_kept_at_or_below_a_hundred(tmp_path, monkeypatch):
     """A step that leaves the logit scale above 100 is followed by one at 100."""
     def too_sure(args, bank, build=train.build_model):
@@ -238,6 +249,8 @@ def test_missing_images_are_counted(coco, tmp_path, fails):
     (["--parser", "en_core_web_huge"], ["en_core_web_huge", "spacy download en_core_web_trf", "--parser match"]),
     (["--batch", "0"], ["--batch is 0", "positive number"]),
     (["--steps", "-1"], ["--steps is -1", "positive number"]),
+    (["--pairs", "0"], ["--pairs is 0", "positive number"]),
+    (["--pairs", "17"], ["--pairs 17", "only 16"]),
     (["--text-width", "33", "--text-heads", "2"], ["width 33", "2 heads"]),
     (["--backbone", "toy", "--backbone-weights", "random"], ["the toy backbone", "no --backbone-weights"]),
     (["--base-rate", "1e30", "--steps", "9"], ["the loss is nan", "5 steps in a row", "nonfinite-0.json", "--base-rate"]),
