@@ -315,9 +315,6 @@ def check_numbers(args, world):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a positive number")
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} is the global batch; it must be a multiple of the {world} processes")
-    share = args.batch // world
-    if args.micro_batch and share % min(args.micro_batch, share):
-        raise ValueError(f"--micro-batch {args.micro_batch} must divide the {share} pairs of each process")
 
 
 def place(args, world):

@@ -182,10 +182,10 @@ SETTINGS = (f"--train-data toy --batch {BATCH} --steps {STEPS} --epoch-pairs {PA
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two processes, by torchrun with a bank of one rare concept, and two pairs at a time with all concepts."""
+    """Two processes, by torchrun with a bank of one rare concept, and with all concepts three of four pairs at a time."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "rare.txt").write_text("umbrella\n")
-    options = {"all": ["--micro-batch", "2"], "rare": ["--bank", str(folder / "rare.txt"), "--eval-data", "toy"]}
+    options = {"all": ["--micro-batch", "3"], "rare": ["--bank", str(folder / "rare.txt"), "--eval-data", "toy"]}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py"]
     rare = subprocess.Popen([*torchrun, *SETTINGS, "--output", folder / "rare", *options["rare"]], stderr=subprocess.PIPE,
                             stdout=subprocess.PIPE, text=True)
