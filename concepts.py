@@ -32,7 +32,7 @@ from tqdm import tqdm
 CLASSES = Path(__file__).parent / "classes"
 BENCHMARKS = ("voc", "voc20", "context", "context59", "coco-object", "coco-stuff", "cityscapes", "ade20k")
 DEFAULT_PARSER = "en_core_web_trf"                  # the paper's; en_core_web_sm is the light one
-CACHE_VERSION = 1                                   # raise it when annotations of the same input change
+CACHE_VERSION = 2                                   # raise it when annotations of the same input change
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ class ConceptBank:
         self.open = names is None
         self.excluded = {form for name in map(normalise_name, excluded) for form in (name, plural(name))}
         classes = [[name] if isinstance(name, str) else list(name) for name in names or ()]
-        classes = [synonyms for synonyms in classes if not self.excluded & set(map(normalise_name, synonyms))]
+        classes = [synonyms for synonyms in classes if not any(map(self.excludes, synonyms))]
         if not self.open:
             check_classes(classes, "concept bank")
         self.names = [normalise_name(synonyms[0]) for synonyms in classes]
@@ -107,6 +107,11 @@ class ConceptBank:
     def __len__(self):
         return len(self.names)
 
+    def excludes(self, name):
+        """Whether a name is to stay out, as it is or as the singular of a name that is."""
+        name = normalise_name(name)
+        return bool(name) and not self.excluded.isdisjoint((name, plural(name)))
+
     def find(self, name):
         """Bank id of a name, -1 if it is not in the bank."""
         return self.ids.get(normalise_name(name), -1)
@@ -114,7 +119,7 @@ class ConceptBank:
     def add(self, name):
         """Take a new name into an open bank. Returns its id, -1 if it is excluded."""
         name = normalise_name(name)
-        if not name or name in self.excluded:
+        if not name or self.excludes(name):
             return -1
         self.names.append(name)
         self.ids[name] = len(self.ids)

@@ -641,20 +641,21 @@ def plot(path, curves, across, up, size=(640, 400)):
 
 
 # What does not tell one variant from another: it follows from the rest, or changes no result but by chance.
-ASIDE = {"seed", "output", "resume", "device", "workers", "protocol", "step", "pass_pairs", "micro_batch",
-         "save_minutes", "timeout_minutes", "max_bad", "without", "names"}
+ASIDE = {"seed", "output", "resume", "device", "workers", "protocol", "step", "pass_pairs", "micro_batch", "images",
+         "cache_features", "save_minutes", "timeout_minutes", "max_bad", "eval_data", "eval_names", "eval_without"}
 
 
 def compare(paths, picture):
     """Print mean and spread over seeds of the mIoU of runs, a row for each set of the settings in which they differ.
 
-    paths: result files of train.py or eval.py. Draws a curve into picture if they differ in one number only.
+    paths: result files of train.py or eval.py. Draws a curve into picture if they differ in one number, or in several
+    that tell every two rows apart, as window and stride do; it is drawn over the first of these.
     """
     variants = []
     for path in paths:
         try:
             result = json.loads(Path(path).read_text())
-            variants.append(({"dataset": result["dataset"], "images": result["images"],
+            variants.append(({"dataset": result["dataset"], "scored": result["images"],
                               **(result.get("training") or {"checkpoint": result["checkpoint_sha256"]}),
                               **result["protocol"]}, 100 * result["mIoU"]))
         except (ValueError, KeyError, TypeError) as error:
@@ -673,7 +674,7 @@ def compare(paths, picture):
         spread = f"{values.std(ddof=1):5.2f}" if len(values) > 1 else "    -"
         print("  ".join(f"{value!s:>16}" for value in row or ["all"]),
               f" {values.mean():8.2f} {spread}   {', '.join(f'{value:.1f}' for value in values)}")
-    if len(keys) == 1 and numeric:
+    if keys and numeric and all(len(set(column)) == len(rows) for column in zip(*rows)):
         plot(picture, {"mean": [(row[0], np.mean(rows[row])) for row in sorted(rows)],
                        "lowest": [(row[0], min(rows[row])) for row in sorted(rows)],
                        "highest": [(row[0], max(rows[row])) for row in sorted(rows)]}, heads[0], "mIoU, %")

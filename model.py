@@ -457,7 +457,7 @@ def _fill(expected, found, complaint):
              "unexpected": [key for key in found if key not in expected],
              "misshapen": [f"{key} {list(found[key].shape)} instead of {list(value.shape)}"
                            for key, value in expected.items() if key in found and found[key].shape != value.shape]}
-    wrong = [f"{len(keys)} {how}: {', '.join(keys[:5])}" + ", ..." * (len(keys) > 5)
+    wrong = [f"{len(keys)} {how}: {', '.join(keys[:20])}" + ", ..." * (len(keys) > 20)
              for how, keys in wrong.items() if keys]
     if wrong:
         raise ValueError(f"{complaint}: {'; '.join(wrong)}")
@@ -611,13 +611,15 @@ RELEASE_BUFFERS = ("classification_weights_ema", "beta_ema", "logit_scale_local"
 
 
 def _read_release(path, flag):
-    """Tensors of a file in the authors' format; the denoiser's table, if (1, 37, 37, D), becomes (1, 37 * 37, D)."""
+    """Tensors of a file in the authors' format; the denoiser's table, if (37, 37, D), becomes (1, 37 * 37, D)."""
     state = _read_tensors(path, flag)
     others = [key for key, value in state.items() if not torch.is_tensor(value)]
     if others:
         raise ValueError(f"{path}: expected tensors only, found {', '.join(others[:5])}")
-    return {key: value.flatten(1, 2) if key == "visual.pos_embed" and value.ndim == 4 else value
-            for key, value in state.items() if key not in RELEASE_BUFFERS}
+    table = state.get("visual.pos_embed")
+    if table is not None and table.shape[:-1] in ((37, 37), (1, 37, 37)):
+        state["visual.pos_embed"] = table.reshape(1, 37 * 37, -1)
+    return {key: value for key, value in state.items() if key not in RELEASE_BUFFERS}
 
 
 def _import_release(path, backbone=None):
@@ -628,12 +630,16 @@ def _import_release(path, backbone=None):
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     state = _read_release(path, "--checkpoint")
     name = backbone or _backbone_name(state, path)
-    vision = VisionBackbone(name, pretrained=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD,
+    table, patch = (state.get(f"visual.vit.model.{key}") for key in ("pos_embed", "patch_embed.proj.weight"))
+    size = {}                                       # of the images that the position table (1, N, D) was made for
+    if table is not None and table.ndim == 3 and patch is not None:
+        size = {"img_size": math.isqrt(table.shape[1]) * patch.shape[-1]}
+    vision = VisionBackbone(name, pretrained=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD, **size,
                             denoiser=any(key.startswith(("visual.pos_embed", "visual.denoiser.")) for key in state))
     positions = state.get("text.positional_embedding", torch.empty(0))                  # (77, width)
     layers = len({key.split(".")[3] for key in state if key.startswith("text.transformer.resblocks.")})
     text = TextEncoder(vision.width, positions.shape[-1] or None, layers=layers or 1)
-    model = SimZSS(vision, text, local_target="argmax")
+    model = SimZSS(vision, text, local_target="argmax", weights_over="process")
     expected = {}
     for key, value in model.state_dict().items():
         for ours, theirs in RELEASE_NAMES.items():
@@ -658,5 +664,5 @@ def _backbone_name(state, path):
     if not timm.list_models(name, pretrained=True):
         raise ValueError(f"{path}: expected an authors' checkpoint with a DINO or DINOv2 backbone, ViT-S, B or L, but "
                          f"visual.vit.model.patch_embed.proj.weight has shape {list(patch)}; name any other backbone "
-                         "as timm does: load_model(path, backbone=NAME)")
+                         "as timm does, with --backbone or load_model(path, backbone=NAME)")
     return name

@@ -318,6 +318,7 @@ def newest_model():
 
 def add_model_args(parser):
     parser.add_argument("--checkpoint", help="model file or folder (default: the newest under runs/)")
+    parser.add_argument("--backbone", help="timm name of the backbone in an authors' checkpoint, if its tensors do not tell")
     parser.add_argument("--backbone-weights", help="local file with the backbone's weights, if not where training had it")
     parser.add_argument("--templates", help="prompt templates: imagenet80, simple7, plain or a file (default: the "
                                             "checkpoint's; imagenet80 unless trained on the toy world)")
@@ -335,7 +336,7 @@ def open_model(args):
     """The model named by the command line, and its protocol: templates, short side, window and stride."""
     torch.manual_seed(args.seed)
     path = Path(args.checkpoint or newest_model())
-    model = load_model(path, pick_device(args.device), args.backbone_weights)
+    model = load_model(path, pick_device(args.device), args.backbone_weights, args.backbone)
     path = path / "model.safetensors" if path.is_dir() else path
     with open(path, "rb") as file:
         digest = hashlib.sha256()

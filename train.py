@@ -147,8 +147,8 @@ def build_model(args, bank):
     options = {}
     for option in args.backbone_option:
         key, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(f"--backbone-option {option}: expected key=value")
+        if not equals or key in ("name", "pretrained", "weights", "mean", "std", "denoiser"):
+            raise ValueError(f"--backbone-option {option}: expected key=value, the key one of timm's without a flag here")
         try:
             options[key] = json.loads(value)        # numbers, true, false ...
         except json.JSONDecodeError:
@@ -219,6 +219,7 @@ def train(args, rank, world, patient=None):
     peak = args.base_rate * args.batch / 256
     config = {**vars(args), "protocol": {key: getattr(args, key) for key in PROTOCOL}, "steps": steps,
               "pass_pairs": pass_pairs, "pairs": used, "piece": piece if sharded else None,
+              "world": world if args.weights_over == "process" else None,
               "arithmetic": str(precision).removeprefix("torch."), "cached": bool(args.cache_features)}
     start, skipped, counts, shards = 0, 0, [0] * len(BAD), None
     if resumed:
@@ -310,9 +311,12 @@ def score(args, model, config):
 # Several processes, interruptions, and steps that fail
 
 def check_numbers(args, world):
-    for name in ("batch", "micro_batch", "epochs", "pairs", "epoch_pairs", "steps", "image_size", "text_layers"):
+    for name in ("batch", "micro_batch", "epochs", "pairs", "epoch_pairs", "steps", "image_size", "text_layers",
+                 "pool_temperature", "local_temperature"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a positive number")
+    if args.weight < 0:
+        raise ValueError(f"--lambda is {args.weight}; expected 0 or a positive number")
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} is the global batch; it must be a multiple of the {world} processes")
 
@@ -453,8 +457,8 @@ def restore(resumed, config, model, optimizer, scaler):
     """
     settings, tensors = resumed
     then, now = settings["training"], json.loads(json.dumps(config))
-    differ = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if name not in FREE
-              and then.get(name) != now[name]]
+    differ = [f"{'lambda' if name == 'weight' else name} was {then.get(name)}, is {now[name]}" for name in now
+              if name not in FREE and then.get(name) != now[name]]
     differ += ["the bank's names differ"] * (settings["bank"] != model.bank)
     differ += ["the backbone's weights differ"] * (settings["backbone"]["sha256"] != model.backbone.config["sha256"])
     if differ:

@@ -337,9 +337,11 @@ def test_bank_from_file(tmp_path):
 
 @pytest.mark.parametrize("names, excluded, left", [
     (["dog", "cat", "cow"], ["Cat"], ["dog", "cow"]), (["dog", "clouds"], ["cloud"], ["dog"]),
-    (["dog", ["sofa", "couch"]], ["couch"], ["dog"]), (["dog", "dog house"], ["dog"], ["dog house"])])
+    (["dog", ["sofa", "couch"]], ["couch"], ["dog"]), (["dog", "dog house"], ["dog"], ["dog house"]),
+    (["dog", "shelf"], ["shelves"], ["dog"])])
 def test_bank_without_some_names(names, excluded, left):
-    """A concept of which any name, or its plural, is excluded leaves with its synonyms; the others count up anew."""
+    """A concept of which any name is excluded, or its plural or singular, leaves with its synonyms; the others count up
+    anew."""
     bank = ConceptBank(names, excluded)
     assert bank.names == left and [bank.find(name) for name in left] == list(range(len(left)))
     assert [bank.find(form) for name in excluded for form in (name, plural(name))] == [-1, -1]
@@ -367,8 +369,9 @@ def test_open_bank():
     found = list(annotate([DOGS.text, BATS.text, dash.text], bank, ByHand(DOGS, BATS, dash)))
     assert bank.names == ["dog", "ball", "baseball bat"] and len(noun_concepts(dash)) == 2
     assert found == [[(0, 2, 3), (0, 5, 6), (1, 9, 10)], [(2, 3, 5)], [(0, 2, 3)]]
-    bank = ConceptBank(None, excluded=["dog"])
-    assert list(annotate([DOGS.text], bank, ByHand(DOGS))) == [[(0, 9, 10)]] and bank.names == ["ball"]
+    for number in ("dog", "dogs"):
+        bank = ConceptBank(None, excluded=[number])
+        assert list(annotate([DOGS.text], bank, ByHand(DOGS))) == [[(0, 9, 10)]] and bank.names == ["ball"]
 
 
 def test_open_bank_needs_a_parser():

@@ -736,6 +736,27 @@ def test_compare_runs(tmp_path, capsys):
     assert "all" in capsys.readouterr().out and not (tmp_path / "none.png").exists()
 
 
+@pytest.mark.parametrize("results, heads, rows, plotted", [
+    ([{"images": 5}, {"images": 20}], ["scored"], [["5"], ["20"]], True),
+    ([{"protocol": {"window": 64, "stride": 32}}, {"protocol": {"window": 96, "stride": 48}}],
+     ["window", "stride"], [["64", "32"], ["96", "48"]], True),
+    ([{"protocol": {"window": 64, "stride": 32}}, {"protocol": {"window": 64, "stride": 64}},
+      {"protocol": {"window": 96, "stride": 64}}], ["window", "stride"], [["64", "32"], ["64", "64"], ["96", "64"]], False),
+    ([{"protocol": {"names": "a.txt"}}, {"protocol": {"names": None}}], ["names"], [["a.txt"], ["null"]], False),
+    ([{"training": {"cache_features": "a", "images": "x"}}, {"training": {"cache_features": "b", "images": None}}],
+     ["runs"], [["all"]], False)])
+def test_what_tells_runs_apart(tmp_path, capsys, results, heads, rows, plotted):
+    """What differs and matters has a column; numbers that tell every two rows apart are drawn, over the first."""
+    files = [tmp_path / f"{i}.json" for i in range(len(results))]
+    for path, result in zip(files, results):
+        whole = {"dataset": "toy", "images": 3, "mIoU": 0.5, "protocol": {}, "training": {"weight": 1}, **result}
+        path.write_text(json.dumps(whole))
+    eval.main(["--compare", *map(str, files), "--output", str(tmp_path / "curve.png")])
+    head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head[:len(heads)] == heads and head[len(heads)] == "mIoU"
+    assert [line[:len(heads)] for line in lines[:len(rows)]] == rows and (tmp_path / "curve.png").exists() == plotted
+
+
 def test_compare_takes_results_only(tmp_path, fails):
     """A file that is no result is named."""
     (tmp_path / "a.json").write_text('{"mIoU": 0.5}')

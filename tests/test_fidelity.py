@@ -233,7 +233,7 @@ def test_the_denoiser_is_one_block_over_patches_and_places(denoiser, height, wid
 
 
 @pytest.mark.parametrize("name", ["denoiser.safetensors", "denoiser.pth"])
-@pytest.mark.parametrize("shape", [(1, 37, 37), (1, 37 * 37)])
+@pytest.mark.parametrize("shape", [(1, 37, 37), (37, 37), (1, 37 * 37)])
 def test_a_denoiser_is_frozen_hashed_and_in_the_checkpoint(tmp_path, name, shape):
     """A denoiser comes from either kind of file with either form of table, never learns, changes the backbone's hash,
     and travels in the checkpoint, so that its file is not needed again."""
@@ -256,7 +256,7 @@ def test_a_denoiser_is_frozen_hashed_and_in_the_checkpoint(tmp_path, name, shape
     (lambda s: s.pop("visual.pos_embed"), "1 missing: visual.pos_embed"),
     (lambda s: s.pop("visual.denoiser.attn.qkv.weight"), "1 missing: visual.denoiser.attn.qkv.weight"),
     (lambda s: s.update({"visual.denoiser.ls1.gamma": torch.ones(128)}), "1 unexpected: visual.denoiser.ls1.gamma"),
-    (lambda s: s.update({"visual.pos_embed": torch.ones(1, 128, 37, 37)}), r"visual.pos_embed \[1, 4736, 37\] instead"),
+    (lambda s: s.update({"visual.pos_embed": torch.ones(1, 128, 37, 37)}), r"visual.pos_embed \[1, 128, 37, 37\] instead"),
     (lambda s: s.update(epoch=7), "expected tensors only, found epoch")])
 def test_a_file_that_is_no_denoiser_is_refused(tmp_path, change, words):
     """A denoiser's file with a missing, extra or misshapen tensor, or with none, is refused with the key's name."""
@@ -323,9 +323,9 @@ def test_the_whole_forward_equals_independent_towers_and_losses(denoiser, target
 # ---------------------------------------------------------------------------------------------------------------------
 # The authors' checkpoints
 
-def release(name, denoiser, width=64, layers=2, module=""):
+def release(name, denoiser, width=64, layers=2, module="", **options):
     """A random model in the authors' format, made of timm's and open_clip's own parts: (vit, text, state dict)."""
-    vit = randomise(timm.create_model(name, num_classes=0, dynamic_img_size=True), seed=1).eval()
+    vit = randomise(timm.create_model(name, num_classes=0, dynamic_img_size=True, **options), seed=1).eval()
     text = TextTransformer(77, width=width, heads=max(1, width // 64), layers=layers, output_dim=vit.num_features)
     randomise(text, seed=2).eval()
     state = {**{f"visual.vit.model.{key}": value for key, value in vit.state_dict().items()},
@@ -356,19 +356,22 @@ def assert_is_release(model, vit, text, state, denoiser):
     assert model.logit_scale.item() == 3.25
 
 
-@pytest.mark.parametrize("name, denoiser, module, wrapped", [
-    ("vit_small_patch14_reg4_dinov2.lvd142m", True, "", False), ("vit_small_patch16_224.dino", False, "module.", True)])
-def test_an_authors_checkpoint_just_works(tmp_path, folder, name, denoiser, module, wrapped):
-    """A model in the authors' format is imported whole, backbone recognised and pixel statistics restored: identical
-    outputs, eval.py scores it without further flags, and written in our own format it stays the same."""
-    vit, text, state = release(name, denoiser, module=module)
+@pytest.mark.parametrize("name, denoiser, module, wrapped, options", [
+    ("vit_small_patch14_reg4_dinov2.lvd142m", True, "", False, {}),
+    ("vit_small_patch14_reg4_dinov2.lvd142m", False, "", False, {"img_size": 224}),
+    ("vit_small_patch16_224.dino", False, "module.", True, {})])
+def test_an_authors_checkpoint_just_works(tmp_path, folder, name, denoiser, module, wrapped, options):
+    """A model in the authors' format is imported whole, backbone recognised, whatever the size of its position table,
+    and pixel statistics restored: identical outputs, eval.py scores it without further flags, and written in our own
+    format it stays the same."""
+    vit, text, state = release(name, denoiser, module=module, **options)
     path = tmp_path / "simzss_coco.pt"
     torch.save({"epoch": 10, "state_dict": state} if wrapped else state, path)
     model = load_model(path)
     assert model.config["backbone"] == model.backbone.config and model.backbone.config["name"] == name
     assert (model.backbone.config["mean"], model.backbone.config["std"]) == (list(CLIP_MEAN), list(CLIP_STD))
     assert model.text.config == {"output_dim": 384, "width": 64, "heads": 1, "layers": 2}
-    assert (model.local_target, model.pool_query, model.weight) == ("argmax", "class", 0.05)
+    assert (model.local_target, model.pool_query, model.weights_over, model.weight) == ("argmax", "class", "process", 0.05)
     assert_is_release(model, vit, text, state, denoiser)
 
     eval.main(["--dataset", str(folder), "--checkpoint", str(path), "--templates", "plain", "--short-side", "64",
