@@ -263,7 +263,7 @@ class GlobalBatches(Sampler):
     """
 
     def __init__(self, length, batch, steps, pass_pairs, rank=0, world=1, seed=0, start=0, piece=None, only=None):
-        self.data = np.random.default_rng(seed).permutation(length)[:only] if only else np.arange(length)
+        self.data = np.sort(np.random.default_rng(seed).permutation(length)[:only])
         self.batch, self.pass_pairs = batch, min(pass_pairs, len(self.data))
         self.rank, self.share, self.seed = rank, batch // world, seed
         self.steps, self.piece = range(start, steps), piece or self.share
