@@ -626,7 +626,8 @@ def plot(path, curves, across, up, size=(640, 400)):
         x, y = place(value)
         draw.line((x, top, x, bottom), fill="#dddddd")
         draw.line((left, y, right, y), fill="#dddddd")
-        draw.text((x, bottom + 14), f"{value[0]:.3g}", fill="black", font=font, anchor="mm")
+        number = f"{value[0]:.3g}" if value[0] < 1000 else f"{value[0]:,.0f}"
+        draw.text((x, bottom + 14), number, fill="black", font=font, anchor="mm")
         draw.text((left - 6, y), f"{value[1]:.3g}", fill="black", font=font, anchor="rm")
     draw.text(((left + right) / 2, size[1] - 14), across, fill="black", font=font, anchor="mm")
     draw.text((6, 10), up, fill="black", font=font, anchor="lm")
