@@ -221,7 +221,7 @@ def test_other_settings_are_refused(tmp_path, fails):
     (tmp_path / "bank.txt").write_text("boat\n")
     state = tmp_path / "run" / "state-00000006.safetensors"
     fails(train.main, [*RUN, "--output", tmp_path / "run", "--resume", "auto", "--lambda", "0.1", "--seed", "3", "--steps", "9",
-                       "--bank", tmp_path / "bank.txt"], state, "weight was 0.05, is 0.1", "seed was 0, is 3",
+                       "--bank", tmp_path / "bank.txt"], state, "lambda was 0.05, is 0.1", "seed was 0, is 3",
           "steps was 12, is 9", "the bank's names differ")
     fails(train.main, [*RUN, "--output", tmp_path / "run", "--resume", "auto", "--backbone", "test_resnet",
                        "--backbone-weights", "random", "--text-width", "32"], "backbone was toy, is test_resnet",
