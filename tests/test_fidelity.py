@@ -390,8 +390,9 @@ def small():
     return release("test_vit", denoiser=True, width=96, layers=1, module="module.")
 
 
-def test_a_backbone_can_be_named(small, tmp_path):
-    """A checkpoint whose backbone is neither DINO nor DINOv2 says so, and is imported once its name is given."""
+def test_a_backbone_can_be_named(small, tmp_path, folder):
+    """A checkpoint whose backbone is neither DINO nor DINOv2 says so, and is imported once its name is given, in Python
+    or on the command line."""
     vit, text, state = small
     path = tmp_path / "small.pt"
     torch.save(state, path)
@@ -401,6 +402,9 @@ def test_a_backbone_can_be_named(small, tmp_path):
     model = load_model(path, backbone="test_vit")
     assert model.text.config == {"output_dim": 64, "width": 96, "heads": 1, "layers": 1}
     assert_is_release(model, vit, text, {key.removeprefix("module."): value for key, value in state.items()}, True)
+    eval.main(["--dataset", str(folder), "--checkpoint", str(path), "--backbone", "test_vit", "--templates", "plain",
+               "--short-side", "64", "--window", "64", "--stride", "32", "--device", "cpu"])
+    assert '"name": "test_vit"' in (tmp_path / "eval_folder.json").read_text()
     with pytest.raises(ValueError, match="unknown backbone 'vit_huge_dog'"):
         load_model(path, backbone="vit_huge_dog")
     with pytest.raises(ValueError, match="holds its backbone's weights; leave --backbone-weights out"):

@@ -29,7 +29,7 @@ def test_flags_exist(script):
     help = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True, text=True).stdout
     commands = re.findall(rf"{script.__name__}\.py ([^`\n]*)", README)
     assert commands
-    for flag in re.findall(r"(--[a-z][a-z-]*)", " ".join(commands).replace("--no-requeue", "")):
+    for flag in re.findall(r"(--[a-z][a-z-]*)", " ".join(commands)):
         assert f"{flag} " in help or f"{flag},"in help or f"{flag}\n" in help or f"{flag}]" in help, flag
 
 

@@ -142,6 +142,13 @@ def test_a_run_on_some_of_the_pairs(tmp_path, monkeypatch, capsys):
     assert training["pairs"] == training["pass_pairs"] == 5
 
 
+@pytest.mark.parametrize("over, world", [("batch", None), ("process", 1)])
+def test_process_local_weights_name_the_number_of_processes(tmp_path, over, world):
+    """Where results depend on the number of processes it is among the run's settings, which --resume compares."""
+    train.main([*TOY, "--steps", "1", "--weights-over", over, "--output", str(tmp_path)])
+    assert load_model(tmp_path).config["training"]["world"] == world and "world" not in train.FREE
+
+
 def test_the_logit_scale_is_kept_at_or_below_a_hundred(tmp_path, monkeypatch):
     """A step that leaves the logit scale above 100 is followed by one at 100."""
     def too_sure(args, bank, build=train.build_model):
