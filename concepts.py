@@ -9,13 +9,11 @@ positions of its byte-pair tokens. The command prints captions per second, the s
 most frequent concepts, and how many of the benchmarks' class names are in the bank and in the captions.
 """
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
-import re
 import sys
 import tarfile
 import threading
@@ -29,43 +27,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-CLASSES = Path(__file__).parent / "classes"
-BENCHMARKS = ("voc", "voc20", "context", "context59", "coco-object", "coco-stuff", "cityscapes", "ade20k")
+from machinery.captions import as_arrays, read_captions, save_arrays
+from machinery.classes import BENCHMARKS, CLASSES, check_classes, normalise_name, read_classes
+from machinery.shards import BAD, bad_line, find_shards, read_caption, read_samples, read_sidecar, sidecar_key
+
 DEFAULT_PARSER = "en_core_web_trf"                  # the paper's; en_core_web_sm is the light one
 CACHE_VERSION = 2                                   # raise it when annotations of the same input change
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
-
-def read_classes(path):
-    """Read a class file: one class per line, synonyms after commas. Returns a list of lists of names.
-
-    Raises FileNotFoundError, or ValueError for a file without names and for a name that is there twice.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no class file {path}: expected a text file with one class name per line")
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error}); expected one class name per line") from None
-    return check_classes([[name.strip() for name in line.split(",")] for line in lines if line.strip()], path)
-
-
-def check_classes(classes, source):
-    """Return classes (lists of synonyms) if no name is empty or there twice, else raise ValueError naming source."""
-    if not classes:
-        raise ValueError(f"{source}: no class names found, expected at least one")
-    count = Counter(normalise_name(name) for names in classes for name in names)
-    twice = [name for name, times in count.items() if times > 1]
-    if "" in count or twice:
-        raise ValueError(f"{source}: " + ("an empty class name" if "" in count else f"duplicate class name {twice[0]!r}")
-                         + "; every class needs a name of its own")
-    return classes
-
-
-def normalise_name(name):
-    return " ".join(name.lower().replace("-", " ").split())
 
 
 class ConceptBank:
@@ -275,43 +246,6 @@ def annotate(captions, bank, parser, processes=1):
 # ---------------------------------------------------------------------------------------------------------------------
 # Caption files and the annotation cache
 
-def read_captions(path):
-    """Read a captions file: COCO JSON, or TSV / JSONL of (image, caption). Returns [(image file name, caption)].
-
-    A TSV may begin with a header line "image<tab>caption" (or open_clip's "filepath<tab>title"); JSONL lines are
-    {"image": ..., "caption": ...}. Raises FileNotFoundError, or ValueError for a file that is none of these or empty.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no captions file {path}. For COCO expected data/coco/annotations/captions_train2017.json and "
-            "data/coco/train2017/*.jpg from https://cocodataset.org/#download (2017 train images, train/val annotations); "
-            "or pass --train-data FILE, or --train-data toy, which needs no files")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":
-            content = json.loads(text)
-            names = {image["id"]: image["file_name"] for image in content["images"]}
-            pairs = [(names[a["image_id"]], a["caption"]) for a in content["annotations"]]
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-            pairs = [(row["image"], row["caption"]) for row in rows]
-        elif path.suffix == ".tsv":
-            rows = [line.split("\t") for line in text.split("\n") if line.strip()]
-            header = bool(rows) and [cell.strip() for cell in rows[0][:2]] in (["image", "caption"], ["filepath", "title"])
-            pairs = [(row[0], row[1].strip()) for row in rows[header:]]
-        else:
-            raise ValueError("its name must end in .json (COCO), .jsonl or .tsv")
-        if not all(isinstance(cell, str) for pair in pairs for cell in pair):
-            raise TypeError("an image name or caption that is no text")
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is no captions file ({type(error).__name__}: {error}). Expected COCO's JSON with "
-                         "'images' and 'annotations', or rows of image and caption") from None
-    pairs = [(image, caption) for image, caption in pairs if caption.strip()]
-    if not pairs:
-        raise ValueError(f"{path} holds no captions; expected at least one pair of image and caption")
-    return pairs
-
 
 def load_annotations(path, captions, bank, parser, processes=1):
     """Annotations of all captions, from the cache beside their file if it is still true, else made and cached.
@@ -355,125 +289,8 @@ def annotation_key(captions, bank, pipeline):
                                      sort_keys=True, default=str).encode()).hexdigest()
 
 
-def as_arrays(found):
-    """What annotate yields, as (offsets, rows) of `load_annotations`."""
-    return (np.cumsum([0, *map(len, found)], dtype=np.int32),
-            np.array([row for rows in found for row in rows], dtype=np.int32).reshape(-1, 3))
-
-
-def save_arrays(path, **arrays):
-    """np.savez, whole or not at all. Raises OSError."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial.npz")
-    try:
-        np.savez(partial, **arrays)
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tar shards in img2dataset's layout: the files of a sample share their stem and follow one another
-
-MAX_CAPTION = 2000                                  # characters; what is longer is no caption
-BAD = ("cut tar", "no concepts", "no image", "bad image", "no caption", "empty caption", "long caption",
-       "caption not UTF-8")                         # why samples are skipped, the order of all counts of them
-
-
-def bad_line(counts):
-    """Counts by reason (len(BAD),) in words."""
-    return ", ".join(f"{reason} {count:,}" for reason, count in zip(BAD, counts) if count) or "none"
-
-
-def find_shards(source):
-    """Paths of the tars of a folder, or of a name with ranges such as "shards/{00000..41407}.tar"; gaps are reported.
-
-    Raises FileNotFoundError when there is none.
-    """
-    def expand(name):
-        found = re.search(r"\{(\d+)\.\.(\d+)\}", name)
-        if not found:
-            return [name]
-        first, last = found.groups()
-        width = max(map(len, found.groups())) if first.startswith("0") and len(first) > 1 else 1
-        return [whole for i in range(int(first), int(last) + 1)
-                for whole in expand(f"{name[:found.start()]}{i:0{width}}{name[found.end():]}")]
-
-    if Path(source).is_dir():
-        paths = sorted(Path(source).glob("*.tar"))
-    else:
-        paths = [Path(name) for name in dict.fromkeys(expand(str(source)))]
-    there = [path for path in paths if path.is_file()]
-    if not there:
-        raise FileNotFoundError(f"no tar files in {source}; expected those that img2dataset writes, as a folder or as a "
-                                'range: "shards/{00000..00295}.tar"')
-    if len(there) < len(paths):
-        gap = next(path for path in paths if not path.is_file())
-        print(f"{len(paths) - len(there):,} of the {len(paths):,} shards of {source} are missing, the first is {gap}")
-    return there
-
-
-def read_samples(tar):
-    """Samples of an open tar, in order: (stem, {suffix: TarInfo}). No file's content is read.
-
-    Raises tarfile.ReadError where the tar is cut short; a sample that may have lost files to the cut is not given.
-    """
-    stem, members = None, {}
-    while member := tar.next():
-        tar.members = []                            # tarfile would keep them all
-        if member.isfile():
-            name, suffix = os.path.splitext(member.name)
-            if name != stem and members:
-                yield stem, members
-                members = {}
-            stem = name
-            members[suffix.lower()] = member
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):     # the mark of a tar's end
-        raise tarfile.ReadError("the end of the tar is missing")
-    if members:
-        yield stem, members
-
-
-def read_caption(tar, members):
-    """Caption of a sample, from its .txt or else its .json: (caption, None), or (None, reason of BAD)."""
-    try:
-        if ".txt" in members:
-            if members[".txt"].size > 4 * MAX_CAPTION:                      # a character is at most 4 bytes
-                return None, "long caption"
-            caption = tar.extractfile(members[".txt"]).read().decode("utf-8-sig")
-        else:
-            caption = json.loads(tar.extractfile(members[".json"]).read())["caption"] or ""
-            caption.encode()                        # JSON can hold half characters
-    except UnicodeError:
-        return None, "caption not UTF-8"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):           # no file, or another content
-        return None, "no caption"
-    if caption.strip() in ("", "None"):             # Python's None, as text
-        return None, "empty caption"
-    return (caption, None) if len(caption) <= MAX_CAPTION else (None, "long caption")
-
-
-def read_sidecar(path, annotator, names=("offsets", "rows", "bad")):
-    """Arrays of the concepts file beside a tar; None if there is none, or a broken one.
-
-    annotator: `annotation_key` of bank and parser. Raises ValueError if the file is of another bank, parser or tar.
-    """
-    sidecar = path.with_suffix(".concepts.npz")
-    try:
-        with np.load(sidecar, allow_pickle=False) as file:
-            key, arrays = str(file["key"]), [file[name] for name in names]
-    except Exception:                               # a broken file raises almost anything
-        return None
-    if key != sidecar_key(path, annotator):
-        raise ValueError(f"{sidecar} is of another concept bank or parser, or its tar has changed since")
-    return arrays
-
-
-def sidecar_key(path, annotator):
-    status = path.stat()
-    return f"{annotator} {status.st_size} {status.st_mtime_ns}"
 
 
 def annotate_shard(path, bank, pipeline):

@@ -10,9 +10,7 @@ import json
 import math
 import os
 import shutil
-import signal
 import tarfile
-import threading
 import zlib
 from contextlib import nullcontext
 from functools import lru_cache
@@ -20,46 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm import tqdm
 
-from concepts import (BAD, annotate, annotation_key, bad_line, find_shards, forget_words, load_annotations, load_parser,
-                      read_caption, read_captions, read_samples, read_sidecar, tokenize)
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-MAX_BAD = 0.01                                      # share of missing or unreadable images that is bad luck, not a mistake
+from concepts import annotate, annotation_key, forget_words, load_annotations, load_parser, tokenize
+from machinery.captions import read_captions
+from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
+from machinery.resume import MAX_BAD
+from machinery.shards import BAD, bad_line, find_shards, read_caption, read_samples, read_sidecar
+from machinery.toy import toy_scene
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
-
-def load_image(path, least=None):
-    """Any photo as an upright 8-bit RGB image: grey, palette, alpha (over white), 16-bit, CMYK, EXIF-rotated.
-
-    least: pixels that each side needs; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size that leaves as many.
-    Raises FileNotFoundError, or ValueError for a file that is no image or is cut short.
-    """
-    try:
-        with Image.open(path) as image:
-            if least:
-                image.draft(None, (least, least))
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":             # 16-bit grey: keep the high byte
-                image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 256).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image {path}") from None
-    except Exception as error:                      # Pillow raises almost anything on a broken file
-        raise ValueError(f"{path} is no readable image ({error})") from None
-
-
-def to_pixels(image):
-    """PIL image -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def random_resized_crop(image, size, rng, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -453,128 +425,7 @@ class Shards(IterableDataset):
         return f"{self.paths[key[1]]}, sample {int(key[2])}"
 
 
-def ignore_signals(worker):
-    """For the DataLoader's workers: when to stop is decided by the process that started them; only its SIGTERM counts."""
-    def wait():                                     # a signal that was ignored altogether would keep it from exiting
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):              # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=wait, daemon=True).start()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy world
 
-TOY_SIZE = 128                                      # pixels a side
-STUFF = {"sky": ((150, 200, 250), "plain"), "sea": ((30, 90, 190), "waves"), "grass": ((60, 150, 50), "noise"),
-         "sand": ((220, 195, 130), "noise"), "road": ((110, 110, 115), "plain"), "snow": ((240, 240, 245), "noise")}
-THINGS = {"boat": ((130, 60, 30), "stripes", "hull"), "surfboard": ((245, 220, 40), "plain", "oval"),
-          "cow": ((70, 60, 55), "stripes", "oval"), "sheep": ((225, 215, 195), "checks", "oval"),
-          "horse": ((125, 70, 35), "plain", "oval"), "car": ((200, 30, 35), "plain", "box"),
-          "bus": ((240, 140, 20), "stripes", "box"), "truck": ((40, 50, 120), "checks", "box"),
-          "umbrella": ((160, 60, 170), "stripes", "hull"), "dog": ((70, 45, 30), "noise", "oval"),
-          "kite": ((230, 40, 150), "checks", "diamond"), "airplane": ((175, 180, 190), "stripes", "oval")}
-HOME = {"sea": ("boat", "surfboard"), "grass": ("cow", "sheep", "horse"), "road": ("car", "bus", "truck"),
-        "sand": ("umbrella", "dog"), "snow": ("dog",), "sky": ("kite", "airplane")}
-TOY_CLASSES = [[name] for name in (*STUFF, *THINGS)]
-PLURALS = {"sheep": "sheep", "bus": "buses"}
 
-
-def _material(colour, kind, noise, rng):
-    """(128, 128, 3) float32: one material, its colour a little off, with its pattern."""
-    y, x = np.ogrid[:TOY_SIZE, :TOY_SIZE]
-    x, y = x + rng.integers(TOY_SIZE), y + rng.integers(TOY_SIZE)
-    pattern = {"plain": lambda: 4 * noise, "noise": lambda: 25 * noise,
-               "waves": lambda: 4 * noise + 25 * np.sin(0.8 * y + 2 * np.sin(0.1 * x)),
-               "stripes": lambda: 4 * noise + 50 * np.sign(np.sin(1.3 * x)),
-               "checks": lambda: 4 * noise + 60 * np.sign(np.sin(0.8 * x)) * np.sign(np.sin(0.8 * y))}[kind]()
-    return (colour + rng.normal(0, 10, 3) + pattern[..., None]).astype(np.float32)
-
-
-def _outline(kind, x, y, r):
-    """(128, 128) bool: where a thing of that shape and radius is."""
-    picture, q = Image.new("1", (TOY_SIZE, TOY_SIZE)), 0.6 * r
-    draw = ImageDraw.Draw(picture)
-    if kind == "oval":
-        draw.ellipse((x - r, y - q, x + r, y + q), fill=1)
-    else:
-        draw.polygon({"box": [(x - r, y - q), (x + r, y - q), (x + r, y + q), (x - r, y + q)],
-                      "hull": [(x - r, y - q), (x + r, y - q), (x + q, y + q), (x - q, y + q)],
-                      "diamond": [(x - q, y), (x, y - r), (x + q, y), (x, y + r)]}[kind], fill=1)
-    return np.array(picture)
-
-
-def toy_scene(rng):
-    """Draw a scene and say what is in it: (image (128, 128, 3) uint8, mask (128, 128) uint8, caption).
-
-    A ground under a sky and small things, which are usually at home there. As people do, the caption names mostly the
-    things, at times the ground, seldom the sky. So the caption of the whole image alone leaves open what a word means:
-    a boat comes with the sea around it, which is most of what one sees.
-    """
-    names = [*STUFF, *THINGS]
-    ground = str(rng.choice([name for name in STUFF if name != "sky"]))
-    horizon = rng.integers(30, 60)
-    noise = rng.standard_normal((TOY_SIZE, TOY_SIZE), np.float32)
-    image, mask = _material(*STUFF["sky"], noise, rng), np.zeros((TOY_SIZE, TOY_SIZE), np.uint8)
-    image[horizon:] = _material(*STUFF[ground], noise, rng)[horizon:]
-    mask[horizon:] = names.index(ground)
-
-    def put(thing, low, high):
-        """Draw a thing with its middle between two heights; say what was drawn."""
-        colour, material, shape = THINGS[thing]
-        radius = rng.uniform(12, 26)
-        where = _outline(shape, rng.uniform(20, 108), rng.uniform(low, high), radius)
-        image[where] = _material(colour, material, noise, rng)[where]
-        mask[where] = names.index(thing)
-        size = "large " if radius > 22 else "small " if radius < 16 else ""
-        return f"{'an' if not size and thing[0] in 'aeiou' else 'a'} {size}{thing}"
-
-    def some(place):                                # nine in ten things are where they belong
-        elsewhere = [thing for thing in THINGS if thing not in HOME["sky"]]
-        return str(rng.choice(HOME[place] if rng.random() < 0.9 else elsewhere))
-
-    first = some(ground)
-    said = [put(first, horizon + 10, 85)]
-    if rng.random() < 0.2:
-        put(first, 90, 118)
-        said = [f"two {PLURALS.get(first, first + 's')}"]
-    elif rng.random() < 0.5:
-        said.append(put(some(ground), 90, 118))
-    if rng.random() < 0.4:
-        said.append(put(str(rng.choice(HOME["sky"])), 10, horizon - 12))
-    rng.shuffle(said)
-    place = f"the {rng.choice(['wide ', 'wet ', '', ''])}{ground}"
-    sky = f"{rng.choice(['a clear', 'a blue', 'the'])} sky"
-    form = rng.random()
-    if form < 0.1:
-        caption = f"{place} under {sky}" if rng.random() < 0.5 else place
-    elif form < 0.3:
-        caption = said[0]
-    else:
-        caption = " and ".join(said[:2])
-        if form < 0.75:
-            caption += f" {rng.choice(['on', 'near', 'in front of'])} {place}"
-        if rng.random() < 0.3:
-            caption += f" under {sky}"
-    return image.clip(0, 255).astype(np.uint8), mask, caption
-
-
-class ToyScenes:
-    """Toy scenes to score on, in the form of eval.py's datasets; never those of training."""
-    name, classes = "toy", TOY_CLASSES
-
-    def __init__(self, count=100, seed=0):
-        self.count, self.seed = count, seed
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        if not 0 <= i < self.count:
-            raise IndexError(i)
-        image, mask, _ = toy_scene(np.random.default_rng((self.seed, 1, i)))
-        return f"toy{i:04d}", Image.fromarray(image), mask

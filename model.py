@@ -16,12 +16,8 @@ carry gradient, so every process returns the same loss; the mean of the processe
 """
 import hashlib
 import json
-import logging
 import math
 import os
-import pickle
-import sys
-from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -30,6 +26,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+
+from machinery.backbones import _create_denoiser, _create_trunk
+from machinery.checkpoint import _fill
+from machinery.parallel import distributed, gather_rows, sum_over_processes
+from machinery.release import RELEASE_NAMES, _backbone_name, _read_release
 
 DEFAULT_BACKBONE = "vit_base_patch14_reg4_dinov2.lvd142m"
 CONTEXT_LENGTH = 77                                 # CLIP's context, start and end token included
@@ -355,178 +356,9 @@ class SimZSS(nn.Module):
 # Sums over processes, with gradient: the way back of a sum is a sum. So every process gets the gradient of all processes'
 # losses added up. Without a process group they are the identity.
 
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad
-
-
-def distributed():
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def sum_over_processes(x):
-    return _SumOverProcesses.apply(x) if distributed() else x
-
-
-def gather_rows(x):
-    """(rows, D) of every process, in rank order -> (world * rows, D). Every process must hold as many rows."""
-    if not distributed():
-        return x
-    rows = x.new_zeros(dist.get_world_size(), *x.shape)             # a sum in which everyone has a place of his own
-    rows[dist.get_rank()] = x
-    return sum_over_processes(rows).flatten(0, 1)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where backbones come from
-
-def _create_trunk(name, weights, options):
-    """A timm model without head that takes any image size, with weights "pretrained", "random" or of a local file."""
-    if name == "toy":
-        if weights != "pretrained" or options:
-            raise ValueError(f"the toy backbone is made by hand; it takes no weights ({weights}) and no options {options}")
-        return ToyTrunk()
-    import timm                                     # slow to import, and not needed for the toy world
-    options = {"num_classes": 0, "pretrained": weights == "pretrained", **options}
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
-    try:
-        hub_log.setLevel(logging.ERROR)             # our one line says it, not a dozen retries
-        try:                                        # transformers resample their position table to any grid ...
-            trunk = timm.create_model(name, dynamic_img_size=True, **options)
-        except TypeError:                           # ... CNNs do not know the argument
-            trunk = timm.create_model(name, **options)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). Connect to the network "
-            "once, or pass --backbone-weights FILE with a local copy (or --backbone-weights random for a trial that "
-            "cannot give useful masks).") from None
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"unknown backbone {name!r} with options {options}: {error} Expected 'toy' or a name from "
-                         "timm.list_models().") from None
-    finally:
-        hub_log.setLevel(level)
-    if weights not in ("pretrained", "random"):
-        _load_trunk(trunk, weights)
-    return trunk
-
-
-def _load_trunk(trunk, path):
-    """Load a local weights file strictly; only a classifier that we do not use may be left over."""
-    state = _read_tensors(path, "--backbone-weights")
-    convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
-    try:
-        state = convert(state, trunk) if convert else state     # timm's own reading of the original releases' keys
-    except Exception as error:                      # whatever a file of something else makes it raise
-        raise ValueError(f"{path} is no readable weights file of the backbone: {error}") from None
-    heads = trunk.pretrained_cfg.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    state = {key: value for key, value in state.items() if not any(key.startswith(f"{head}.") for head in heads)}
-    counters = {key: value for key, value in trunk.state_dict().items() if key.endswith("num_batches_tracked")}
-    _fill(trunk.state_dict(), {**counters, **state}, f"{path} does not fit the backbone")   # which may lack counters
-
-
-def _read_tensors(path, flag):
-    """Tensors by name of a PyTorch or safetensors file, without "state_dict" around them and "module." before each."""
-    from timm.models import load_state_dict
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{flag}: no file {path}")
-    try:
-        return load_state_dict(str(path), weights_only=True)
-    except Exception as error:                      # whatever a broken file makes the readers raise
-        reason = " ".join(str(error).split())
-        if isinstance(error.__cause__ or error, pickle.UnpicklingError):
-            reason = ("if it holds Python objects, which could run anything when loaded, and you trust it, save its "
-                      "tensors alone: torch.save(torch.load(old, weights_only=False)['state_dict'], new)")
-        raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): {reason}") from None
-
-
-@torch.no_grad()
-def _fill(expected, found, complaint):
-    """Copy tensors into those of the same names, all of them and no others, or raise ValueError naming what differs."""
-    wrong = {"missing": [key for key in expected if key not in found],
-             "unexpected": [key for key in found if key not in expected],
-             "misshapen": [f"{key} {list(found[key].shape)} instead of {list(value.shape)}"
-                           for key, value in expected.items() if key in found and found[key].shape != value.shape]}
-    wrong = [f"{len(keys)} {how}: {', '.join(keys[:20])}" + ", ..." * (len(keys) > 20)
-             for how, keys in wrong.items() if keys]
-    if wrong:
-        raise ValueError(f"{complaint}: {'; '.join(wrong)}")
-    for key, value in expected.items():
-        value.copy_(found[key])
-
-
-class Denoiser(nn.Module):
-    """The frozen block of "Denoising Vision Transformers" that rids patch tokens of what depends on their place only
-    (method, section 3): one transformer block over patch tokens + a table of 37 x 37 positions.
-
-    Named as in the authors' checkpoint. width: D.
-    """
-
-    def __init__(self, width):
-        super().__init__()
-        from timm.models.vision_transformer import Block
-        self.pos_embed = nn.Parameter(torch.zeros(1, 37 * 37, width))
-        self.denoiser = Block(width, max(1, width // 64), qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-
-    def forward(self, patches, grid):
-        """patches: (B, N, D), N = h * w, not normalised. Returns (B, N, D). The table is resampled bicubically."""
-        from timm.layers import resample_abs_pos_embed
-        return self.denoiser(patches + resample_abs_pos_embed(self.pos_embed, list(grid), num_prefix_tokens=0))
-
-
-def _create_denoiser(width, source):
-    """A denoiser from a file of `visual.pos_embed` and `visual.denoiser.*`, nothing else; True = yet to be filled."""
-    denoiser = Denoiser(width)
-    if source is not True:
-        expected = {f"visual.{key}": value for key, value in denoiser.state_dict().items()}
-        _fill(expected, _read_release(source, "--denoiser"), f"{source} is no denoiser for this backbone")
-    return denoiser
-
-
-class ToyTrunk(nn.Module):
-    """A hand-made backbone for the toy world: nothing to download, nothing learned, nothing that ever saw a mask.
-
-    A patch token describes one 8 x 8 patch by its colour and texture, with a touch of the whole image as in any
-    transformer. As there too, the class token is *not* just the mean of the patch tokens: half of it is the image at
-    a glance, from a quarter of the resolution, where textures fade and small things melt into what is around them.
-    The class offers what is used of a timm ViT.
-    """
-    patch_size, num_features, num_prefix_tokens = (8, 8), 128, 1
-    pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("frequency", 3 * torch.randn(8, self.num_features, generator=generator))
-        self.register_buffer("phase", 2 * math.pi * torch.rand(self.num_features, generator=generator))
-
-    def describe(self, images):
-        """(B, 3, H, W) in [-1, 1] -> (B, H * W / 64, D): random Fourier features of each patch's mean and spread."""
-        grey = images.mean(1, keepdim=True)
-        across = F.pad((grey[..., 1:] - grey[..., :-1]).abs(), (0, 1, 0, 0))
-        down = F.pad((grey[..., 1:, :] - grey[..., :-1, :]).abs(), (0, 0, 0, 1))
-        mean = F.avg_pool2d(torch.cat([images, 2 * across, 2 * down], 1), 8)            # (B, 5, h, w)
-        spread = (F.avg_pool2d(images ** 2, 8) - mean[:, :3] ** 2).clamp(min=0).sqrt()  # (B, 3, h, w)
-        statistics = torch.cat([mean, spread], 1).flatten(2).transpose(1, 2)            # (B, N, 8)
-        return F.normalize(torch.cos(statistics @ self.frequency + self.phase), dim=-1)  # (B, N, D)
-
-    def forward_features(self, images):
-        patches = self.describe(images)
-        context = patches.mean(1, keepdim=True)
-        size = [-(-length // 32) * 8 for length in images.shape[-2:]]                   # a quarter, in whole patches
-        glance = self.describe(F.interpolate(images, size, mode="area")).mean(1, keepdim=True)
-        class_token = F.normalize(glance, dim=-1) + F.normalize(context, dim=-1)
-        return torch.cat([class_token, patches + 0.3 * context], dim=1)                 # (B, 1 + N, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -606,21 +438,6 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # The authors' checkpoints (method, section 11)
 
-RELEASE_NAMES = {"backbone.trunk.": "visual.vit.model.", "backbone.denoiser.": "visual.", "text.tower.": "text."}
-RELEASE_BUFFERS = ("classification_weights_ema", "beta_ema", "logit_scale_local")       # carry no knowledge: not read
-
-
-def _read_release(path, flag):
-    """Tensors of a file in the authors' format; the denoiser's table, if (37, 37, D), becomes (1, 37 * 37, D)."""
-    state = _read_tensors(path, flag)
-    others = [key for key, value in state.items() if not torch.is_tensor(value)]
-    if others:
-        raise ValueError(f"{path}: expected tensors only, found {', '.join(others[:5])}")
-    table = state.get("visual.pos_embed")
-    if table is not None and table.shape[:-1] in ((37, 37), (1, 37, 37)):
-        state["visual.pos_embed"] = table.reshape(1, 37 * 37, -1)
-    return {key: value for key, value in state.items() if key not in RELEASE_BUFFERS}
-
 
 def _import_release(path, backbone=None):
     """The model in an authors' checkpoint, backbone and denoiser included; its settings are the release's.
@@ -652,17 +469,3 @@ def _import_release(path, backbone=None):
     return model
 
 
-def _backbone_name(state, path):
-    """timm's name of the ViT in an authors' checkpoint: DINOv2, which has LayerScale and maybe registers, or DINO."""
-    import timm
-    vit = {key.removeprefix("visual.vit.model."): value.shape for key, value in state.items()}
-    patch = tuple(vit.get("patch_embed.proj.weight", ()))                               # (D, 3, ph, pw)
-    size = {384: "small", 768: "base", 1024: "large"}.get(patch[0]) if len(patch) == 4 else None
-    registers = f"reg{vit['reg_token'][1]}_" if len(vit.get("reg_token", ())) == 3 else ""
-    kind = f"{registers}dinov2.lvd142m" if "blocks.0.ls1.gamma" in vit else "224.dino"
-    name = f"vit_{size}_patch{patch[-1] if patch else None}_{kind}"
-    if not timm.list_models(name, pretrained=True):
-        raise ValueError(f"{path}: expected an authors' checkpoint with a DINO or DINOv2 backbone, ViT-S, B or L, but "
-                         f"visual.vit.model.patch_embed.proj.weight has shape {list(patch)}; name any other backbone "
-                         "as timm does, with --backbone or load_model(path, backbone=NAME)")
-    return name

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import sys
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +22,19 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
-from concepts import CLASSES, check_classes, read_classes
-from data import load_image, to_pixels
+from machinery.checkpoint import newest_model
+from machinery.classes import check_classes, read_classes, read_templates
+from machinery.images import load_image, to_pixels
+from machinery.parallel import pick_device
+from machinery.pictures import count_pixels, grid, overlay, palette, row_bands, save_mask, titled
 from model import load_model
 
 LONG_SIDE = 2048                                    # the field's bound on very elongated images
 PROTOCOL = {"templates": "imagenet80", "class_embedding": "caption", "short_side": 448, "window": 448, "stride": 224}
 SLIDING = ("short_side", "window", "stride")        # what of a protocol `segment_image` needs
-BAND = 2 ** 22                                      # similarities at the photo's size at a time: 16 MB stay in the cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,83 +145,8 @@ def put_background(mask, score, threshold, index=0):
     return torch.where(score > threshold, mask + (mask >= index), index)
 
 
-def row_bands(height, row):
-    """Slices of rows with about BAND values each, for row values in a row: big photos are worked on a band at a time."""
-    rows = max(1, BAND // row)
-    return [slice(first, min(first + rows, height)) for first in range(0, height, rows)]
-
-
-def count_pixels(mask, count, weights=None):
-    """Pixels of each class 0..count - 1, or the sums of their weights (H, W). mask: (H, W) array. -> (count,) array"""
-    total = np.zeros(count)
-    for band in row_bands(*mask.shape):
-        kept = (mask[band] >= 0) & (mask[band] < count)
-        total += np.bincount(mask[band][kept], None if weights is None else weights[band][kept], minlength=count)
-    return total
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
-
-def palette(count):
-    """count RGB colours, (count, 3) uint8: those of Pascal VOC without its black, bits spread over the channels."""
-    index = np.arange(1, count + 1)
-    colours = np.zeros((count, 3), int)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
-    return colours.astype(np.uint8)
-
-
-def overlay(image, mask, names, opacity=0.6):
-    """The photo under its mask, with a legend of the classes present, the largest first, on the right.
-
-    image: RGB PIL image (W, H). mask: (H, W) int, values that are no class stay uncoloured. names: C names.
-    """
-    mask, colours = np.asarray(mask), palette(len(names))
-    painted = np.array(image)
-    for band in row_bands(*mask.shape):
-        named = (mask[band] >= 0) & (mask[band] < len(names))
-        mixed = opacity * colours[mask[band][named]] + (1 - opacity) * painted[band][named]
-        painted[band][named] = mixed.astype(np.uint8)
-    share = count_pixels(mask, len(names)) / mask.size
-    lines = [(colours[i], f"{names[i]} {share[i]:.1%}") for i in np.argsort(-share, kind="stable") if share[i] > 0]
-
-    H, W = mask.shape
-    size = int(np.clip(max(H, W) / 32, 10, 64))
-    font = ImageFont.load_default(size=size)
-    columns = -(-len(lines) // max(1, H // (2 * size)))                                 # as many as the height asks for
-    rows = -(-len(lines) // max(1, columns))
-    width = int(max((font.getlength(text) for _, text in lines), default=0)) + 3 * size
-    canvas = Image.new("RGB", (W + columns * width, max(H, 2 * size)), "white")
-    canvas.paste(Image.fromarray(painted))
-    draw = ImageDraw.Draw(canvas)
-    for i, (colour, text) in enumerate(lines):
-        x, y = W + i // rows * width + size // 2, i % rows * 2 * size + size // 2
-        draw.rectangle((x, y, x + size, y + size), fill=tuple(map(int, colour)), outline="black")
-        draw.text((x + 1.5 * size, y + size / 2), text, fill="black", font=font, anchor="lm")
-    return canvas
-
-
-def grid(rows):
-    """Rows of pictures in one, columns aligned."""
-    columns = zip_longest(*rows, fillvalue=Image.new("RGB", (1, 1)))
-    widths = [max(picture.width for picture in column) for column in columns]
-    heights = [max(picture.height for picture in row) for row in rows]
-    canvas = Image.new("RGB", (sum(widths), sum(heights)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            canvas.paste(picture, (sum(widths[:j]), sum(heights[:i])))
-    return canvas
-
-
-def titled(picture, title, colour=(255, 255, 255)):
-    """The picture with a line of text above it, on a colour."""
-    canvas = Image.new("RGB", (picture.width, picture.height + 24), tuple(colour))
-    canvas.paste(picture, (0, 24))
-    font, ink = ImageFont.load_default(size=14), "black" if sum(colour) > 380 else "white"
-    ImageDraw.Draw(canvas).text((4, 12), title, fill=ink, font=font, anchor="lm")
-    return canvas
 
 
 @torch.no_grad()
@@ -273,47 +199,8 @@ def pca_view(model, image, names, class_embeddings, size, scales=(1, 2, 4, 8)):
     return grid([panels] + [legend[i:i + len(panels)] for i in range(0, len(legend), len(panels))])
 
 
-def save_mask(path, mask, count):
-    """Index mask as PNG: palette colours up to 256 classes, 16-bit grey beyond."""
-    if count > 256:
-        Image.fromarray(np.asarray(mask).astype(np.uint16)).save(path)
-    else:
-        picture = Image.fromarray(np.asarray(mask).astype(np.uint8))
-        picture.putpalette(palette(count).tobytes())
-        picture.save(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line; what it shares with eval.py comes first
-
-def pick_device(name):
-    """"auto" -> the best device there is. Raises ValueError for one that is not."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, there in found.items() if there)
-    if not found[name]:
-        raise ValueError(f"--device {name}: there is no such device here; use auto or cpu")
-    return name
-
-
-def read_templates(name):
-    """Prompt templates by the name of a file in classes/templates/, or of any file: one per line, with one {} each."""
-    path = CLASSES / "templates" / f"{name}.txt"
-    path = path if path.is_file() else Path(name)
-    if not path.is_file():
-        known = sorted(p.stem for p in (CLASSES / "templates").glob("*.txt"))
-        raise FileNotFoundError(f"no templates {name!r}; expected {', '.join(known)}, or a file with one per line")
-    templates = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not templates or any(template.count("{}") != 1 for template in templates):
-        raise ValueError(f"{path}: expected one template per line, each with one {{}} for the class name")
-    return templates
-
-
-def newest_model():
-    models = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not models:
-        raise FileNotFoundError("no trained model under runs/; run train.py first or name one with --checkpoint")
-    return models[-1]
 
 
 def add_model_args(parser):

@@ -11,16 +11,11 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import time
-from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -28,11 +23,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from concepts import DEFAULT_PARSER, ConceptBank
-from data import BAD, MAX_BAD, CachedFeatures, GlobalBatches, Shards, bad_line, collate, ignore_signals, load_pairs
-from eval import evaluate, grid, open_dataset, print_result, write_result
-from model import (DEFAULT_BACKBONE, MAX_LOGIT_SCALE, SimZSS, TextEncoder, VisionBackbone, by_length, gather_rows,
-                   save_model, sum_over_processes)
-from segment import PROTOCOL, pick_device
+from data import CachedFeatures, GlobalBatches, Shards, collate, load_pairs
+from eval import evaluate
+from machinery.benchmarks import open_dataset
+from machinery.parallel import (average_gradients, first_process_first, gather_rows, ignore_signals, join_processes,
+                                pick_device, pick_precision, place, sum_over_processes)
+from machinery.pictures import grid
+from machinery.resume import (MAX_BAD, check_bad, give_up, leave, note_signals, open_log, read_state, report, save_state,
+                              states)
+from machinery.results import print_result, write_result
+from machinery.shards import BAD, bad_line
+from model import (DEFAULT_BACKBONE, MAX_LOGIT_SCALE, SimZSS, TextEncoder, VisionBackbone, by_length, save_model)
+from segment import PROTOCOL
 
 # What differs from the recipe in the toy world: everything is smaller.
 TOY = {"backbone": "toy", "parser": "match", "image_size": 128, "text_width": 256, "text_layers": 1, "batch": 64,
@@ -64,23 +66,6 @@ def learning_rate(step, steps, peak, warmup):
     if step < rising:
         return peak * (step + 1) / rising
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-def average_gradients(parameters):
-    """Mean over processes, in one message: the exact gradient of the global batch's loss (see model.py)."""
-    if dist.is_initialized():
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(part.view_as(p))
-
-
-def pick_precision(name, device):
-    """dtype of the towers' arithmetic: bfloat16, or float16 on older GPUs; float32 where there is no hardware for it."""
-    if name == "auto":
-        name = "fp32" if device != "cuda" else "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def next_batch(loader, pieces, places, model, device, autocast):
@@ -321,37 +306,6 @@ def check_numbers(args, world):
         raise ValueError(f"--batch {args.batch} is the global batch; it must be a multiple of the {world} processes")
 
 
-def place(args, world):
-    """Kind of device, and the one of this process."""
-    kind = pick_device(args.device)
-    kind = "cpu" if kind == "mps" and world > 1 else kind           # gloo does not know Apple's GPU
-    return kind, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind
-
-
-def join_processes(args, world):
-    """Join the other processes. Returns a second group for waits without end, while one process annotates or scores.
-
-    In training itself nobody should keep the others waiting: there the job ends after --timeout-minutes.
-    """
-    if world == 1:
-        return None
-    kind, device = place(args, world)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=args.timeout_minutes))
-    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
-
-
-@contextmanager
-def first_process_first(rank, patient):
-    """Let the first process go through the block alone, the others after it."""
-    if patient and rank > 0:
-        dist.barrier(patient)
-    yield
-    if patient and rank == 0:
-        dist.barrier(patient)
-
-
 def open_stream(pairs, args, piece, steps, start, rank, world, counts, shards):
     """This process's pairs from step start on, in pieces, and places: a row for each of its readers, which ends with the
     pairs left out so far by reason of BAD. counts: those before start. shards: the places in shards at start."""
@@ -363,91 +317,6 @@ def open_stream(pairs, args, piece, steps, start, rank, world, counts, shards):
                                               piece, args.pairs), "collate_fn": collate}
     return iter(DataLoader(pairs, num_workers=args.workers, pin_memory=pick_device(args.device) == "cuda",
                            worker_init_fn=ignore_signals, **how)), places
-
-
-@contextmanager
-def note_signals():
-    """Write SIGTERM and SIGINT into the list that is yielded, to be looked at between steps; a second one 3 s later ends
-    the process at once (launchers send the first one twice)."""
-    signals, first = [], []
-
-    def note(number, frame):
-        first.append(time.time())
-        if time.time() - first[0] > 3:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def leave(step, signals, rank, patient):
-    """End an interrupted run, with the status of a process that a signal ended, once the first process has saved."""
-    if patient:
-        dist.barrier(patient)
-    if rank == 0:
-        print(f"interrupted and saved after step {step}; go on with --resume auto", file=sys.stderr)
-    sys.exit(128 + (signals or [signal.SIGTERM])[0])
-
-
-def states(folder):
-    """The state files in a folder, the newest first."""
-    return sorted(folder.glob("state-*.safetensors"), reverse=True)
-
-
-def save_state(folder, model, optimizer, shards, config, **counters):
-    """Write all that the rest of the run depends on, atomically; the state before it is kept, older ones are deleted.
-
-    Order and crops of single images depend on the seed and the step only; of shards, the places of all readers are kept.
-    """
-    tensors = {} if shards is None else {"shards": shards}
-    for name, p in model.trained().items():
-        tensors[name] = p.detach()
-        tensors.update({f"optimizer.{key}.{name}": value for key, value in optimizer.state[p].items()})
-    settings = {"training": config, "backbone": model.backbone.config, "bank": model.bank, **counters}
-    path = folder / f"state-{config['step']:08d}.safetensors"
-    unfinished = path.with_suffix(".partial")
-    try:
-        safetensors.torch.save_file(tensors, unfinished, metadata={"simzss": json.dumps(settings)})
-        unfinished.replace(path)
-    except (safetensors.SafetensorError, OSError) as error:         # a full disk, for one
-        unfinished.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error}); what was saved before is whole, make room and go on with "
-                      "--resume auto") from None
-    older = [other for other in states(folder) if other < path]
-    for other in {*states(folder)} - {path, *older[:1]}:            # newer ones are broken, or of a future given up
-        other.unlink()
-
-
-def read_state(resume, output):
-    """Tensors and settings of the file to go on from, or None if the run has not come so far as to write one.
-
-    resume: a file, or auto: the newest one in output that can be read, or a finished model.
-    """
-    finished = output / "model.safetensors"
-    paths = [Path(resume)] if resume != "auto" else [*states(output), finished]
-    broken = []
-    for path in paths:
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                settings = json.loads((file.metadata() or {})["simzss"])
-                training = settings["training"]
-                if path != finished or training["step"] == training["steps"]:
-                    return {"path": path, **settings}, {key: file.get_tensor(key) for key in file.keys()}
-        except FileNotFoundError:
-            if resume != "auto":
-                raise FileNotFoundError(f"--resume: no file {resume}; expected a state file, or auto") from None
-        except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            broken.append(path.name)
-            print(f"warning: {path} cannot be read and is left out ({type(error).__name__}: {error})", file=sys.stderr)
-    if broken:
-        raise ValueError(f"nothing to go on from: {', '.join(broken)} cannot be read; name a state file with --resume, or "
-                         "delete these to begin anew")
-    return None
 
 
 def restore(resumed, config, model, optimizer, scaler):
@@ -477,40 +346,6 @@ def restore(resumed, config, model, optimizer, scaler):
     if settings.get("scaler"):
         scaler.load_state_dict(settings["scaler"])
     return then["step"], settings.get("skipped", 0), settings.get("counts", [0] * len(BAD)), tensors.get("shards")
-
-
-def open_log(path, step):
-    """Open the log to be appended to, without what it says of this step and later ones."""
-    lines = path.read_text().splitlines() if path.exists() and step else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text("".join(f"{line}\n" for line in kept))
-    unfinished.replace(path)
-    return open(path, "a", buffering=1)
-
-
-def report(values, log, bar):
-    """Write a step's line of JSON, which knows no infinity: what is not finite becomes null; and show it in the bar."""
-    log.write(json.dumps({key: value if math.isfinite(value) else None for key, value in values.items()}) + "\n")
-    shown = {"loss": ".3f", "global": ".3f", "local": ".3f", "lr": ".1e", "pairs_per_second": ".0f", "skipped": "d"}
-    bar.set_postfix({key: format(values[key], form) for key, form in shown.items() if key != "skipped" or values[key]})
-    bar.update()
-
-
-def give_up(failures, output, rank):
-    path = output / f"nonfinite-{rank}.json"        # each process writes down its own samples
-    path.write_text(json.dumps(failures, indent=1))
-    last = failures[-1]
-    raise ValueError(f"the loss is {last['loss']} and the gradients' norm {last['grad_norm']} at step {last['step']}, not "
-                     f"finite for {len(failures)} steps in a row; their samples are in {path}. Lower --base-rate, or use "
-                     "--precision fp32")
-
-
-def check_bad(counts, pairs, limit):
-    bad = sum(counts)
-    if bad > max(limit * (pairs + bad), 10):
-        raise ValueError(f"{bad} of the first {pairs + bad} pairs could not be read ({bad_line(counts)}); at most {limit:.0%} "
-                         "may be bad, see --max-bad")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

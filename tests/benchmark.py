@@ -24,9 +24,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from concepts import ConceptBank, annotate, load_annotations, load_parser, tokenize
-from data import CachedFeatures, CaptionedImages, collate, load_image, random_resized_crop, to_pixels
+from data import CachedFeatures, CaptionedImages, collate, random_resized_crop
+from machinery.images import load_image, to_pixels
+from machinery.pictures import row_bands
 from model import DEFAULT_BACKBONE, SimZSS, TextEncoder, VisionBackbone, global_loss
-from segment import enlarge, row_bands, segment_image
+from segment import enlarge, segment_image
 from train import GPU_TEXT_GROUP, TEXT_GROUP, backward, next_batch, parameter_groups
 
 WORDS = "a the two large black white dog cat person car bus on in with near grass street table water and sitting red".split()

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import toy_scene
+from machinery.toy import toy_scene
 from model import SimZSS, TextEncoder, VisionBackbone, save_model
 
 torch.set_num_threads(1)

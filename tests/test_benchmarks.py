@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 import eval
-from eval import BENCHMARKS, IGNORE, decode_runs, open_benchmark
-from segment import palette
+from machinery import benchmarks
+from machinery.benchmarks import BENCHMARKS, IGNORE, open_benchmark
+from machinery.images import decode_runs
+from machinery.pictures import palette
 
 SIZES = [(16, 21), (23, 16), (16, 16)]              # (height, width) of the photos; their short side is the protocol's
 PROTOCOL = {"templates": "plain", "class_embedding": "caption", "short_side": 16, "window": 16, "stride": 8}
@@ -187,7 +189,7 @@ def test_truth_scores_100(layout, tmp_path, oracle, capsys):
     assert {name: iou for name, iou in zip(result["classes"], result["IoU"]) if iou is not None} == dict.fromkeys(there, 1)
     assert result["mIoU"] == result["mAcc"] == result["aAcc"] == 1 and not result["partial"] and result["images"] == 3
     assert "mIoU 100.00%" in capsys.readouterr().out
-    assert result["protocol"]["background"] == (eval.THRESHOLD if "background" in there else "none")
+    assert result["protocol"]["background"] == (benchmarks.THRESHOLD if "background" in there else "none")
 
 
 def test_one_wrong_pixel_costs_its_share(tmp_path, oracle):
@@ -223,7 +225,7 @@ def test_label_maps(layout, classes, tmp_path):
     assert found == list(range(benchmark == "coco-object", len(dataset.classes)))
     assert benchmark != "coco-object" or (dataset.table == 0).sum() == 91 + 1
     if benchmark.startswith("coco"):
-        assert all(dataset.table[value] == eval.ILLEGAL for value in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90, 182))
+        assert all(dataset.table[value] == benchmarks.ILLEGAL for value in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90, 182))
 
 
 @pytest.mark.parametrize("width", [1, 3, 700])
@@ -269,7 +271,7 @@ def test_other_words_and_classes_left_out(tmp_path, oracle):
     (tmp_path / "names.txt").write_text("\n".join(names))
     result = result_of(tmp_path, "voc", "--names", tmp_path / "names.txt")
     assert result["mIoU"] == 1 and result["classes"][0] == "nothing at all" and result["IoU"][0] == 1
-    assert result["protocol"]["background"] == eval.THRESHOLD
+    assert result["protocol"]["background"] == benchmarks.THRESHOLD
     result = result_of(tmp_path, "voc", "--names", tmp_path / "names.txt", "--without", "background", "person")
     assert result["mIoU"] == 1 and len(result["classes"]) == 19 and result["protocol"]["background"] == "none"
 

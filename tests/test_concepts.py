@@ -12,8 +12,10 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from spacy.tokens import Doc
 
-from concepts import (BENCHMARKS, CLASSES, ConceptBank, annotate, clean, load_annotations, load_parser, main,
-                      noun_concepts, plural, read_captions, read_classes, token_spans, tokenize)
+from concepts import (ConceptBank, annotate, clean, load_annotations, load_parser, main, noun_concepts, plural,
+                      token_spans, tokenize)
+from machinery.captions import read_captions
+from machinery.classes import BENCHMARKS, CLASSES, read_classes
 
 TOKENIZER = SimpleTokenizer()
 ENGLISH = spacy.blank("en")

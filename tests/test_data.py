@@ -14,9 +14,11 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from concepts import ConceptBank, annotate, load_annotations, read_captions, tokenize
-from data import (PLURALS, STUFF, THINGS, TOY_CLASSES, CachedFeatures, CaptionedImages, GlobalBatches, ToyScenes, collate,
-                  load_image, load_pairs, random_resized_crop, to_pixels, toy_scene)
+from concepts import ConceptBank, annotate, load_annotations, tokenize
+from data import CachedFeatures, CaptionedImages, GlobalBatches, collate, load_pairs, random_resized_crop
+from machinery.captions import read_captions
+from machinery.images import load_image, to_pixels
+from machinery.toy import PLURALS, STUFF, THINGS, TOY_CLASSES, ToyScenes, toy_scene
 from model import VisionBackbone
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"

@@ -14,10 +14,13 @@ from PIL import Image
 
 import eval
 from conftest import PROTOCOL, ROOT, tiny
-from data import load_image, to_pixels
-from eval import IGNORE, LabelledImages, classify, confusion_matrix, evaluate, open_folder, scores
+from eval import LabelledImages, classify, confusion_matrix, evaluate, scores
+from machinery import results
+from machinery.benchmarks import IGNORE, check, open_folder
+from machinery.images import load_image, to_pixels
+from machinery.pictures import palette
+from machinery.results import made_with, write_result
 from model import save_model
-from segment import palette
 
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
 needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photographs in {PHOTOS}")
@@ -138,7 +141,7 @@ def test_folder_with_any_values(scored, classes, ignore, values):
     Image.fromarray(values.astype(np.uint16)).save(scored / "masks" / "a.png")
     dataset = open_folder(scored, ignore=ignore)
     expected = np.where(np.isin(values, ignore), IGNORE, [[0, 1, 2, 2], [2, 2, 1, 0]])
-    assert dataset[0][2].tolist() == expected.tolist() and eval.check(dataset)[0] == []
+    assert dataset[0][2].tolist() == expected.tolist() and check(dataset)[0] == []
 
 
 def test_folder_with_many_classes(scored):
@@ -415,7 +418,7 @@ def test_the_protocol_can_be_changed(checkpoint, folder, tmp_path):
 
 def test_a_class_that_is_nowhere_is_null(tmp_path):
     """In the result file a class without any pixel has null for its IoU."""
-    eval.write_result(tmp_path / "result.json", scores([[4, 0, 0], [1, 3, 0], [0, 0, 0]]))
+    write_result(tmp_path / "result.json", scores([[4, 0, 0], [1, 3, 0], [0, 0, 0]]))
     assert json.loads((tmp_path / "result.json").read_text())["IoU"] == [0.8, 0.75, None]
 
 
@@ -430,8 +433,8 @@ def test_without_git_there_is_no_commit(monkeypatch):
     """Where the code is no checkout, or there is no git, the result says null."""
     def none(*args, **kwargs):
         raise FileNotFoundError("git")
-    monkeypatch.setattr(eval.subprocess, "run", none)
-    assert eval.made_with()["commit"] is None
+    monkeypatch.setattr(results.subprocess, "run", none)
+    assert made_with()["commit"] is None
 
 
 def test_pictures_of_the_first_images(checkpoint, folder, tmp_path):
@@ -456,7 +459,7 @@ def test_results_go_where_they_are_sent(checkpoint, folder, tmp_path, monkeypatc
     monkeypatch.setattr(eval, "evaluate", lambda *args: pytest.fail("scored in vain"))
     (tmp_path / "file").touch()
     fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint, "--output", tmp_path / "file" / "r.json"], "file")
-    monkeypatch.setattr(eval.os, "access", lambda path, mode: path != checkpoint.parent)
+    monkeypatch.setattr(results.os, "access", lambda path, mode: path != checkpoint.parent)
     fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint], checkpoint.parent, "--output")
 
 

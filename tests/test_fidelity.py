@@ -18,8 +18,9 @@ import eval
 import train
 from concepts import noun_concepts
 from conftest import BANK, tiny
-from data import toy_scene
-from model import SimZSS, TextEncoder, VisionBackbone, _backbone_name, load_model, save_model
+from machinery.toy import toy_scene
+from machinery.release import _backbone_name
+from model import SimZSS, TextEncoder, VisionBackbone, load_model, save_model
 from test_concepts import PIPELINE, needs_pipeline
 from test_model import outputs, same, slow_losses, training_batch, unit
 

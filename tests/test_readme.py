@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_lines_of_the_guide_are_those_that_it_names():
     """Each `name` (file.py:line) of the guide is defined in that line of that file."""
-    places = re.findall(r"`([\w.]+)` \((\w+\.py):(\d+)\)", README)
+    places = re.findall(r"`([\w.]+)` \(([\w/]+\.py):(\d+)\)", README)
     assert len(places) > 10
     for name, file, line in places:
         text = (ROOT / file).read_text().splitlines()[int(line) - 1]

@@ -10,10 +10,12 @@ from PIL import Image
 import eval
 import segment
 from conftest import PROTOCOL
-from data import toy_scene
+from machinery.toy import toy_scene
 from model import save_model
-from segment import (embed, enlarge, overlay, palette, parse_background, pca_view, put_background, resize, resized_size,
-                     save_mask, score_maps, segment_image, similarity_view, window_starts)
+from machinery import pictures
+from machinery.pictures import overlay, palette, save_mask
+from segment import (embed, enlarge, parse_background, pca_view, put_background, resize, resized_size, score_maps,
+                     segment_image, similarity_view, window_starts)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The field's arithmetic
@@ -169,7 +171,7 @@ def test_bands_equal_the_whole(model, height, width, band, monkeypatch):
     maps = score_maps(model, photo, embeddings, 64, 32, 64)
     best, second = F.interpolate(maps[None], (height, width), mode="bilinear")[0].topk(2, dim=0)[0]
     expected = F.interpolate(maps[None], (height, width), mode="bilinear")[0].argmax(0)
-    monkeypatch.setattr(segment, "BAND", band)
+    monkeypatch.setattr(pictures, "BAND", band)
     mask, score = segment_image(model, photo, embeddings, 64, 32, 64)
     torch.testing.assert_close(score, best, rtol=0, atol=1e-6)
     assert (mask == expected)[best - second > 1e-6].all() and (best - second > 1e-6).float().mean() > 0.99

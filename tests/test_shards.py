@@ -21,10 +21,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import concepts
-from concepts import (BAD, ConceptBank, annotate, annotate_shard, annotation_key, bad_line, find_shards, forget_words,
-                      load_parser, main, read_samples, read_sidecar, tokenize)
+from concepts import (ConceptBank, annotate, annotate_shard, annotation_key, forget_words, load_parser, main, tokenize)
 from conftest import ROOT
-from data import Shards, ignore_signals, load_image, load_pairs, random_resized_crop, to_pixels
+from data import Shards, load_pairs, random_resized_crop
+from machinery.images import load_image, to_pixels
+from machinery.parallel import ignore_signals
+from machinery.shards import BAD, bad_line, find_shards, read_samples, read_sidecar
 
 BANK = ConceptBank(["dog", "cat", "grass"])
 MATCH = load_parser("match", BANK)

@@ -14,7 +14,8 @@ import segment
 import train
 from concepts import ConceptBank, load_annotations
 from conftest import BANK, ROOT, tiny
-from data import CaptionedImages, collate, toy_scene
+from data import CaptionedImages, collate
+from machinery.toy import toy_scene
 from model import load_model
 from train import learning_rate, parameter_groups, parse_args
 
