@@ -1,75 +1,81 @@
-"""From captions to concepts: the linguistic part of SimZSS (method, section 5).
+"""From captions to concepts: the linguistic part of SimZSS (docs/method.md, section 5).
 
-    python concepts.py captions_train2017.json          # noun phrases -> concepts, cached beside the input
-    python concepts.py --shards "{00000..00295}.tar"    # the same for tar shards, a process per core
+    python concepts.py captions_train2017.json          # noun phrases -> concepts, cached beside it
+    python concepts.py --shards "{00000..00295}.tar"    # the same for tar shards
 
-A caption is cleaned as the tokenizer cleans it and parsed by spaCy. Each noun chunk gives one concept, its root's lemma
-with the compound before it ("two wooden baseball bats" -> "baseball bat"), kept if it is in the concept bank, with the
-positions of its byte-pair tokens. The command prints captions per second, the share of captions with a concept, the
-most frequent concepts, and how many of the benchmarks' class names are in the bank and in the captions.
+A caption is cleaned as the tokenizer cleans it and parsed by spaCy. Each noun chunk gives one
+concept: its root's lemma with the compound before it ("two wooden baseball bats" -> "baseball
+bat"). It is kept if it is in the concept bank, with the positions of its byte-pair tokens. The
+command prints captions per second, the share of captions with a concept, the most frequent
+concepts, and how many class names of the benchmarks are in the bank and in the captions.
 """
 import argparse
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import sys
-import tarfile
-import threading
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from machinery.captions import as_arrays, read_captions, save_arrays
-from machinery.classes import BENCHMARKS, CLASSES, check_classes, normalise_name, read_classes
-from machinery.shards import BAD, bad_line, find_shards, read_caption, read_samples, read_sidecar, sidecar_key
+from machinery import captions as caption_files
+from machinery import shards
+from machinery.classes import (BENCHMARKS, CLASSES, check_classes, normalise_name, read_classes,
+                               read_lines, split_names)
+from machinery.errors import one_line_errors
+from machinery.workers import process_pool
 
 DEFAULT_PARSER = "en_core_web_trf"                  # the paper's; en_core_web_sm is the light one
-CACHE_VERSION = 2                                   # raise it when annotations of the same input change
+CACHE_VERSION = 2                                   # raise it when the same input gives other rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names
-
+# --------------------------------------------------------------------------------------------------
+# The bank
 
 class ConceptBank:
-    """The concepts that training knows: C names, each perhaps with synonyms that count as the same concept.
+    """The concepts that training knows: C names, each perhaps with synonyms of the same concept.
 
-    names: strings or lists of synonyms; None = an open bank, to which `annotate` adds every concept that it finds.
-    excluded: names that are to stay out, with their plurals and all synonyms that the bank has for them.
-    `names[i]` is concept i's first name. Raises ValueError for duplicates and where nothing is left.
+    names: strings, or lists of synonyms; equal names count once. None = an open bank, to which
+    `annotate` adds every concept that it finds. excluded: names that stay out, with their plurals
+    and all synonyms that the bank has for them. source: of the names, for errors. `names[i]` is
+    concept i's first name. Raises ValueError where a name is empty or none is left.
     """
 
-    def __init__(self, names, excluded=()):
+    def __init__(self, names, excluded=(), source="concept bank"):
         self.open = names is None
-        self.excluded = {form for name in map(normalise_name, excluded) for form in (name, plural(name))}
+        self.excluded = {form for name in map(normalise_name, excluded)
+                         for form in (name, plural(name))}
         classes = [[name] if isinstance(name, str) else list(name) for name in names or ()]
+        classes = merge_equal_names(classes)
+        if not self.open:
+            check_classes(classes, source)
         classes = [synonyms for synonyms in classes if not any(map(self.excludes, synonyms))]
         if not self.open:
-            check_classes(classes, "concept bank")
+            check_classes(classes, "concept bank without excluded names")
         self.names = [normalise_name(synonyms[0]) for synonyms in classes]
-        self.ids = {normalise_name(name): i for i, synonyms in enumerate(classes) for name in synonyms}
+        self.ids = {normalise_name(name): i for i, synonyms in enumerate(classes)
+                    for name in synonyms}
 
     @classmethod
     def from_file(cls, path, excluded=()):
-        return cls(read_classes(path), excluded)
+        """A file with one concept per line, synonyms after commas."""
+        return cls([split_names(line) for line in read_lines(path)], excluded, path)
 
     @classmethod
     def default(cls, excluded=()):
         """The union of the eight benchmarks' class names, as in the paper."""
-        names = [name for b in BENCHMARKS for names in read_classes(CLASSES / f"{b}.txt") for name in names]
+        files = [read_classes(CLASSES / f"{benchmark}.txt") for benchmark in BENCHMARKS]
+        names = [name for classes in files for synonyms in classes for name in synonyms]
         return cls(dict.fromkeys(map(normalise_name, names)), excluded)
 
     @classmethod
     def by_name(cls, source=None, exclude=None):
-        """The bank that --bank names: a file, None = the default, "none" = an open one. exclude: class file."""
+        """What --bank names: a file, None = the default, "none" = an open bank. exclude: a class
+        file."""
         excluded = [name for names in read_classes(exclude) for name in names] if exclude else ()
         if source == "none":
             return cls(None, excluded)
@@ -79,7 +85,7 @@ class ConceptBank:
         return len(self.names)
 
     def excludes(self, name):
-        """Whether a name is to stay out, as it is or as the singular of a name that is."""
+        """Whether a name stays out, as it is or as the singular of a name that does."""
         name = normalise_name(name)
         return bool(name) and not self.excluded.isdisjoint((name, plural(name)))
 
@@ -97,75 +103,31 @@ class ConceptBank:
         return self.ids[name]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From words to tokens
-
-@lru_cache(maxsize=None)
-def _tokenizer():
-    from open_clip.tokenizer import SimpleTokenizer     # slow to import
-    return SimpleTokenizer()
-
-
-def clean(caption):
-    """The caption as the tokenizer sees it: repaired Unicode, HTML entities resolved, single spaces, lower case."""
-    return _tokenizer().clean_fn(caption)
-
-
-def forget_words():
-    """Keep the tokenizer, which remembers every word, from filling the memory; to be called now and then."""
-    tokenizer = _tokenizer()
-    if len(tokenizer.cache) > 500_000:              # words; about 100 MB
-        tokenizer.cache = {tokenizer.decoder[id]: tokenizer.decoder[id] for id in tokenizer.all_special_ids}
-
-
-def tokenize(caption):
-    """Caption -> (77,) int64: start token, byte pairs (cut at the context), end token, zeros."""
-    return _tokenizer()(caption)[0]
+def merge_equal_names(classes):
+    """Join lists of synonyms that share a name, with one line of notice."""
+    merged = []
+    owner = {}                                      # normalised name -> its list in merged
+    repeated = []
+    for synonyms in classes:
+        known = [name for name in synonyms if normalise_name(name) in owner]
+        into = owner[normalise_name(known[0])] if known else []
+        if not known:
+            merged.append(into)
+        for name in synonyms:
+            if normalise_name(name) in owner:
+                repeated.append(name)
+            else:
+                into.append(name)
+                owner[normalise_name(name)] = into
+    if repeated:
+        print(f"concept bank: names that are there more than once count once: {len(repeated)}, "
+              f"such as {repeated[0]!r}", file=sys.stderr)
+    return merged
 
 
-def token_spans(text):
-    """Characters of each byte-pair token of a caption, in `clean(text)`: [(start_char, end_char)].
-
-    One span per token that the tokenizer gives, without the start and end tokens and without truncation. Tokens that
-    share a character, as the bytes of an emoji do, have overlapping spans.
-    """
-    tokenizer, spans = _tokenizer(), []
-    for match in tokenizer.pat.finditer(clean(text)):
-        word = match.group()
-        character = [match.start() + i for i, letter in enumerate(word) for _ in letter.encode()]  # byte -> character
-        first = 0                                                                                   # in bytes
-        for piece in tokenizer.bpe("".join(tokenizer.byte_encoder[b] for b in word.encode())).split(" "):
-            last = first + len(piece.removesuffix("</w>")) - 1
-            spans.append((character[first], character[last] + 1))
-            first = last + 1
-    return spans
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From captions to concepts
-
-def noun_concepts(doc):
-    """Concepts of a parsed caption: [(concept, start_char, end_char)], one per noun chunk.
-
-    doc: a spaCy `Doc` with heads and dependencies. A concept is the lemma of the chunk's root, after the root's last
-    `compound` child if it has one; the characters run from the compound to the end of the root.
-    """
-    concepts = []
-    for chunk in doc.noun_chunks:
-        root = chunk.root
-        compound = [child for child in root.lefts if child.dep_ == "compound"][-1:]
-        words = [word.lower_ for word in compound] + [(root.lemma_ or root.text).lower()]
-        concepts.append((" ".join(words), (compound or [root])[0].idx, root.idx + len(root)))
-    return concepts
-
-
-def matched_concepts(doc):
-    """Concepts of a caption seen by the built-in matcher, in the form of `noun_concepts`."""
-    return [(entity.ent_id_, entity.start_char, entity.end_char) for entity in doc.ents]
-
-
-IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "sheep": "sheep",
-             "knife": "knives", "shelf": "shelves", "leaf": "leaves", "foot": "feet", "goose": "geese"}
+IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children",
+             "mouse": "mice", "sheep": "sheep", "knife": "knives", "shelf": "shelves",
+             "leaf": "leaves", "foot": "feet", "goose": "geese"}
 
 
 def plural(name):
@@ -180,30 +142,234 @@ def plural(name):
     return " ".join([*before, word])
 
 
-def load_parser(name, bank):
-    """spaCy pipeline by name or folder; "match" = a blank one that finds the bank's names and their plurals.
+# --------------------------------------------------------------------------------------------------
+# From words to tokens
 
-    Raises FileNotFoundError with the install command when the pipeline is not there, ValueError for "match" with an
-    open bank.
+@lru_cache(maxsize=None)
+def tokenizer():
+    from open_clip.tokenizer import SimpleTokenizer     # slow to import
+    return SimpleTokenizer()
+
+
+def clean(caption):
+    """The caption as the tokenizer sees it: repaired Unicode, HTML entities resolved, single
+    spaces, lower case."""
+    return tokenizer().clean_fn(caption)
+
+
+def tokenize(caption):
+    """Caption -> (77,) int64: start token, byte pairs (cut to fit), end token, zeros."""
+    return tokenizer()(caption)[0]
+
+
+def token_spans(text):
+    """Characters of each byte-pair token of a caption, in `clean(text)`: [(start, end)].
+
+    One span per token, without start and end tokens and without truncation. Tokens that share a
+    character, as the bytes of an emoji do, have overlapping spans.
+    """
+    spans = []
+    for match in tokenizer().pat.finditer(clean(text)):
+        word = match.group()
+        character = [match.start() + i for i, letter in enumerate(word)
+                     for _ in letter.encode()]                              # byte -> character
+        letters = "".join(tokenizer().byte_encoder[byte] for byte in word.encode())
+        first = 0                                                           # in bytes
+        for token in tokenizer().bpe(letters).split(" "):
+            last = first + len(token.removesuffix("</w>")) - 1
+            spans.append((character[first], character[last] + 1))
+            first = last + 1
+    return spans
+
+
+def forget_words():
+    """Bound the memory of the tokenizer, which remembers every word; to be called now and then."""
+    if len(tokenizer().cache) > 500_000:            # words; about 100 MB
+        special = [tokenizer().decoder[id] for id in tokenizer().all_special_ids]
+        tokenizer().cache = {token: token for token in special}
+
+
+# --------------------------------------------------------------------------------------------------
+# From captions to concepts
+
+def noun_concepts(doc):
+    """Concepts of a parsed caption: [(concept, start_char, end_char)], one per noun chunk.
+
+    doc: a spaCy `Doc` with heads and dependencies. A concept is the lemma of the chunk's root,
+    after the root's last `compound` child if it has one; its characters run from the compound to
+    the end of the root.
+    """
+    concepts = []
+    for chunk in doc.noun_chunks:
+        root = chunk.root
+        compound = [child for child in root.lefts if child.dep_ == "compound"][-1:]
+        words = [word.lower_ for word in compound] + [(root.lemma_ or root.text).lower()]
+        first = (compound or [root])[0]
+        concepts.append((" ".join(words), first.idx, root.idx + len(root)))
+    return concepts
+
+
+def matched_concepts(doc):
+    """Concepts of a caption found by the built-in matcher, in the form of `noun_concepts`."""
+    return [(entity.ent_id_, entity.start_char, entity.end_char) for entity in doc.ents]
+
+
+def load_parser(name, bank):
+    """spaCy pipeline by name or folder; "match" = one that finds the bank's names and plurals.
+
+    Raises FileNotFoundError with the install command when the pipeline is not there, ValueError for
+    "match" with an open bank.
     """
     import spacy                                    # slow to import, and only captions need it
     if name == "match":
         if bank.open:
-            raise ValueError("--bank none makes a concept of every noun phrase, but the built-in matcher looks for "
-                             "the names of a bank; name a spaCy pipeline with --parser")
+            raise ValueError("--bank none makes a concept of every noun phrase, but the built-in "
+                             "matcher looks for the names of a bank; name a spaCy pipeline with "
+                             "--parser")
         pipeline = spacy.blank("en")
         ruler = pipeline.add_pipe("entity_ruler")   # prefers the longest match
-        forms = {plural(known): known for known in bank.ids} | {known: known for known in bank.ids}
-        forms |= {form.replace(" ", "-"): known for form, known in forms.items()}
-        ruler.add_patterns([{"label": "CONCEPT", "pattern": form, "id": known} for form, known in forms.items()])
+        forms = {plural(name): name for name in bank.ids} | {name: name for name in bank.ids}
+        forms |= {form.replace(" ", "-"): name for form, name in forms.items()}
+        ruler.add_patterns([{"label": "CONCEPT", "pattern": form, "id": name}
+                            for form, name in forms.items()])
         return pipeline
     try:
         return spacy.load(name, exclude=["ner"])
     except OSError as error:
         raise FileNotFoundError(
-            f"the parser {name!r} could not be loaded ({str(error).splitlines()[0]}). Install one with 'python -m spacy "
-            "download en_core_web_trf' or '... en_core_web_sm', name it or a folder with --parser, or use the built-in "
-            "--parser match.") from None
+            f"the parser {name!r} could not be loaded ({str(error).splitlines()[0]}). Install one "
+            "with 'python -m spacy download en_core_web_trf' or '... en_core_web_sm', name it or a "
+            "folder with --parser, or use the built-in --parser match.") from None
+
+
+def parse(captions, pipeline):
+    """Find the concepts of captions and the tokens that name them, whether in a bank or not.
+
+    Yields, caption by caption, [(concept, words as written, first token, end token)]; positions
+    count the start-of-text token as 0. An occurrence that does not fit whole into the context is
+    left out. Raises ValueError when the pipeline neither parses nor matches.
+    """
+    captions, texts = itertools.tee(captions)
+    for caption, doc in zip(captions, pipeline.pipe(map(clean, texts))):
+        if doc.has_annotation("DEP"):
+            concepts = noun_concepts(doc)
+        elif doc.has_annotation("ENT_IOB"):
+            concepts = matched_concepts(doc)
+        else:
+            raise ValueError("the spaCy pipeline has no dependency parser; expected one like "
+                             "en_core_web_sm")
+        tokens = token_spans(caption) if concepts else ()
+        found = []
+        for concept, start, end in concepts:
+            positions = [i for i, (s, e) in enumerate(tokens, start=1) if s < end and e > start]
+            if positions and positions[-1] < tokenizer().context_length - 1:
+                found.append((concept, doc.text[start:end], positions[0], positions[-1] + 1))
+        yield found
+
+
+def annotate(captions, bank, parser, processes=1, device="auto"):
+    """Find the bank's concepts in captions and the tokens that name them.
+
+    captions: iterable of str. bank: ConceptBank; an open one grows. parser: spaCy pipeline, or name
+    for `load_parser` (a name, if processes > 1). device: of the parser processes. Yields, caption
+    by caption, [(bank id, first token, end token)], see `parse`.
+    """
+    if processes > 1:
+        found = parse_in_processes(captions, bank, parser, processes, device)
+    else:
+        found = parse(captions, load_parser(parser, bank) if isinstance(parser, str) else parser)
+    for concepts in found:
+        rows = []
+        for concept, as_written, first, end in concepts:
+            id = bank.find(concept)
+            if id < 0:                              # a bank may hold a plural: "clouds"
+                id = bank.add(concept) if bank.open else bank.find(as_written)
+            if id >= 0:
+                rows.append((id, first, end))
+        yield rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of captions
+
+def load_annotations(path, captions, bank, parser, processes=1, device="auto"):
+    """Annotations of all captions, from the cache beside their file if it is valid, else made anew.
+
+    path: captions file, its cache is `<path>.concepts.npz`; None = no cache. captions: list of str.
+    parser: name. Returns (offsets, rows), see machinery/captions.py. An open bank holds the names
+    afterwards; it serves one list of captions.
+    """
+    pipeline = load_parser(parser, bank)
+    key = annotation_key(captions, bank, pipeline)
+    cache = f"{path}.concepts.npz" if path else None
+    if cache:
+        kept = caption_files.read_cache(cache, key, len(captions), None if bank.open else len(bank))
+        if kept:
+            offsets, rows, names = kept
+            for name in names:
+                bank.add(name)
+            return offsets, rows
+    start = time.time()
+    annotations = annotate(captions, bank, parser if processes > 1 else pipeline, processes, device)
+    offsets, rows = caption_files.as_arrays(list(tqdm(
+        annotations, total=len(captions), desc="concepts", unit=" captions",
+        disable=None if path else True)))
+    if path:
+        seconds = time.time() - start
+        print(f"annotated {len(captions):,} captions in {seconds:.1f} s "
+              f"({len(captions) / seconds:,.0f} captions/s)")
+        try:
+            caption_files.save_cache(cache, key, offsets, rows, bank.names)
+        except OSError as error:
+            print(f"the annotations were not cached, {cache}: {error.strerror}", file=sys.stderr)
+    return offsets, rows
+
+
+def annotation_key(captions, bank, pipeline):
+    """A hash of what annotations depend on."""
+    names = ["none", *sorted(bank.excluded)] if bank.open else sorted(bank.ids.items())
+    content = [CACHE_VERSION, captions, names, pipeline.meta]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Parser processes. Each has its own pipeline; the functions are found by name in a new process.
+
+_process = {}                                       # what a parser process holds
+
+
+def start_parser_process(bank, parser, device):
+    use_device(device, parser)
+    _process["bank"] = bank
+    _process["pipeline"] = load_parser(parser, bank)
+
+
+def parse_in_process(captions):
+    return list(parse(captions, _process["pipeline"]))
+
+
+def annotate_shard_in_process(path):
+    bank = _process["bank"]
+    pipeline = _process["pipeline"]
+    return shards.annotate_shard(path, annotation_key(None, bank, pipeline), len(bank),
+                                 lambda captions: annotate_and_forget(captions, bank, pipeline))
+
+
+def annotate_and_forget(captions, bank, pipeline):
+    """Rows of each caption; spaCy and the tokenizer forget the words afterwards."""
+    with pipeline.memory_zone():
+        rows = list(annotate(captions, bank, pipeline))
+    forget_words()
+    return rows
+
+
+def parse_in_processes(captions, bank, parser, processes, device, batch=1000):
+    """`parse` in several processes, in the order of the captions."""
+    captions = list(captions)
+    batches = [captions[i:i + batch] for i in range(0, len(captions), batch)]
+    with process_pool(processes, start_parser_process, bank, parser, device) as pool:
+        for found in pool.map(parse_in_process, batches):
+            yield from found
 
 
 def use_device(device, parser):
@@ -213,205 +379,71 @@ def use_device(device, parser):
         (spacy.require_gpu if device == "cuda" else spacy.prefer_gpu)()
 
 
-def annotate(captions, bank, parser, processes=1):
-    """Find the bank's concepts in captions and the tokens that name them.
-
-    captions: iterable of str. bank: ConceptBank; an open one grows. parser: spaCy pipeline or name for `load_parser`.
-    processes: parser processes. Yields, caption by caption, [(concept_id, first_token, end_token)]; positions count the
-    start-of-text token as 0. An occurrence that does not fit whole into the context is left out.
-    Raises ValueError when the pipeline neither parses nor matches.
-    """
-    parser = load_parser(parser, bank) if isinstance(parser, str) else parser
-    captions, texts = itertools.tee(captions)
-    options = {"n_process": processes} if processes > 1 else {}
-    for caption, doc in zip(captions, parser.pipe(map(clean, texts), **options)):
-        if doc.has_annotation("DEP"):
-            concepts = noun_concepts(doc)
-        elif doc.has_annotation("ENT_IOB"):
-            concepts = matched_concepts(doc)
-        else:
-            raise ValueError("the spaCy pipeline has no dependency parser; expected one like en_core_web_sm")
-        found = []
-        tokens = token_spans(caption) if concepts else ()
-        for concept, start, end in concepts:
-            id = bank.find(concept)
-            if id < 0:                                                      # a bank may hold a plural: "clouds"
-                id = bank.add(concept) if bank.open else bank.find(doc.text[start:end])
-            positions = [i for i, (s, e) in enumerate(tokens, start=1) if s < end and e > start]
-            if id >= 0 and positions and positions[-1] < _tokenizer().context_length - 1:
-                found.append((id, positions[0], positions[-1] + 1))
-        yield found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Caption files and the annotation cache
-
-
-def load_annotations(path, captions, bank, parser, processes=1):
-    """Annotations of all captions, from the cache beside their file if it is still true, else made and cached.
-
-    path: captions file, its cache is `<path>.concepts.npz`; None = no cache. captions: list of str. parser: name.
-    Returns (offsets (K + 1,), rows (occurrences, 3)) int32: rows[offsets[i]:offsets[i + 1]] are the (concept id,
-    first token, end token) of caption i. An open bank holds the names afterwards; it serves one list of captions.
-    """
-    pipeline = load_parser(parser, bank)
-    key = annotation_key(captions, bank, pipeline)
-    cache = path and Path(f"{path}.concepts.npz")
-    if cache and cache.exists():
-        try:
-            with np.load(cache) as file:
-                if str(file["key"]) == key:
-                    offsets, rows, names = file["offsets"], file["rows"], file["names"] if bank.open else ()
-                    for name in names:
-                        bank.add(str(name))
-                    return offsets, rows
-        except Exception:                           # a broken file raises almost anything; it is made again below
-            pass
-    start = time.time()
-    annotations = annotate(captions, bank, pipeline, processes)
-    found = list(tqdm(annotations, total=len(captions), desc="concepts", unit=" captions", disable=None if path else True))
-    if path:
-        seconds = time.time() - start
-        print(f"annotated {len(captions):,} captions in {seconds:.1f} s ({len(captions) / seconds:,.0f} captions/s)")
-    offsets, rows = as_arrays(found)
-    if cache:
-        try:
-            save_arrays(cache, key=key, offsets=offsets, rows=rows, names=np.array(bank.names, dtype=str))
-        except OSError as error:
-            print(f"the annotations were not cached, {cache}: {error.strerror}", file=sys.stderr)
-    return offsets, rows
-
-
-def annotation_key(captions, bank, pipeline):
-    """A text that changes with what annotations depend on."""
-    names = ["none", *sorted(bank.excluded)] if bank.open else sorted(bank.ids.items())
-    return hashlib.sha256(json.dumps([CACHE_VERSION, captions, names, pipeline.meta],
-                                     sort_keys=True, default=str).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tar shards in img2dataset's layout: the files of a sample share their stem and follow one another
-
-
-def annotate_shard(path, bank, pipeline):
-    """Write the concepts file of a tar, unless it is there and true.
-
-    Returns (captions annotated now, captions in all, those with a concept, Counter of concept ids, bad (len(BAD),)).
-    """
-    annotator, now = annotation_key(None, bank, pipeline), 0
-    try:
-        made = read_sidecar(path, annotator)
-    except ValueError:
-        made = None
-    if not made:
-        key, captions, bad = sidecar_key(path, annotator), [], np.zeros(len(BAD), np.int64)
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for _, members in read_samples(tar):
-                    caption, reason = read_caption(tar, members)
-                    captions.append(caption)
-                    bad[BAD.index(reason) if reason else []] += 1
-        except tarfile.TarError:
-            captions.append(None)                   # stands for what was cut
-            bad[BAD.index("cut tar")] += 1
-        with pipeline.memory_zone():                # forgets the words afterwards
-            found = iter(list(annotate([caption for caption in captions if caption], bank, pipeline)))
-        made = (*as_arrays([next(found) if caption else [] for caption in captions]), bad)
-        save_arrays(path.with_suffix(".concepts.npz"), key=key, **dict(zip(("offsets", "rows", "bad"), made)))
-        forget_words()
-        now = len(captions) - bad.sum()
-    offsets, rows, bad = made
-    return now, len(offsets) - 1 - bad.sum(), (np.diff(offsets) > 0).sum(), Counter(rows[:, 0].tolist()), bad
-
-
-def _start_process(bank, parser, device):
-    """What a process needs for `_annotate_shard`; it is to end when the one that started it does."""
-    global _bank, _pipeline
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    use_device(device, parser)
-    _bank, _pipeline = bank, load_parser(parser, bank)
-
-
-def _annotate_shard(path):
-    return annotate_shard(path, _bank, _pipeline)
-
-
-def annotate_shards(paths, processes, bank, parser, device):
-    """`annotate_shard` for all tars, in processes. Returns (captions, those with a concept, Counter of concept ids)."""
-    if bank.open:
-        raise ValueError("--bank none grows with the captions, and the processes would not know of each other's; name a "
-                         "file of concepts with --bank")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")   # a process per core, not a thread per core in each
-    new = captions = annotated = 0
-    counts, bad, start = Counter(), np.zeros(len(BAD), np.int64), time.time()
-    pool = ProcessPoolExecutor(min(processes, len(paths)), multiprocessing.get_context("spawn"), _start_process,
-                               (bank, parser, device))
-    try:
-        with pool:
-            bar = tqdm(total=len(paths), desc="concepts", unit=" shards", disable=None)
-            for numbers in pool.map(_annotate_shard, paths):
-                new, captions, annotated = np.add((new, captions, annotated), numbers[:3])
-                counts.update(numbers[3])
-                bad += numbers[4]
-                bar.set_postfix_str(f"{new / (time.time() - start):,.0f} captions/s", refresh=False)
-                bar.update()
-            bar.close()
-    except BrokenProcessPool:
-        raise ChildProcessError("a parser process died, perhaps for want of memory; run the command again, with fewer "
-                                "--processes. Finished shards are kept") from None
-    seconds = time.time() - start
-    if new:
-        print(f"annotated {new:,} captions in {seconds:.1f} s ({new / seconds:,.0f} captions/s)")
-    print(f"{len(paths):,} shards; skipped samples: {bad_line(bad)}")
-    if not captions:
-        raise ValueError(f"no captions in {paths[0]} and the other shards; expected a .txt or .json beside every image")
-    return captions, annotated, counts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Find the concepts of captions and cache them beside their file.")
+    parser = argparse.ArgumentParser(description="Find the concepts of captions and cache them "
+                                                 "beside their file.")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("captions", nargs="?", help="COCO captions JSON, or TSV / JSONL of (image, caption)")
-    source.add_argument("--shards", help='instead, tars: a folder, or a range such as "shards/{00000..00295}.tar"; '
-                                         "finished ones are skipped")
-    parser.add_argument("--parser", default=DEFAULT_PARSER,
-                        help="spaCy pipeline (name or folder), or 'match', the built-in matcher (default: %(default)s)")
-    parser.add_argument("--bank", help="concept bank, one name per line, or 'none', which makes a concept of every "
-                                       "noun phrase (default: the eight benchmarks' classes)")
-    parser.add_argument("--exclude-classes", metavar="FILE", help="class file; its names and synonyms are no concepts")
-    parser.add_argument("--processes", type=int, help="parser processes (default: 1; for shards one per core)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-                        help="where the parser runs; cuda needs spaCy's cupy extra (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="as in every script; nothing here is random")
+    source.add_argument("captions", nargs="?",
+                        help="COCO captions JSON, or TSV / JSONL of (image, caption)")
+    source.add_argument("--shards",
+                        help='instead, tars: a folder, or a range such as '
+                             '"shards/{00000..00295}.tar"; finished ones are skipped')
+    add = parser.add_argument
+    add("--parser", default=DEFAULT_PARSER,
+        help="spaCy pipeline (name or folder), or 'match', the built-in matcher "
+             "(default: %(default)s)")
+    add("--bank", help="concept bank, one name per line, or 'none', which makes a concept of every "
+                       "noun phrase (default: the eight benchmarks' classes)")
+    add("--exclude-classes", metavar="FILE",
+        help="class file; its names and synonyms are no concepts")
+    add("--processes", type=int, help="parser processes (default: 1; for shards one per core)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="where the parser runs; cuda needs spaCy's cupy extra (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
+    with one_line_errors("pass --device cpu"):
         bank = ConceptBank.by_name(args.bank, args.exclude_classes)
-        paths = find_shards(args.shards) if args.shards else None
-        captions = None if paths else [caption for _, caption in read_captions(args.captions)]
         use_device(args.device, args.parser)
-        if paths:
-            load_parser(args.parser, bank)          # if it is missing the processes could not say so
-            captions, annotated, counts = annotate_shards(paths, args.processes or os.cpu_count(), bank, args.parser,
-                                                          args.device)
+        if args.shards:
+            captions, annotated, counts = annotate_shards(args, bank)
         else:
-            offsets, rows = load_annotations(args.captions, captions, bank, args.parser, args.processes or 1)
-            captions, annotated, counts = len(captions), (np.diff(offsets) > 0).sum(), Counter(rows[:, 0].tolist())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{captions:,} captions; {annotated / captions:.1%} have a concept, {counts.total() / captions:.2f} per "
-          f"caption; bank of {len(bank)}")
+            pairs = caption_files.read_captions(args.captions)
+            offsets, rows = load_annotations(args.captions, [caption for _, caption in pairs],
+                                             bank, args.parser, args.processes or 1,
+                                             args.device)
+            captions = len(pairs)
+            annotated = (np.diff(offsets) > 0).sum()
+            counts = Counter(rows[:, 0].tolist())
+        print_concepts(captions, annotated, counts, bank)
+
+
+def annotate_shards(args, bank):
+    """Annotate all tars. Returns (captions, those with a concept, Counter of concept ids)."""
+    if bank.open:
+        raise ValueError("--bank none grows with the captions, and the processes would not know of "
+                         "each other's; name a file of concepts with --bank")
+    paths = shards.find_shards(args.shards)
+    load_parser(args.parser, bank)                  # if it is missing: one line, now
+    processes = min(args.processes or os.cpu_count(), len(paths))
+    with process_pool(processes, start_parser_process, bank, args.parser, args.device) as pool:
+        return shards.annotate_shards(paths, pool.map(annotate_shard_in_process, paths))
+
+
+def print_concepts(captions, annotated, counts, bank):
+    print(f"{captions:,} captions; {annotated / captions:.1%} have a concept, "
+          f"{counts.total() / captions:.2f} per caption; bank of {len(bank)}")
     for concept, times in counts.most_common(20):
         print(f"{times:8,}  {bank.names[concept]}")
     print("class names of the benchmarks: all, in the bank, found at least once in these captions")
     for benchmark in BENCHMARKS:
-        ids = [bank.find(name) for names in read_classes(CLASSES / f"{benchmark}.txt") for name in names]
+        classes = read_classes(CLASSES / f"{benchmark}.txt")
+        ids = [bank.find(name) for names in classes for name in names]
         known = [id for id in ids if id >= 0]
         print(f"{len(ids):8} {len(known):5} {len(set(known) & set(counts)):5}  {benchmark}")
 

@@ -1,4 +1,6 @@
-"""Where backbones come from."""
+"""Where vision backbones and their weights come from: timm, local files, the toy world."""
+import hashlib
+import json
 import logging
 import sys
 from functools import partial
@@ -6,83 +8,223 @@ from functools import partial
 import torch
 from torch import nn
 
-from machinery.checkpoint import _fill
-from machinery.release import _read_release, _read_tensors
+from machinery.checkpoint import fill
+from machinery.release import read_denoiser, read_tensors
 from machinery.toy import ToyTrunk
 
+# Backbone weights that exist nowhere but in the checkpoint, so the checkpoint stores them.
+NOT_DOWNLOADABLE = ("random", "imported")
+# Options of timm that shape a network. Others could name files, or addresses, to load.
+SHAPE_OPTIONS = {
+    "img_size", "patch_size", "embed_dim", "depth", "depths", "dims", "num_heads", "mlp_ratio",
+    "init_values", "reg_tokens", "class_token", "pos_embed", "no_embed_class", "global_pool",
+    "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "window_size", "pad_type",
+    "output_stride", "layers", "channels", "base_width", "stem_width", "depth_token_only",
+    "drop_path_rate", "qkv_bias", "num_prefix_tokens"}
 
-def _create_trunk(name, weights, options):
-    """A timm model without head that takes any image size, with weights "pretrained", "random" or of a local file."""
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+def add_flags(parser, default):
+    """The flags of a vision backbone. default: its timm name."""
+    add = parser.add_argument_group("vision backbone").add_argument
+    add("--backbone", default=default,
+        help="timm name of a ViT or CNN, or toy (default: %(default)s)")
+    add("--backbone-weights",
+        help="local weights file, loaded strictly, or 'random' (default: timm's download)")
+    add("--backbone-option", action="append", default=[], metavar="KEY=VALUE",
+        help="an option of timm that shapes the network; may be repeated")
+    add("--image-token", choices=["class", "mean"], default="class",
+        help="what stands for the whole image: the class token, or the mean of the patch tokens "
+             "as in the release's ViT-L (default: %(default)s)")
+    add("--denoiser", metavar="FILE",
+        help="denoising block for the patch tokens, keys as in the authors' checkpoints")
+    add("--pixel-mean", type=float, nargs=3,
+        help="pixel statistics in 0..1 (default: the backbone's own)")
+    add("--pixel-std", type=float, nargs=3, help="see --pixel-mean")
+
+
+def add_text_flags(parser, layers=12):
+    """The flags of a text tower."""
+    add = parser.add_argument_group("text encoder").add_argument
+    add("--text-width", type=int, help="its width (default: CLIP's for the backbone)")
+    add("--text-heads", type=int,
+        help="its attention heads (default: CLIP's for the backbone, or width / 64)")
+    add("--text-layers", type=int, default=layers, help="its layers (default: %(default)s)")
+
+
+def from_flags(args):
+    """Keyword arguments of `VisionBackbone` from train.py's flags."""
+    random = args.backbone_weights == "random"
+    if random and args.backbone == "toy":
+        raise ValueError("the toy backbone is hand-made and takes no --backbone-weights")
+    return {"name": args.backbone, "pretrained": not random,
+            "weights": None if random else args.backbone_weights, "mean": args.pixel_mean,
+            "std": args.pixel_std, "denoiser": args.denoiser, "image_token": args.image_token,
+            **parse_options(args.backbone_option)}
+
+
+def from_config(config):
+    """Keyword arguments of `VisionBackbone` from a checkpoint. Weights that the checkpoint itself
+    holds are left random."""
+    source = config["weights"]
+    is_file = source not in ("pretrained", *NOT_DOWNLOADABLE)
+    return {"name": config["name"], "pretrained": source == "pretrained",
+            "weights": source if is_file else None, "mean": config["mean"], "std": config["std"],
+            "denoiser": config.get("denoiser"), "image_token": config.get("image_token", "class"),
+            **config["options"]}
+
+
+def parse_options(options):
+    """["key=value", ...] -> dict; values are JSON, or plain words. Raises ValueError."""
+    parsed = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or key not in SHAPE_OPTIONS:
+            raise ValueError(f"--backbone-option {option}: expected key=value, such as depth=6, the "
+                             "key one of timm's that shapes the network and is without a flag here")
+        try:
+            parsed[key] = json.loads(value)         # numbers, true, false ...
+        except json.JSONDecodeError:
+            parsed[key] = value                     # ... and plain words
+    return parsed
+
+
+# --------------------------------------------------------------------------------------------------
+# timm models
+
+def create_trunk(name, source, options):
+    """A timm model without its head that takes images of any size where it can.
+
+    source: "pretrained", "random" or a local weights file. Opens nothing else: name and options may
+    come from a checkpoint. Raises ValueError, or FileNotFoundError for a missing download.
+    """
     if name == "toy":
-        if weights != "pretrained" or options:
-            raise ValueError(f"the toy backbone is made by hand; it takes no weights ({weights}) and no options {options}")
+        if source != "pretrained" or options:
+            raise ValueError("the toy backbone is hand-made; it takes no weights "
+                             f"({source}) and no options {options}")
         return ToyTrunk()
-    import timm                                     # slow to import, and not needed for the toy world
-    options = {"num_classes": 0, "pretrained": weights == "pretrained", **options}
+    if not set(options) <= SHAPE_OPTIONS:
+        raise ValueError(f"backbone option {min(set(options) - SHAPE_OPTIONS)!r}: expected one "
+                         "that shapes the network and has no flag of its own: "
+                         f"{', '.join(sorted(SHAPE_OPTIONS))}")
+    import timm                                     # slow, and the toy world does not need it
+    if not timm.is_model(name):
+        raise ValueError(f"unknown backbone {name!r}; expected 'toy' or a name from "
+                         "timm.list_models()")
+    options = {"num_classes": 0, "pretrained": source == "pretrained", **options}
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
     try:
-        hub_log.setLevel(logging.ERROR)             # our one line says it, not a dozen retries
-        try:                                        # transformers resample their position table to any grid ...
-            trunk = timm.create_model(name, dynamic_img_size=True, **options)
+        hub_log.setLevel(logging.ERROR)             # one line of ours in place of its retries
+        try:                                        # transformers: position table for any grid ...
+            trunk = timm.create_model(name, **{"dynamic_img_size": True, **options})
         except TypeError:                           # ... CNNs do not know the argument
             trunk = timm.create_model(name, **options)
     except OSError as error:
         raise FileNotFoundError(
-            f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). Connect to the network "
-            "once, or pass --backbone-weights FILE with a local copy (or --backbone-weights random for a trial that "
-            "cannot give useful masks).") from None
+            f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). "
+            "Connect to the network once, or pass --backbone-weights FILE with a local copy (or "
+            "--backbone-weights random for a trial that cannot give useful masks).") from None
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"unknown backbone {name!r} with options {options}: {error} Expected 'toy' or a name from "
-                         "timm.list_models().") from None
+        raise ValueError(f"unknown backbone {name!r} with options {options}: {error}") from None
     finally:
         hub_log.setLevel(level)
-    if weights not in ("pretrained", "random"):
-        _load_trunk(trunk, weights)
+    if source not in ("pretrained", "random"):
+        load_trunk(trunk, source)
     return trunk
 
 
-
-def _load_trunk(trunk, path):
-    """Load a local weights file strictly; only a classifier that we do not use may be left over."""
-    state = _read_tensors(path, "--backbone-weights")
+def load_trunk(trunk, path):
+    """Load a local weights file strictly; only the classifier, which is not used, may be left."""
+    state = read_tensors(path, "--backbone-weights")
+    # timm's own function that reads the key names of the original releases
     convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
     try:
-        state = convert(state, trunk) if convert else state     # timm's own reading of the original releases' keys
-    except Exception as error:                      # whatever a file of something else makes it raise
+        state = convert(state, trunk) if convert else state
+    except Exception as error:                      # whatever another kind of file makes it raise
         raise ValueError(f"{path} is no readable weights file of the backbone: {error}") from None
     heads = trunk.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
-    state = {key: value for key, value in state.items() if not any(key.startswith(f"{head}.") for head in heads)}
-    counters = {key: value for key, value in trunk.state_dict().items() if key.endswith("num_batches_tracked")}
-    _fill(trunk.state_dict(), {**counters, **state}, f"{path} does not fit the backbone")   # which may lack counters
+    prefixes = tuple(f"{head}." for head in heads)
+    state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    counters = {key: value for key, value in trunk.state_dict().items()
+                if key.endswith("num_batches_tracked")}             # which older files lack
+    fill(trunk.state_dict(), {**counters, **state}, f"{path} does not fit the backbone")
 
 
+def patch_size(trunk):
+    """(height, width) in pixels of a transformer's patches, or of the cells of a CNN's map."""
+    if hasattr(trunk, "num_prefix_tokens"):
+        size = getattr(trunk, "patch_size", None) or trunk.patch_embed.patch_size
+    else:
+        size = trunk.feature_info[-1]["reduction"]
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+def sha256(tensors):
+    """One hash of names and values, to recognise a backbone."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.removeprefix("trunk.").encode())
+        values = tensors[key].cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(values.numpy())
+    return digest.hexdigest()
+
+
+def check(backbone, saved, path):
+    """Raise ValueError if a `VisionBackbone` is not the one of a checkpoint. saved: its config."""
+    found = sha256(backbone.state_dict())
+    expected = saved.get("sha256", found)           # an authors' checkpoint knows no hash
+    if found != expected:
+        raise ValueError(f"the backbone's weights ({saved['weights']}) are not those that {path} "
+                         "was trained with; pass --backbone-weights FILE with the right ones")
+    backbone.config["sha256"] = found
+    if saved["weights"] in NOT_DOWNLOADABLE:
+        backbone.config["weights"] = saved["weights"]
+
+
+def stored_tensors(backbone):
+    """Tensors of a `VisionBackbone` that a checkpoint has to hold, with their names in a method.
+
+    A random or imported backbone cannot be downloaded again, and no denoiser can.
+    """
+    whole = backbone.config["weights"] in NOT_DOWNLOADABLE
+    return {f"backbone.{name}": value for name, value in backbone.state_dict().items()
+            if whole or name.startswith("denoiser.")}
+
+
+# --------------------------------------------------------------------------------------------------
+# The denoiser
 
 class Denoiser(nn.Module):
-    """The frozen block of "Denoising Vision Transformers" that rids patch tokens of what depends on their place only
-    (method, section 3): one transformer block over patch tokens + a table of 37 x 37 positions.
+    """Frozen block of "Denoising Vision Transformers", which the release puts on patch tokens.
 
-    Named as in the authors' checkpoint. width: D.
+    It removes what depends on a patch's position only (docs/method.md, section 3): one transformer
+    block over patch tokens + a table of 37 x 37 positions. Names are those of the authors'
+    checkpoints. width: D.
     """
 
     def __init__(self, width):
         super().__init__()
         from timm.models.vision_transformer import Block
         self.pos_embed = nn.Parameter(torch.zeros(1, 37 * 37, width))
-        self.denoiser = Block(width, max(1, width // 64), qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.denoiser = Block(width, max(1, width // 64), qkv_bias=True,
+                              norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
     def forward(self, patches, grid):
-        """patches: (B, N, D), N = h * w, not normalised. Returns (B, N, D). The table is resampled bicubically."""
+        """patches: (B, N, D), not normalised, N = h * w. Returns (B, N, D)."""
         from timm.layers import resample_abs_pos_embed
-        return self.denoiser(patches + resample_abs_pos_embed(self.pos_embed, list(grid), num_prefix_tokens=0))
+        table = resample_abs_pos_embed(self.pos_embed, list(grid), num_prefix_tokens=0)  # bicubic
+        return self.denoiser(patches + table)
 
 
-
-def _create_denoiser(width, source):
-    """A denoiser from a file of `visual.pos_embed` and `visual.denoiser.*`, nothing else; True = yet to be filled."""
+def create_denoiser(width, source):
+    """A denoiser from a file in the authors' format; True = one that is still to be filled."""
     denoiser = Denoiser(width)
     if source is not True:
-        expected = {f"visual.{key}": value for key, value in denoiser.state_dict().items()}
-        _fill(expected, _read_release(source, "--denoiser"), f"{source} is no denoiser for this backbone")
+        state, prefix = read_denoiser(source)
+        expected = {prefix + key: value for key, value in denoiser.state_dict().items()}
+        fill(expected, state, f"{source} is no denoiser for this backbone")
     return denoiser

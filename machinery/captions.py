@@ -1,65 +1,141 @@
-"""Captions files."""
-import contextlib
+"""Captions files, and annotations as arrays with their cache files."""
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from machinery.checkpoint import whole_file
+
+CONTEXT = 77                                        # tokens of a caption, start and end included
+
 
 def read_captions(path):
-    """Read a captions file: COCO JSON, or TSV / JSONL of (image, caption). Returns [(image file name, caption)].
+    """Read COCO's captions JSON, or TSV / JSONL of (image, caption).
 
-    A TSV may begin with a header line "image<tab>caption" (or open_clip's "filepath<tab>title"); JSONL lines are
-    {"image": ..., "caption": ...}. Raises FileNotFoundError, or ValueError for a file that is none of these or empty.
+    A TSV may begin with a line "image<tab>caption" (or open_clip's "filepath<tab>title"); lines of
+    JSONL are {"image": ..., "caption": ...}. Returns [(image file name, caption)].
+    Raises FileNotFoundError; ValueError for a file that is none of these, or is empty.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no captions file {path}. For COCO expected data/coco/annotations/captions_train2017.json and "
-            "data/coco/train2017/*.jpg from https://cocodataset.org/#download (2017 train images, train/val annotations); "
-            "or pass --train-data FILE, or --train-data toy, which needs no files")
+            f"no captions file {path}. For COCO expected "
+            "data/coco/annotations/captions_train2017.json and data/coco/train2017/*.jpg from "
+            "https://cocodataset.org/#download (2017 train images, train/val annotations); or pass "
+            "--train-data FILE, or --train-data toy, which needs no files")
+    readers = {".json": read_coco, ".jsonl": read_jsonl, ".tsv": read_tsv}
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":
-            content = json.loads(text)
-            names = {image["id"]: image["file_name"] for image in content["images"]}
-            pairs = [(names[a["image_id"]], a["caption"]) for a in content["annotations"]]
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-            pairs = [(row["image"], row["caption"]) for row in rows]
-        elif path.suffix == ".tsv":
-            rows = [line.split("\t") for line in text.split("\n") if line.strip()]
-            header = bool(rows) and [cell.strip() for cell in rows[0][:2]] in (["image", "caption"], ["filepath", "title"])
-            pairs = [(row[0], row[1].strip()) for row in rows[header:]]
-        else:
+        if path.suffix not in readers:
             raise ValueError("its name must end in .json (COCO), .jsonl or .tsv")
+        pairs = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
         if not all(isinstance(cell, str) for pair in pairs for cell in pair):
             raise TypeError("an image name or caption that is no text")
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is no captions file ({type(error).__name__}: {error}). Expected COCO's JSON with "
-                         "'images' and 'annotations', or rows of image and caption") from None
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{path} is no captions file ({type(error).__name__}: {error}). Expected "
+                         "COCO's JSON with 'images' and 'annotations', or rows of image and "
+                         "caption") from None
     pairs = [(image, caption) for image, caption in pairs if caption.strip()]
     if not pairs:
-        raise ValueError(f"{path} holds no captions; expected at least one pair of image and caption")
+        raise ValueError(f"{path} holds no captions; expected at least one pair of image and "
+                         "caption")
     return pairs
 
 
+def read_coco(text):
+    content = json.loads(text)
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    return [(names[a["image_id"]], a["caption"]) for a in content["annotations"]]
 
-def as_arrays(found):
-    """What annotate yields, as (offsets, rows) of `load_annotations`."""
-    return (np.cumsum([0, *map(len, found)], dtype=np.int32),
-            np.array([row for rows in found for row in rows], dtype=np.int32).reshape(-1, 3))
 
+def read_jsonl(text):
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    return [(row["image"], row["caption"]) for row in rows]
+
+
+def read_tsv(text):
+    rows = [line.split("\t") for line in text.split("\n") if line.strip()]
+    if rows and [cell.strip() for cell in rows[0][:2]] in (["image", "caption"],
+                                                          ["filepath", "title"]):
+        rows = rows[1:]
+    return [(row[0], row[1].strip()) for row in rows]
+
+
+# --------------------------------------------------------------------------------------------------
+# Annotations: rows[offsets[i]:offsets[i + 1]] are the (concept id, first token, end token) of
+# caption i. offsets: (captions + 1,) int32. rows: (occurrences, 3) int32.
+
+def as_arrays(annotations):
+    """Lists of rows, one list per caption -> (offsets, rows)."""
+    offsets = np.cumsum([0, *map(len, annotations)], dtype=np.int32)
+    rows = [row for found in annotations for row in found]
+    return offsets, np.array(rows, dtype=np.int32).reshape(-1, 3)
+
+
+def check_annotations(offsets, rows, concepts):
+    """Raise ValueError if arrays from a file cannot be annotations. concepts: size of the bank."""
+    integers = offsets.dtype.kind in "iu" and rows.dtype.kind in "iu"
+    shaped = offsets.ndim == 1 and rows.ndim == 2 and rows.shape[1] == 3
+    if not integers or not shaped or not len(offsets):
+        raise ValueError(f"expected integers (K + 1,) and (n, 3), found {offsets.dtype} "
+                         f"{offsets.shape} and {rows.dtype} {rows.shape}")
+    if offsets[0] != 0 or offsets[-1] != len(rows) or (np.diff(offsets) < 0).any():
+        raise ValueError("offsets do not rise from 0 to the number of rows")
+    ids, first, end = rows.T
+    if len(rows) and not (0 <= ids.min() <= ids.max() < concepts):
+        raise ValueError(f"concept ids {ids.min()}..{ids.max()}, expected 0..{concepts - 1}")
+    if len(rows) and not (1 <= first.min() and (first < end).all() and end.max() < CONTEXT):
+        raise ValueError("token positions that no caption has")
 
 
 def save_arrays(path, **arrays):
     """np.savez, whole or not at all. Raises OSError."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial.npz")
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_cache(path, key, captions, concepts=None):
+    """(offsets, rows, names of an open bank) of a cache file, or None if it is missing, broken or
+    of something else.
+
+    key: of `save_cache`. captions: their number. concepts: size of the bank, None = as many as the
+    file names.
+    """
     try:
-        np.savez(partial, **arrays)
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["key"]) != key:
+                return None
+            offsets = file["offsets"]
+            rows = file["rows"]
+            names = [str(name) for name in file["names"]] if concepts is None else []
+        if len(offsets) != captions + 1:
+            raise ValueError(f"annotations of {len(offsets) - 1} captions, expected {captions}")
+        check_annotations(offsets, rows, len(names) if concepts is None else concepts)
+    except Exception:                               # a broken file raises almost anything
+        return None
+    return offsets, rows, names
+
+
+def save_cache(path, key, offsets, rows, names):
+    save_arrays(path, key=key, offsets=offsets, rows=rows, names=np.array(names, dtype=str))
+
+
+class ConceptIndex:
+    """Finds captions that share a concept. offsets, rows: annotations."""
+
+    def __init__(self, offsets, rows):
+        self.offsets = offsets
+        self.ids = rows[:, 0]
+        self.caption = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))     # of each row
+        self.order = np.argsort(self.ids, kind="stable")
+        self.sorted_ids = self.ids[self.order]
+
+    def partner(self, i, rng):
+        """(number of a caption that shares a concept with caption i, the concept's id), drawn by
+        rng; it may be i itself. None if caption i has no concept."""
+        own = np.unique(self.ids[self.offsets[i]:self.offsets[i + 1]])
+        if len(own) == 0:
+            return None
+        concept = rng.choice(own)
+        first, last = np.searchsorted(self.sorted_ids, [concept, concept + 1])
+        row = self.order[rng.integers(first, last)]
+        return int(self.caption[row]), int(concept)

@@ -1,15 +1,38 @@
-"""Several processes that compute one batch: sums and gathers with gradient, devices, precision, data workers."""
+"""Several processes compute one global batch: devices, sums and gathers with gradient, waiting.
+
+Without a process group every sum and gather here is the identity, so that the losses are plain
+functions of tensors.
+"""
+import contextlib
 import os
-import signal
-import threading
-from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from machinery.workers import end_with_torchrun
+
+
+# --------------------------------------------------------------------------------------------------
+# Sums and gathers
+
+def rank():
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
 
 class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce sum. The backward of an all-reduce sum is an all-reduce sum.
+
+    Every process computes the same loss from the summed tensor. So each process's gradient comes
+    out as the true gradient times the number of processes; their mean (`average_gradients`) is the
+    exact gradient of the loss.
+    """
+
     @staticmethod
     def forward(ctx, x):
         x = x.clone(memory_format=torch.contiguous_format)
@@ -23,119 +46,135 @@ class _SumOverProcesses(torch.autograd.Function):
         return grad
 
 
-
-def distributed():
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-
 def sum_over_processes(x):
-    return _SumOverProcesses.apply(x) if distributed() else x
-
+    """Sum of a tensor over all processes, with gradient."""
+    return _SumOverProcesses.apply(x) if world_size() > 1 else x
 
 
 def gather_rows(x):
-    """(rows, D) of every process, in rank order -> (world * rows, D). Every process must hold as many rows."""
-    if not distributed():
-        return x
-    rows = x.new_zeros(dist.get_world_size(), *x.shape)             # a sum in which everyone has a place of his own
-    rows[dist.get_rank()] = x
-    return sum_over_processes(rows).flatten(0, 1)
+    """(rows, ...) of every process -> (world * rows, ...) in rank order, with gradient.
 
+    Every process must hold the same number of rows. It is an all-gather by all-reduce: each rank
+    fills its own slot of a zero tensor, and the sum joins them.
+    """
+    if world_size() == 1:
+        return x
+    slots = x.new_zeros(world_size(), *x.shape)
+    slots[rank()] = x
+    return sum_over_processes(slots).flatten(0, 1)
+
+
+def global_rows(draw, rows):
+    """This process's rows of a random tensor that is drawn for the global batch.
+
+    draw: function of a number of rows. All processes draw the same tensor, because their generators
+    are seeded alike, so results do not depend on the number of processes.
+    """
+    return draw(rows * world_size())[rank() * rows:(rank() + 1) * rows]
 
 
 def average_gradients(parameters):
-    """Mean over processes, in one message: the exact gradient of the global batch's loss (see model.py)."""
-    if dist.is_initialized():
+    """Mean of the gradients over processes, in one message; see `_SumOverProcesses`.
+
+    A parameter that the loss did not reach gets gradient 0.
+    """
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if world_size() > 1:
         flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(part.view_as(p))
-
-
-
-def pick_precision(name, device):
-    """dtype of the towers' arithmetic: bfloat16, or float16 on older GPUs; float32 where there is no hardware for it."""
-    if name == "auto":
-        name = "fp32" if device != "cuda" else "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-
-def place(args, world):
-    """Kind of device, and the one of this process."""
-    kind = pick_device(args.device)
-    kind = "cpu" if kind == "mps" and world > 1 else kind           # gloo does not know Apple's GPU
-    return kind, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind
-
-
-
-def join_processes(args, world):
-    """Join the other processes. Returns a second group for waits without end, while one process annotates or scores.
-
-    In training itself nobody should keep the others waiting: there the job ends after --timeout-minutes.
-    """
-    if world == 1:
-        return None
-    kind, device = place(args, world)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=args.timeout_minutes))
-    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
-
-
-
-@contextmanager
-def first_process_first(rank, patient):
-    """Let the first process go through the block alone, the others after it."""
-    if patient and rank > 0:
-        dist.barrier(patient)
-    yield
-    if patient and rank == 0:
-        dist.barrier(patient)
-
-
-
-def pick_device(name):
-    """"auto" -> the best device there is. Raises ValueError for one that is not."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, there in found.items() if there)
-    if not found[name]:
-        raise ValueError(f"--device {name}: there is no such device here; use auto or cpu")
-    return name
-
-
-
-def share_of(total):
-    """Indices of this process: every world-th, none twice, none made up to fill."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return range(rank, total, world)
-
-
-
-def first_process():
-    return not dist.is_initialized() or dist.get_rank() == 0
-
+        flat /= world_size()
+        sizes = [p.numel() for p in parameters]
+        for p, mean in zip(parameters, flat.split(sizes)):
+            p.grad.copy_(mean.view_as(p))
 
 
 def sum_counts(counts):
-    """int64 counts added up over processes."""
-    if dist.is_initialized():
+    """An integer tensor, summed over processes in place."""
+    if world_size() > 1:
         dist.all_reduce(counts)
     return counts
 
 
+def own_indices(total):
+    """Indices of this process: every world-th, none twice, none added to fill up."""
+    return range(rank(), total, world_size())
 
-def ignore_signals(worker):
-    """For the DataLoader's workers: when to stop is decided by the process that started them; only its SIGTERM counts."""
-    def wait():                                     # a signal that was ignored altogether would keep it from exiting
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):              # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=wait, daemon=True).start()
+# --------------------------------------------------------------------------------------------------
+# Processes and devices
+
+@dataclass
+class Processes:
+    """This process among all, and its device. waiting_group: for waits without a time limit."""
+    rank: int
+    world: int
+    device_type: str                                # "cpu", "cuda" or "mps"
+    device: str                                     # with the GPU's number: "cuda:3"
+    waiting_group: dist.ProcessGroup | None = None
+
+    def wait(self):
+        """Wait for all processes, however long it takes."""
+        if self.waiting_group:
+            dist.barrier(self.waiting_group)
+
+    @contextlib.contextmanager
+    def first_process_first(self):
+        """The first process runs the block alone, the others after it."""
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
+
+    def leave(self):
+        """Leave together: nobody ends while another still works. Not after an error, when the
+        others may never come."""
+        if self.waiting_group:
+            self.wait()
+            dist.destroy_process_group()
+
+
+def join_processes(device, timeout_minutes):
+    """Join the processes that torchrun started; alone if it did not. Returns `Processes`.
+
+    timeout_minutes: how long a step waits for another process before the run ends. One process that
+    annotates or scores while the others wait may take longer: `Processes.wait`.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device_type = pick_device(device)
+    if world == 1:
+        return Processes(0, 1, device_type, device_type)
+    end_with_torchrun()
+    if device_type == "mps":                        # gloo does not know Apple's GPU
+        device_type = "cpu"
+    name = device_type
+    if device_type == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(name)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    waiting_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return Processes(dist.get_rank(), world, device_type, name, waiting_group)
+
+
+def pick_device(name):
+    """"auto" -> the best device there is. Raises ValueError for a device that is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        return next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"--device {name}: this machine has none; use auto or cpu")
+    return name
+
+
+def pick_precision(name, device_type):
+    """dtype of the networks' arithmetic: bfloat16, or float16 on older GPUs; float32 on a CPU."""
+    if name == "auto":
+        if device_type != "cuda":
+            name = "fp32"
+        else:
+            name = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

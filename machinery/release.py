@@ -1,56 +1,137 @@
-"""The authors' checkpoints (method, section 11)."""
+"""The authors' checkpoints -> settings and tensors (docs/method.md, section 11)."""
+import math
 import pickle
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
+# Prefixes of the names of tensors: ours -> the authors'.
+NAMES = {"backbone.trunk.": "visual.vit.model.", "backbone.denoiser.": "visual.",
+         "text.tower.": "text."}
+# Buffers of their training program that a model does not need.
+UNUSED = ("classification_weights_ema", "beta_ema", "logit_scale_local")
 
-def _read_tensors(path, flag):
-    """Tensors by name of a PyTorch or safetensors file, without "state_dict" around them and "module." before each."""
+
+def read_tensors(path, flag):
+    """Tensors by name of a PyTorch or safetensors weights file.
+
+    A "state_dict" around them and "module." before each name are removed. No pickled object is
+    loaded but NumPy's scalars, which the authors' program leaves in its optimizer's state.
+    flag: named in the error for a missing file. Raises FileNotFoundError or ValueError.
+    """
     from timm.models import load_state_dict
     if not Path(path).is_file():
         raise FileNotFoundError(f"{flag}: no file {path}")
+    scalar = np._core.multiarray.scalar
+    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    harmless = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
     try:
-        return load_state_dict(str(path), weights_only=True)
+        with torch.serialization.safe_globals(harmless):
+            return load_state_dict(str(path), weights_only=True)
     except Exception as error:                      # whatever a broken file makes the readers raise
         reason = " ".join(str(error).split())
         if isinstance(error.__cause__ or error, pickle.UnpicklingError):
-            reason = ("if it holds Python objects, which could run anything when loaded, and you trust it, save its "
-                      "tensors alone: torch.save(torch.load(old, weights_only=False)['state_dict'], new)")
-        raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): {reason}") from None
+            reason = ("if it holds Python objects, which could run anything when loaded, and you "
+                      "trust it, save its tensors alone: "
+                      "torch.save(torch.load(old, weights_only=False)['state_dict'], new)")
+        raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): "
+                         f"{reason}") from None
 
 
-
-RELEASE_NAMES = {"backbone.trunk.": "visual.vit.model.", "backbone.denoiser.": "visual.", "text.tower.": "text."}
-
-RELEASE_BUFFERS = ("classification_weights_ema", "beta_ema", "logit_scale_local")       # carry no knowledge: not read
-
-
-
-def _read_release(path, flag):
-    """Tensors of a file in the authors' format; the denoiser's table, if (37, 37, D), becomes (1, 37 * 37, D)."""
-    state = _read_tensors(path, flag)
+def read_flat(path, flag):
+    """Tensors of a file in the authors' format. Raises ValueError for anything but tensors."""
+    state = read_tensors(path, flag)
     others = [key for key, value in state.items() if not torch.is_tensor(value)]
     if others:
-        raise ValueError(f"{path}: expected tensors only, found {', '.join(others[:5])}")
-    table = state.get("visual.pos_embed")
-    if table is not None and table.shape[:-1] in ((37, 37), (1, 37, 37)):
-        state["visual.pos_embed"] = table.reshape(1, 37 * 37, -1)
-    return {key: value for key, value in state.items() if key not in RELEASE_BUFFERS}
+        raise ValueError(f"{path}: expected tensors only, found {', '.join(map(str, others[:5]))}")
+    return {key: value for key, value in state.items() if key not in UNUSED}
 
 
+def flat_table(table):
+    """The denoiser's position table, (37, 37, D) with or without a leading 1, as (1, 1369, D)."""
+    if table.shape[:-1] in ((37, 37), (1, 37, 37)):
+        return table.reshape(1, 37 * 37, -1)
+    return table
 
-def _backbone_name(state, path):
-    """timm's name of the ViT in an authors' checkpoint: DINOv2, which has LayerScale and maybe registers, or DINO."""
+
+def read_denoiser(path):
+    """Tensors of a denoiser and the prefix of their names: "visual.", or none if the file holds
+    {"denoiser": {"pos_embed": ..., "denoiser.*": ...}}, as the one that the authors name."""
+    state = read_tensors(path, "--denoiser")
+    prefix = "visual."
+    if isinstance(state.get("denoiser"), dict):
+        state = state["denoiser"]
+        prefix = ""
+    others = [key for key, value in state.items() if not torch.is_tensor(value)]
+    if others:
+        raise ValueError(f"{path}: expected tensors only, found {', '.join(map(str, others[:5]))}")
+    table = f"{prefix}pos_embed"
+    return {key: flat_table(value) if key == table else value
+            for key, value in state.items()}, prefix
+
+
+def read_checkpoint(path, backbone=None, image_token=None):
+    """(config of SimZSS, tensors, function from our names to theirs) of an authors' checkpoint.
+
+    The settings are the release's. The file does not name the concepts, so the bank is empty.
+    backbone: timm's name, if the tensors do not tell. image_token: see `VisionBackbone`.
+    """
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    state = read_flat(path, "--checkpoint")
+    name = backbone or backbone_name(state, path)
+    vit = {key.removeprefix("visual.vit.model."): value.shape for key, value in state.items()}
+    if image_token is None:
+        image_token = "class"
+        if name.startswith("vit_large"):
+            image_token = "mean"
+            print(f"warning: {path} has a ViT-L; the authors' takes the mean of the patch tokens "
+                  "in place of the class token, and so is it taken here. Pass --image-token to "
+                  "say so or otherwise; segmentation does not depend on it", file=sys.stderr)
+
+    has_denoiser = any(key.startswith("visual.denoiser.") for key in state)
+    if has_denoiser and "visual.pos_embed" in state:
+        state["visual.pos_embed"] = flat_table(state["visual.pos_embed"])
+    if not has_denoiser:                            # their module creates the table in any case
+        state.pop("visual.pos_embed", None)
+
+    options = {}
+    table = vit.get("pos_embed", ())
+    patch = vit.get("patch_embed.proj.weight", ())
+    if len(table) == 3 and len(patch) == 4:         # the table (1, N, D) tells the image size
+        options["img_size"] = math.isqrt(table[1]) * patch[-1]
+    width = state.get("text.positional_embedding", torch.empty(0)).shape[-1]        # (77, width)
+    layers = {key.split(".")[3] for key in state if key.startswith("text.transformer.resblocks.")}
+    text = {"output_dim": patch[0] if patch else 0, "width": width or None, "heads": None,
+            "layers": len(layers) or 1}
+    vision = {"name": name, "weights": "imported", "options": options, "denoiser": has_denoiser,
+              "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, "image_token": image_token}
+    switches = {"local_target": "argmax", "weights_over": "process"}
+    config = {"backbone": vision, "text": text, "bank": [], "switches": switches}
+    return config, state, their_name
+
+
+def their_name(name):
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def backbone_name(state, path):
+    """timm's name of the ViT in an authors' checkpoint: DINOv2, which has LayerScale, or DINO."""
     import timm
     vit = {key.removeprefix("visual.vit.model."): value.shape for key, value in state.items()}
-    patch = tuple(vit.get("patch_embed.proj.weight", ()))                               # (D, 3, ph, pw)
-    size = {384: "small", 768: "base", 1024: "large"}.get(patch[0]) if len(patch) == 4 else None
+    patch = tuple(vit.get("patch_embed.proj.weight", ()))                           # (D, 3, ph, pw)
+    size = None
+    if len(patch) == 4:
+        size = {384: "small", 768: "base", 1024: "large"}.get(patch[0])
     registers = f"reg{vit['reg_token'][1]}_" if len(vit.get("reg_token", ())) == 3 else ""
     kind = f"{registers}dinov2.lvd142m" if "blocks.0.ls1.gamma" in vit else "224.dino"
     name = f"vit_{size}_patch{patch[-1] if patch else None}_{kind}"
     if not timm.list_models(name, pretrained=True):
-        raise ValueError(f"{path}: expected an authors' checkpoint with a DINO or DINOv2 backbone, ViT-S, B or L, but "
-                         f"visual.vit.model.patch_embed.proj.weight has shape {list(patch)}; name any other backbone "
-                         "as timm does, with --backbone or load_model(path, backbone=NAME)")
+        raise ValueError(f"{path}: expected an authors' checkpoint with a DINO or DINOv2 backbone, "
+                         "ViT-S, B or L, but visual.vit.model.patch_embed.proj.weight has shape "
+                         f"{list(patch)}; name any other backbone as timm does, with --backbone or "
+                         "load_model(path, backbone=NAME)")
     return name

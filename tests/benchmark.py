@@ -1,9 +1,11 @@
-"""How fast is what is claimed to be fast: each row is a ratio measured in one run, the two ways in turn, medians of all.
+"""How fast is what is claimed to be fast: each row is a ratio measured in one run.
 
-    python tests/benchmark.py --captions data/coco/annotations/captions_train2017.json --parser en_core_web_sm
-    python tests/benchmark.py --device cuda                     # also whole steps of the recipe on one GPU
+    python tests/benchmark.py --captions data/coco/annotations/captions_train2017.json \
+        --parser en_core_web_sm
+    python tests/benchmark.py --device cuda             # also whole steps of the recipe on one GPU
 
-The backbone is DINOv2's ViT-B/14 with random weights, which are as fast as any. About eight minutes on two CPU cores.
+Both ways run in turn, and the medians of all measurements are compared. The backbone is DINOv2's
+ViT-B/14 with random weights, which are as fast as any. About eight minutes on two CPU cores.
 """
 import argparse
 import json
@@ -12,7 +14,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,15 +25,19 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from concepts import ConceptBank, annotate, load_annotations, load_parser, tokenize
-from data import CachedFeatures, CaptionedImages, collate, random_resized_crop
+from data import BatchStream, CaptionedImages, join, random_resized_crop
+from machinery.features import FeatureCache
 from machinery.images import load_image, to_pixels
+from machinery.parallel import Processes
 from machinery.pictures import row_bands
-from model import DEFAULT_BACKBONE, SimZSS, TextEncoder, VisionBackbone, global_loss
+from model import (BUCKET, DEFAULT_BACKBONE, SimZSS, TextEncoder, VisionBackbone, global_loss)
 from segment import enlarge, segment_image
-from train import GPU_TEXT_GROUP, TEXT_GROUP, backward, next_batch, parameter_groups
 
-WORDS = "a the two large black white dog cat person car bus on in with near grass street table water and sitting red".split()
-OFF = torch.amp.GradScaler("cpu", enabled=False)
+WORDS = ("a the two large black white dog cat person car bus on in with near grass street table "
+         "water and sitting red").split()
+COCO_IMAGES = 118287
+RECIPE_STEPS = 488                                  # of 8,192 pairs: the recipe on COCO Captions
+RECIPE_BATCH = 8192
 
 
 def interleaved(rounds, *ways):
@@ -52,9 +57,11 @@ def print_row(name, slow, fast, target=""):
 
 
 def read_captions_or_draw(path, rng):
-    """Captions of a COCO file; without one, drawn from a few words, with lengths like COCO's (8 to 25 words, mostly 10)."""
+    """Captions of a COCO file; without one, drawn from a few words, with lengths like COCO's (8 to
+    25 words, mostly 10)."""
     if path:
-        return [annotation["caption"] for annotation in json.loads(Path(path).read_text())["annotations"]]
+        annotations = json.loads(Path(path).read_text())["annotations"]
+        return [annotation["caption"] for annotation in annotations]
     lengths = np.minimum(8 + rng.geometric(0.35, 2000), 25)
     return [" ".join(rng.choice(WORDS, length)) for length in lengths]
 
@@ -63,83 +70,120 @@ def build(bank):
     torch.manual_seed(0)
     backbone = VisionBackbone(DEFAULT_BACKBONE, pretrained=False)
     model = SimZSS(backbone, TextEncoder(backbone.width), bank.names)
-    parameters = list(model.trained().values())
-    return model, torch.optim.AdamW(parameter_groups(parameters, 0.2), lr=1e-5, fused=True)
+    groups = [{"params": group["params"], "weight_decay": 0.2 * group["decay"]}
+              for group in model.groups()]
+    return model, torch.optim.AdamW(groups, lr=1e-5, fused=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The rows
 
 def text_rows(model, captions, rounds, batch=256):
-    """The text encoder there and back: padded to the context, cut to the longest of the batch, in groups by length."""
+    """The text encoder there and back: padded to the context, cut to the longest of the batch, in
+    buckets of similar length."""
     tokens = torch.stack([tokenize(caption) for caption in captions[:batch]])
     padded = tokens.clone()
-    padded[0, 1:-1], padded[0, -1] = 320, tokens.max()          # one caption as long as the context: nothing can be cut
+    padded[0, 1:-1] = 320                           # one caption as long as the context: no cut
+    padded[0, -1] = tokens.max()
     spans = torch.tensor([1, 2]).expand(batch, 1, 2)
 
-    def encode(tokens, group):
+    def encode(tokens, size):
         model.zero_grad()
-        caption, concepts = model.encode_text(tokens, spans, group)
+        caption, concepts = model.encode_text_in_buckets(tokens, spans, size)
         (caption.sum() + concepts.sum()).backward()
-    full, cut, by_length = interleaved(rounds, lambda: encode(padded, None), lambda: encode(tokens, None),
-                                       lambda: encode(tokens, TEXT_GROUP))
+
+    full, cut, in_buckets = interleaved(rounds, lambda: encode(padded, batch),
+                                        lambda: encode(tokens, batch),
+                                        lambda: encode(tokens, BUCKET))
     lengths = tokens.argmax(dim=-1) + 1
-    print(f"# {batch} captions of {lengths.float().mean():.1f} tokens on average, {int(lengths.max())} at most")
+    print(f"# {batch} captions of {lengths.float().mean():.1f} tokens on average, "
+          f"{int(lengths.max())} at most")
     print_row("text: padded -> cut to the longest", full, cut)
-    print_row("text: cut -> also in groups by length", cut, by_length)
-    print_row("text: padded -> cut and in groups by length", full, by_length, "at least 3.5")
+    print_row("text: cut -> also in groups by length", cut, in_buckets)
+    print_row("text: padded -> cut and in groups by length", full, in_buckets, "at least 3.5")
 
 
 def step_rows(model, optimizer, captions, bank, rounds, batch=32, size=224):
-    """A training step from images in memory, from cached features, and what the local loss adds to it."""
-    rng, captions = np.random.default_rng(0), captions[:batch]
+    """A training step from images in memory, from cached features, and what the local loss adds to
+    it."""
+    rng = np.random.default_rng(0)
+    captions = captions[:batch]
     images = [rng.integers(0, 256, (480, 640, 3), np.uint8) for _ in range(batch)]
-    pairs = CaptionedImages(images, captions, load_annotations(None, captions, bank, "match"), size)
+    annotations = load_annotations(None, captions, bank, "match")
+    sample = partial(SimZSS.sample, size=size)
+    settings = argparse.Namespace(batch=batch, micro_batch=None, epoch_pairs=batch, pairs=None,
+                                  workers=0, seed=0)
 
-    def step(pairs, losses=backward):
-        piece = collate([pairs[i, i] for i in range(batch)])
-        loaded, _ = next_batch(iter([piece]), 1, torch.zeros(1, 8, dtype=torch.int64), model, "cpu", nullcontext)
+    def features(pixels):
+        return model.features({"pixels": pixels})
+
+    def stream(cache=None):
+        pairs = CaptionedImages(images, captions, annotations, sample, size, cache=cache)
+        return BatchStream(pairs, model, settings, Processes(0, 1, "cpu", "cpu"), steps=10 ** 6)
+
+    def simzss(batch):
+        model.backward(batch, lambda loss: loss)
+
+    def lit(batch):
+        spans = batch["concepts"][..., 1:]
+        caption, _ = model.encode_text_in_buckets(batch["tokens"], spans, BUCKET)
+        class_token = batch["class_token"].float()
+        global_loss(class_token, caption, model.logit_scale.exp()).backward()
+
+    def step(pairs, backward=simzss):
+        loaded = next(pairs)
         optimizer.zero_grad()
-        losses(model, loaded, TEXT_GROUP, False, nullcontext, OFF)
+        backward(loaded)
         optimizer.step()
 
-    def lit(model, batch, group, *others):
-        caption, _ = model.encode_text(batch["tokens"], batch["spans"], group)
-        global_loss(batch["class_token"], caption, model.logit_scale.exp()).backward()
-
     with tempfile.TemporaryDirectory() as folder:
-        cached = CachedFeatures(pairs, model.backbone, folder)
-        cached.compute(model.backbone)
-        live, fast = interleaved(rounds, lambda: step(pairs), lambda: step(cached))
-        with_local, without = interleaved(4 * rounds, lambda: step(cached), lambda: step(cached, lit))
-    print_row(f"step of {batch}: live -> cached features", live, fast, "at least 10")
-    print_row(f"step of {batch}: SimZSS -> lambda = 0, live", live, live - (with_local - without), "at most 1.03")
+        N = (size // model.backbone.patch_size[0]) ** 2
+        pairs = CaptionedImages(images, captions, annotations, sample, size)
+        cache = FeatureCache(images, pairs.open_image, size, folder, model.feature_key(),
+                             2 * (1 + N) * model.backbone.width)
+        cache.compute(features)
+        live = stream()
+        cached = stream(cache)
+        slow, fast = interleaved(rounds, lambda: step(live), lambda: step(cached))
+        with_local, without = interleaved(4 * rounds, lambda: step(cached),
+                                          lambda: step(cached, lit))
+    print_row(f"step of {batch}: live -> cached features", slow, fast, "at least 10")
+    print_row(f"step of {batch}: SimZSS -> lambda = 0, live", slow, slow - (with_local - without),
+              "at most 1.03")
 
 
 def image_rows(rounds, size=224):
     """Decoding and cropping a photo for training, decoded whole and as small as is allowed."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        for width, height in ((640, 480), (1280, 960), (4000, 3000)):
-            path = Path(folder) / "photo.jpg"
-            image = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8))
-            image.resize((width, height), Image.BICUBIC).save(path, quality=90)
+        path = Path(folder) / "photo.jpg"
 
-            def crop(least):
-                to_pixels(random_resized_crop(load_image(path, least), size, np.random.default_rng(0)))
+        def crop(least):
+            image = load_image(path, least)
+            to_pixels(random_resized_crop(image, size, np.random.default_rng(0)))
+
+        for width, height in ((640, 480), (1280, 960), (4000, 3000)):
+            noise = rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+            image = Image.fromarray(noise).resize((width, height), Image.BICUBIC)
+            image.save(path, quality=90)
             print_row(f"photo of {width} x {height}: whole -> reduced decoding",
                       *interleaved(10 * rounds, lambda: crop(None), lambda: crop(2 * size)))
 
 
 def annotation_rows(captions, bank, parser, rounds):
     """Finding concepts: caption by caption, and in the parser's batches."""
-    pipeline, captions = load_parser(parser, bank), captions[:500]
+    pipeline = load_parser(parser, bank)
+    captions = captions[:500]
 
     def one_by_one():
         for caption in captions:
             list(annotate([caption], bank, pipeline))
+
+    def in_batches():
+        list(annotate(captions, bank, pipeline))
+
     print_row(f"{len(captions)} captions, parser {Path(parser).name}: single -> batches",
-              *interleaved(rounds, one_by_one, lambda: list(annotate(captions, bank, pipeline))))
+              *interleaved(rounds, one_by_one, in_batches))
 
 
 def window_rows(rounds, device):
@@ -150,110 +194,147 @@ def window_rows(rounds, device):
     for classes in (2, 171):
         embeddings = F.normalize(torch.randn(classes, backbone.width, device=device), dim=-1)
         print_row(f"3 windows, {classes} classes: one by one -> in a batch", *interleaved(
-            rounds, lambda: segment_image(model, photo, embeddings, batch=1), lambda: segment_image(model, photo, embeddings)))
+            rounds, lambda: segment_image(model, photo, embeddings, batch=1),
+            lambda: segment_image(model, photo, embeddings)))
 
 
 def whole_arg_max(maps, height, width):
-    return F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)[0].max(dim=0)
+    maps = F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)
+    return maps[0].max(dim=0)
 
 
 def banded_arg_max(maps, height, width):
-    score, mask = torch.empty(height, width), torch.empty(height, width, dtype=torch.int64)
+    score = torch.empty(height, width)
+    mask = torch.empty(height, width, dtype=torch.int64)
     for band in row_bands(height, len(maps) * width):
         score[band], mask[band] = enlarge(maps, height, width, band.start, band.stop).max(dim=0)
 
 
+def peak_memory():
+    """The most memory in kB that this process has held (Linux)."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 def added_memory(function, classes, height, width):
-    """MB by which the function raises the memory of the process that calls it at its peak (Linux)."""
+    """MB by which the function raises the memory of the process that calls it at its peak
+    (Linux)."""
     maps = torch.rand(classes, 448, 597)
-    Path("/proc/self/clear_refs").write_text("5")               # the peak is now what is held now
-    peak = [int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])]
+    Path("/proc/self/clear_refs").write_text("5")   # the peak is now what is held now
+    before = peak_memory()
     function(maps, height, width)
-    peak.append(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
-    return (peak[1] - peak[0]) / 1024
+    return (peak_memory() - before) / 1024
 
 
 def band_rows(rounds, height=1500, width=2000):
-    """The arg max over classes at the photo's size, all at once and in bands of rows, on the CPU."""
+    """The arg max over classes at the photo's size, all at once and in bands of rows, on the
+    CPU."""
     for classes in (2, 171):
         maps = torch.rand(classes, 448, 597)
         memory = []
         for function in (whole_arg_max, banded_arg_max):
             with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-                memory.append(fresh.submit(added_memory, function, classes, height, width).result())
+                call = fresh.submit(added_memory, function, classes, height, width)
+                memory.append(call.result())
         print_row(f"arg max {height} x {width}, {classes} classes: whole -> bands", *interleaved(
-            rounds, lambda: whole_arg_max(maps, height, width), lambda: banded_arg_max(maps, height, width)),
+            rounds, lambda: whole_arg_max(maps, height, width),
+            lambda: banded_arg_max(maps, height, width)),
             f"{memory[0]:.0f} MB -> {memory[1]:.0f} MB")
 
 
-def gpu_rows(model, optimizer, captions, device="cuda", batches=(1024, 8192), micro=1024, size=224, peak=989e12, rounds=3):
-    """Whole steps on one GPU, and from them the time of the recipe on COCO Captions (488 steps of 8,192 pairs).
+def gpu_rows(model, optimizer, captions, device="cuda", batches=(1024, 8192), micro=1024, size=224,
+             peak=989e12, rounds=3):
+    """Whole steps on one GPU, and from them the time of the recipe on COCO Captions (488 steps of
+    8,192 pairs).
 
-    peak: dense bf16 FLOP/s of the card (H100 and H200: 989e12). FLOPs of a pair: backbone 2 x parameters x tokens once;
-    text 2 x parameters x tokens, times 3 for there and back, 4 if encoded twice; attention and losses are left out.
+    peak: dense bf16 FLOP/s of the card (H100 and H200: 989e12). FLOPs of a pair: backbone
+    2 x parameters x tokens once; text 2 x parameters x tokens, times 3 for there and back, 4 if
+    encoded twice; attention and losses are left out.
     """
-    model, kind = model.to(device), torch.device(device).type
-    autocast = partial(torch.autocast, kind, torch.bfloat16)
+    model = model.to(device)
+    kind = torch.device(device).type
+    model.autocast = partial(torch.autocast, kind, torch.bfloat16)
     tokens = torch.stack([tokenize(caption) for caption in captions])
     tokens = tokens[torch.arange(max(batches)) % len(tokens)]
+    D = model.backbone.width
     N = model.backbone(torch.zeros(1, 3, size, size, device=device))[1].shape[1]
     pixels = torch.randint(0, 256, (micro, 3, size, size), dtype=torch.uint8)
-    features = {"class_token": torch.randn(micro, model.backbone.width).half(),
-                "patch_tokens": F.normalize(torch.randn(micro, N, model.backbone.width), dim=-1).half()}
+    features = {"class_token": torch.randn(micro, D).half(),
+                "patch_tokens": F.normalize(torch.randn(micro, N, D), dim=-1).half()}
+    # FLOPs of a pair
+    length = (tokens.argmax(-1) + 1).float().mean().item()
     vision = sum(p.numel() for p in model.backbone.trunk.parameters()) * 2 * (N + 5)
-    text = sum(p.numel() for p in model.text.tower.transformer.parameters()) * 2 * (tokens.argmax(-1) + 1).float().mean().item()
+    text = sum(p.numel() for p in model.text.tower.transformer.parameters()) * 2 * length
     seconds = {}
 
+    def load(tokens, seen):
+        """What the data workers hand over, on the device, with features."""
+        ids = torch.arange(len(tokens)) % len(model.bank)
+        concepts = torch.stack([ids, torch.full_like(ids, 1), torch.full_like(ids, 2)], -1)
+        loaded = {"tokens": tokens, "concepts": concepts[:, None], **seen}
+        loaded = {name: value.to(device, non_blocking=True) for name, value in loaded.items()}
+        return model.features(loaded)
+
     def step(batch, seen):
-        pieces = [{"tokens": rows, "ids": torch.arange(len(rows))[:, None] % len(model.bank), **seen, "bad": 0,
-                   "spans": torch.tensor([1, 2]).expand(len(rows), 1, 2), "key": torch.zeros(len(rows), dtype=torch.int64)}
-                  for rows in tokens[:batch].split(micro)]
-        loaded, _ = next_batch(iter(pieces), len(pieces), torch.zeros(1, 8, dtype=torch.int64), model, device, autocast)
+        loaded = join((load(rows, seen) for rows in tokens[:batch].split(micro)), batch)
         optimizer.zero_grad()
-        losses = backward(model, loaded, GPU_TEXT_GROUP, len(pieces) > 1, autocast, OFF)
+        losses = model.backward(loaded, lambda loss: loss, micro)
         optimizer.step()
         return losses["loss"].item()                # waits for the device
 
     def build_cache():
-        with autocast():
-            model.backbone(model.backbone.normalise(pixels[:64].to(device)))[0].cpu()
+        model.features({"pixels": pixels[:64].to(device)})["class_token"].cpu()
 
     for batch in batches:
         for name, seen, flops in (("live", {"pixels": pixels}, vision), ("cached", features, 0)):
             if kind == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             step(batch, seen)
-            [seconds[batch, name]] = interleaved(rounds, partial(step, batch, seen))
+            [taken] = interleaved(rounds, partial(step, batch, seen))
+            seconds[batch, name] = taken
             flops = batch * (flops + text * (4 if batch > micro else 3))
-            memory = torch.cuda.max_memory_allocated() / 2 ** 30 if kind == "cuda" else float("nan")
-            print(f"step of {batch:5}, {name:6}: {seconds[batch, name]:8.3f} s, {batch / seconds[batch, name]:8.0f} pairs/s, "
-                  f"{flops / 1e12:7.1f} TFLOP, {flops / seconds[batch, name] / peak:6.1%} of the bf16 peak, {memory:5.1f} GiB")
+            memory = float("nan")
+            if kind == "cuda":
+                memory = torch.cuda.max_memory_allocated() / 2 ** 30
+            print(f"step of {batch:5}, {name:6}: {taken:8.3f} s, {batch / taken:8.0f} pairs/s, "
+                  f"{flops / 1e12:7.1f} TFLOP, {flops / taken / peak:6.1%} of the bf16 peak, "
+                  f"{memory:5.1f} GiB")
     build_cache()
     [cache] = interleaved(10 * rounds, build_cache)
-    live, cached = (488 * 8192 / max(batches) * seconds[max(batches), name] for name in ("live", "cached"))
+    largest = max(batches)
+    live, cached = (RECIPE_STEPS * RECIPE_BATCH / largest * seconds[largest, name] / 60
+                    for name in ("live", "cached"))
     print(f"building the cache: {64 / cache:.0f} images/s (decoding left out)\n"
-          f"COCO recipe, 488 steps of 8,192: live {live / 60:.1f} min; cached {cached / 60:.1f} min after "
-          f"{118287 / 64 * cache / 60:.1f} min for 118,287 images (data assumed to be there in time)")
+          f"COCO recipe, {RECIPE_STEPS} steps of {RECIPE_BATCH:,}: live {live:.1f} min; cached "
+          f"{cached:.1f} min after {COCO_IMAGES / 64 * cache / 60:.1f} min for {COCO_IMAGES:,} "
+          "images (data assumed to be there in time)")
 
+
+# --------------------------------------------------------------------------------------------------
+# The command
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Ratios of the fast ways to the plain ones.")
-    parser.add_argument("--captions", help="COCO captions JSON for real caption lengths (default: drawn words)")
-    parser.add_argument("--parser", default="match", help="spaCy pipeline to annotate with (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda adds whole steps (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each way (default: %(default)s)")
-    parser.add_argument("--rows", nargs="*", default=["image", "annotation", "windows", "bands", "text", "step"],
-                        help="(default: all)")
+    add = parser.add_argument
+    add("--captions",
+        help="COCO captions JSON for real caption lengths (default: drawn words)")
+    add("--parser", default="match", help="spaCy pipeline to annotate with (default: %(default)s)")
+    add("--device", choices=["cpu", "cuda"], default="cpu",
+        help="cuda adds whole steps (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="measurements of each way (default: %(default)s)")
+    add("--rows", nargs="*", default=["image", "annotation", "windows", "bands", "text", "step"],
+        help="(default: all)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    bank, rng = ConceptBank.default(), np.random.default_rng(0)
+    bank = ConceptBank.default()
+    rng = np.random.default_rng(0)
     captions = read_captions_or_draw(args.captions, rng)
     rng.shuffle(captions)
     model, optimizer = build(bank)
-    print(f"{'':58} {'before':>12} {'after':>12}   {'ratio':>9}   target   ({torch.get_num_threads()} threads)")
+    print(f"{'':58} {'before':>12} {'after':>12}   {'ratio':>9}   target   "
+          f"({torch.get_num_threads()} threads)")
     if "image" in args.rows:
         image_rows(args.rounds)
     if "annotation" in args.rows:

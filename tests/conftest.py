@@ -1,4 +1,5 @@
-"""Shared by all tests: a tiny model, a checkpoint of it, a folder to score on, and the way in which a script fails.
+"""Shared by all tests: a tiny model, a checkpoint of it, a folder to score on, and a check of how a
+script fails.
 
 Everything runs on the CPU, without network and without downloads.
 """
@@ -8,22 +9,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"                  # nothing may try the network, subprocesses included
+os.environ["HF_HUB_OFFLINE"] = "1"                  # no network, in subprocesses neither
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # --device auto means the CPU beside a GPU, too
-os.environ["OMP_NUM_THREADS"] = "1"                 # small tensors: more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"                 # tensors are small: more threads cost time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from machinery.toy import toy_scene
-from model import SimZSS, TextEncoder, VisionBackbone, save_model
+from machinery.checkpoint import save_model
+from machinery.toy import save_scene, toy_scene
+from model import SimZSS, TextEncoder, VisionBackbone
 
 torch.set_num_threads(1)
 
 BANK = ["cow", "sheep", "grass", "boat", "sea", "sky"]
-PROTOCOL = {"templates": "plain", "class_embedding": "caption", "short_side": 64, "window": 64, "stride": 32}
+PROTOCOL = {"templates": "plain", "class_embedding": "caption", "short_side": 64, "window": 64,
+            "stride": 32}
 
 
 def tiny(backbone="toy", bank=BANK, seed=0, pretrained=False, **options):
@@ -48,13 +51,16 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A segmentation folder: three photos of odd sizes, five classes of which the last is nowhere, some pixels ignored."""
-    folder, rng = tmp_path / "folder", np.random.default_rng(0)
+    """A segmentation folder: three photos of odd sizes, marked as toy scenes; five classes of which
+    the last is nowhere; some pixels ignored."""
+    folder = tmp_path / "folder"
+    rng = np.random.default_rng(0)
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
     (folder / "classes.txt").write_text("background\ncow, cattle\ngrass\nsky\nsubmarine\n")
     for i, (height, width) in enumerate([(70, 101), (128, 128), (90, 64)]):
-        Image.fromarray(toy_scene(rng)[0][:height, :width]).save(folder / "images" / f"photo{i}.png")
+        image = Image.fromarray(toy_scene(rng)[0][:height, :width])
+        save_scene(image, folder / "images" / f"photo{i}.png")
         mask = rng.integers(0, 4, (height, width)).astype(np.uint8)
         mask[:5] = 255
         Image.fromarray(mask).save(folder / "masks" / f"photo{i}.png")
@@ -63,11 +69,12 @@ def folder(tmp_path):
 
 @pytest.fixture
 def fails():
-    """fails(main, arguments, *words): the script ends with one line that begins with "error:" and has all the words."""
+    """fails(main, arguments, *words): the script ends with one line that begins with "error:" and
+    has all the words."""
     def fails(main, arguments, *words):
         with pytest.raises(SystemExit) as stopped:
             main([str(argument) for argument in arguments])
-        message = stopped.value.code                # a text as exit code is printed to stderr and means status 1
+        message = stopped.value.code                # a text: printed to stderr, exit status 1
         assert isinstance(message, str) and message.startswith("error: ")
         assert len(message.splitlines()) == 1, message
         for word in words:

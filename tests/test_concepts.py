@@ -1,4 +1,5 @@
-"""Captions -> concepts -> tokens: what `concepts.py` promises, claim by claim."""
+"""Tests of concepts.py, machinery/captions.py and machinery/classes.py: captions -> concepts ->
+tokens."""
 import io
 import json
 import os
@@ -12,28 +13,31 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from spacy.tokens import Doc
 
-from concepts import (ConceptBank, annotate, clean, load_annotations, load_parser, main, noun_concepts, plural,
-                      token_spans, tokenize)
+from concepts import (ConceptBank, annotate, clean, load_annotations, load_parser, main,
+                      noun_concepts, plural, token_spans, tokenize)
 from machinery.captions import read_captions
 from machinery.classes import BENCHMARKS, CLASSES, read_classes
 
 TOKENIZER = SimpleTokenizer()
 ENGLISH = spacy.blank("en")
 PIPELINE = Path(__file__).parents[2] / "shared" / "data" / "en_captions_sm"
-needs_pipeline = pytest.mark.skipif(not PIPELINE.is_dir(), reason=f"no spaCy pipeline in {PIPELINE}")
+needs_pipeline = pytest.mark.skipif(not PIPELINE.is_dir(),
+                                    reason=f"no spaCy pipeline in {PIPELINE}")
 
 
 def parsed(text, heads, deps, pos, lemmas=None):
     """A Doc as a parser would give it; words are separated by spaces."""
     words = text.split()
-    return Doc(ENGLISH.vocab, words=words, spaces=[True] * (len(words) - 1) + [False], heads=heads, deps=deps.split(),
+    spaces = [True] * (len(words) - 1) + [False]
+    return Doc(ENGLISH.vocab, words=words, spaces=spaces, heads=heads, deps=deps.split(),
                pos=pos.split(), lemmas=lemmas and lemmas.split())
 
 
-BATS = parsed("two wooden baseball bats", [3, 3, 3, 3], "nummod amod compound ROOT", "NUM ADJ NOUN NOUN",
-              "two wooden baseball bat")
+BATS = parsed("two wooden baseball bats", [3, 3, 3, 3], "nummod amod compound ROOT",
+              "NUM ADJ NOUN NOUN", "two wooden baseball bat")
 DOGS = parsed("a dog and a dog chase a red ball", [1, 5, 1, 4, 1, 5, 8, 8, 5],
-              "det nsubj cc det conj ROOT det amod dobj", "DET NOUN CCONJ DET NOUN VERB DET ADJ NOUN")
+              "det nsubj cc det conj ROOT det amod dobj",
+              "DET NOUN CCONJ DET NOUN VERB DET ADJ NOUN")
 RUNNING = parsed("running quickly", [0, 0], "ROOT advmod", "VERB ADV", "run quickly")
 
 
@@ -49,45 +53,51 @@ class ByHand:
 
 def named(caption, bank, parser="match"):
     """What annotate finds in one caption: [(name, text of the tokens)]."""
-    tokens, (found,) = tokenize(caption), annotate([caption], bank, parser)
-    return [(bank.names[id], TOKENIZER.decode(tokens[first:end].tolist()).strip()) for id, first, end in found]
+    tokens = tokenize(caption)
+    [found] = annotate([caption], bank, parser)
+    return [(bank.names[id], TOKENIZER.decode(tokens[first:end].tolist()).strip())
+            for id, first, end in found]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Noun chunks -> concepts
 
 def test_compound_and_root():
-    """The concept of "two wooden baseball bats" is "baseball bat", from the compound to the end of the root."""
+    """The concept of "two wooden baseball bats" is "baseball bat". Its characters run from the
+    compound to the end of the root."""
     assert noun_concepts(BATS) == [("baseball bat", 11, 24)]
     assert BATS.text[11:24] == "baseball bats"
 
 
 def test_every_chunk_and_every_repetition():
-    """Each noun chunk gives one concept in the order of the text, also when one is named twice."""
+    """Each noun chunk gives one concept, in the order of the text, also when the same concept is
+    there twice."""
     assert noun_concepts(DOGS) == [("dog", 2, 5), ("dog", 12, 15), ("ball", 28, 32)]
 
 
 def test_only_the_last_compound_counts():
     """Of several compounds only the last one before the root belongs to the concept."""
-    doc = parsed("a steel kitchen sink", [3, 3, 3, 3], "det compound compound ROOT", "DET NOUN NOUN NOUN")
+    doc = parsed("a steel kitchen sink", [3, 3, 3, 3], "det compound compound ROOT",
+                 "DET NOUN NOUN NOUN")
     assert noun_concepts(doc) == [("kitchen sink", 8, 20)]
 
 
 def test_compound_that_is_not_adjacent():
     """A word between compound and root is inside the characters but not in the concept's name."""
-    doc = parsed("the kitchen steel knives", [3, 3, 3, 3], "det compound amod ROOT", "DET NOUN ADJ NOUN",
-                 "the kitchen steel knife")
+    doc = parsed("the kitchen steel knives", [3, 3, 3, 3], "det compound amod ROOT",
+                 "DET NOUN ADJ NOUN", "the kitchen steel knife")
     assert noun_concepts(doc) == [("kitchen knife", 4, 24)]
 
 
 def test_compound_of_another_word():
     """A compound that belongs to another word than the chunk's root is not used."""
-    doc = parsed("tennis court owners", [1, 2, 2], "compound compound ROOT", "NOUN NOUN NOUN", "tennis court owner")
+    doc = parsed("tennis court owners", [1, 2, 2], "compound compound ROOT", "NOUN NOUN NOUN",
+                 "tennis court owner")
     assert noun_concepts(doc) == [("court owner", 7, 19)]
 
 
 def test_compound_after_the_root():
-    """Only a compound before the root belongs to it: in "gate five" the concept is the gate."""
+    """Only a compound before the root belongs to it: in "gate five" the concept is "gate"."""
     doc = parsed("the gate five", [1, 1, 1], "det ROOT compound", "DET NOUN NOUN")
     assert noun_concepts(doc) == [("gate", 4, 8)]
 
@@ -98,23 +108,23 @@ def test_no_chunks():
 
 
 def test_missing_lemmas():
-    """Without a lemmatizer the root's own lower-case text stands for its lemma."""
+    """Without a lemmatizer the root's own text in lower case is used as its lemma."""
     doc = parsed("Two Baseball Bats", [2, 2, 2], "nummod compound ROOT", "NUM NOUN NOUN")
     assert noun_concepts(doc) == [("baseball bats", 4, 17)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text -> spans of tokens
 
 @pytest.mark.parametrize("text, spans", [
-    ("the dog's bone", [(0, 3), (4, 7), (7, 9), (10, 14)]),             # possessive: "'s" is a token of its own
+    ("the dog's bone", [(0, 3), (4, 7), (7, 9), (10, 14)]),             # "'s" is a token of its own
     ("they'll don't", [(0, 4), (4, 7), (8, 11), (11, 13)]),
     ("a hot-dog", [(0, 1), (2, 5), (5, 6), (6, 9)]),
     ("3,500", [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),                # each digit is a token
-    ("  a \n\n b\t", [(0, 1), (2, 3)]),                                 # single spaces after cleaning
+    ("  a \n\n b\t", [(0, 1), (2, 3)]),                                 # cleaned to single spaces
     ("tea &amp; cake", [(0, 3), (4, 5), (6, 10)]),                      # "tea & cake"
     ("tea &amp;amp; cake", [(0, 3), (4, 5), (6, 10)]),                  # escaped twice
-    ("Ã©clair", [(0, 1), (1, 6)]),                                      # mojibake, repaired to "éclair"
+    ("Ã©clair", [(0, 1), (1, 6)]),                                      # repaired to "éclair"
     ("", []),
     ("  \n", []),
 ])
@@ -124,47 +134,58 @@ def test_spans_by_hand(text, spans):
 
 
 def assert_aligned(text):
-    """Lay the bytes of the tokenizer's own tokens end to end over the text: each token covers its span's characters."""
+    """The tokenizer's own tokens, one after another, cover the bytes of the text: each token covers
+    the characters of its span."""
     cleaned = clean(text)
-    tokens, spans = TOKENIZER.encode(text), token_spans(text)
-    owner = [i for i, letter in enumerate(cleaned) if letter != " " for _ in letter.encode()]     # byte -> character
+    tokens = TOKENIZER.encode(text)
+    spans = token_spans(text)
+    owner = [i for i, letter in enumerate(cleaned) if letter != " "
+             for _ in letter.encode()]                                  # byte -> character
     position = 0
     assert len(spans) == len(tokens), ascii(text)
     for token, span in zip(tokens, spans):
         piece = TOKENIZER.decoder[token].removesuffix("</w>")
         covered = owner[position:position + len(piece)]
         assert span == (covered[0], covered[-1] + 1), ascii(text)
-        assert bytes(TOKENIZER.byte_decoder[c] for c in piece) in cleaned[slice(*span)].encode(), ascii(text)
+        content = bytes(TOKENIZER.byte_decoder[c] for c in piece)
+        assert content in cleaned[slice(*span)].encode(), ascii(text)
         position += len(piece)
     assert position == len(owner), ascii(text)
 
 
 @pytest.mark.parametrize("text", [
-    "Two wooden baseball bats.", "a naïve café at Malmö's harbour", "Ã©clair au cafÃ© â€“ dÃ©jÃ vu", "a dog 😀 and 🐶🐶",
+    "Two wooden baseball bats.", "a naïve café at Malmö's harbour",
+    "Ã©clair au cafÃ© â€“ dÃ©jÃ vu", "a dog 😀 and 🐶🐶",
     "👩‍👩‍👧 🇩🇪 👍🏽 ❤️",
     "&lt;b&gt; fish &amp; chips &amp;amp; peas &#39;n&#x1F600;", "state-of-the-art hot-dog--stand",
-    "dogs' and cat's, we're he'd I'M",
-    "12 bats, 3.5 m, ½ ²", "一只狗在草地上 いぬ 개", "a  b\t\tc\n\nd\u00a0e\u2003f", "ﬁne ﬀ ①", "İstanbul STRASSE straße ſ", "",
-    "<start_of_text> a dog <end_of_text>", "zzz\x00\x07zzz", "\ud800 lone", "a very long caption " * 30,
+    "dogs' and cat's, we're he'd I'M", "12 bats, 3.5 m, ½ ²", "一只狗在草地上 いぬ 개",
+    "a  b\t\tc\n\nd\u00a0e\u2003f", "ﬁne ﬀ ①", "İstanbul STRASSE straße ſ", "",
+    "<start_of_text> a dog <end_of_text>", "zzz\x00\x07zzz", "\ud800 lone",
+    "a very long caption " * 30,
 ])
 def test_spans_of_awkward_text(text):
-    """There is one span per token of open_clip's tokenizer, and the token's bytes are those of its characters."""
+    """There is one span per token of open_clip's tokenizer, and the token's bytes are those of its
+    characters."""
     assert_aligned(text)
 
 
 def test_spans_of_random_unicode():
-    """The alignment holds for any text: 2,000 random mixtures of words, entities, emoji and arbitrary code points."""
+    """The same holds for any text: 2,000 random mixtures of words, entities, emoji and arbitrary
+    characters."""
     rng = random.Random(0)
-    words = ["dog", "Dog's ", " hot-dog", "&amp;", "&#x1F436;", "é", "Ã©", "👩‍👩‍👧", "7", "狗",
-             "\n", "  ", "\u200b", "\ufe0f", "İ"]
+    words = ["dog", "Dog's ", " hot-dog", "&amp;", "&#x1F436;", "é", "Ã©", "👩‍👩‍👧",
+             "7", "狗", "\n", "  ", "\u200b", "\ufe0f", "İ"]
 
     def piece():
-        return rng.choice(words) if rng.random() < 0.5 else chr(rng.randrange(rng.choice([0x3000, 0x110000])))
+        if rng.random() < 0.5:
+            return rng.choice(words)
+        return chr(rng.randrange(rng.choice([0x3000, 0x110000])))
+
     for _ in range(2000):
         assert_aligned("".join(piece() for _ in range(rng.randrange(25))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Captions -> (concept, first token, end token)
 
 def test_positions_count_the_start_token():
@@ -174,51 +195,59 @@ def test_positions_count_the_start_token():
 
 
 def test_captions_stay_apart():
-    """Captions with repeated concepts, with none and empty ones each give their own list;
-    what the bank lacks is left out."""
-    captions = iter(["two wooden baseball bats", "a dog and a dog chase a red ball", "", "running quickly", " "])
+    """Each caption gives its own list, also one with repeated concepts, one without concepts and an
+    empty one. What the bank does not have is left out."""
+    captions = iter(["two wooden baseball bats", "a dog and a dog chase a red ball", "",
+                     "running quickly", " "])
     found = annotate(captions, ConceptBank(["ball", "dog"]), ByHand(BATS, DOGS, RUNNING))
     assert list(found) == [[], [(1, 2, 3), (1, 5, 6), (0, 9, 10)], [], [], []]
 
 
 def test_word_of_several_tokens():
-    """A word that the tokenizer cuts into pieces is covered by all of them: br, two for û, l and ée are 2 to 6."""
+    """A word that the tokenizer cuts into pieces is covered by all of them: br, two for û, l and
+    ée are 2 to 6."""
     doc = parsed("a brûlée", [1, 1], "det ROOT", "DET NOUN")
     assert list(annotate(["A BRÛLÉE"], ConceptBank(["brûlée"]), ByHand(doc))) == [[(0, 2, 7)]]
 
 
 def test_word_inside_a_token():
-    """Where the parser cuts words finer than the tokenizer, the token that holds the concept is taken whole."""
-    doc = Doc(ENGLISH.vocab, words=["sun", "flower"], spaces=[False, False], heads=[1, 1], deps=["amod", "ROOT"],
-              pos=["ADJ", "NOUN"])
+    """Where the parser cuts words into smaller parts than the tokenizer, the whole token that holds
+    the concept is taken."""
+    doc = Doc(ENGLISH.vocab, words=["sun", "flower"], spaces=[False, False], heads=[1, 1],
+              deps=["amod", "ROOT"], pos=["ADJ", "NOUN"])
     assert token_spans("sunflower") == [(0, 9)]
     assert list(annotate(["sunflower"], ConceptBank(["flower"]), ByHand(doc))) == [[(0, 1, 2)]]
 
 
 @pytest.mark.parametrize("caption", [
-    "a &amp;amp; dog's café", "😀👩‍👩‍👧 a dog 🇩🇪", "the DOG-friendly place", "ﬁne dÃ©jÃ  vu: dog!", "3,500 dog, 12%",
-    "狗 dog 狗", "a\n\n  dog", "don't we're he'll dog"])
+    "a &amp;amp; dog's café", "😀👩‍👩‍👧 a dog 🇩🇪", "the DOG-friendly place",
+    "ﬁne dÃ©jÃ  vu: dog!", "3,500 dog, 12%", "狗 dog 狗", "a\n\n  dog",
+    "don't we're he'll dog"])
 def test_tokens_decode_to_the_word(caption):
-    """Whatever stands around it, the tokens of an occurrence decode to the word itself."""
+    """With any text around it, the tokens of an occurrence decode to the word itself."""
     assert named(caption, ConceptBank(["dog"])) == [("dog", "dog")]
 
 
 def test_truncation():
-    """Of 80 dogs the 75 between start and end token are kept: positions 1 to 75 of the context of 77."""
+    """Of 80 dogs the 75 between start and end token are kept: positions 1 to 75 of the context of
+    77."""
     caption = "dog " * 80
-    (found,) = annotate([caption], ConceptBank(["dog"]), "match")
+    [found] = annotate([caption], ConceptBank(["dog"]), "match")
     assert found == [(0, i, i + 1) for i in range(1, 76)]
     assert tokenize(caption)[76] == TOKENIZER.eot_token_id
 
 
 @pytest.mark.parametrize("before, found", [(73, [(0, 74, 76)]), (74, []), (75, []), (200, [])])
 def test_occurrence_across_the_end_of_the_context(before, found):
-    """An occurrence is kept only if all its tokens fit: the last place for "hot dog" is 74 and 75."""
-    assert list(annotate(["a " * before + "hot dog"], ConceptBank(["hot dog"]), "match")) == [found]
+    """An occurrence is kept only if all its tokens fit: the last place for "hot dog" is 74 and
+    75."""
+    caption = "a " * before + "hot dog"
+    assert list(annotate([caption], ConceptBank(["hot dog"]), "match")) == [found]
 
 
 def test_bank_that_holds_a_plural():
-    """A name that is itself a plural is found by the words of the text where the lemma is not in the bank."""
+    """A name that is itself a plural is found by the words of the text, if the lemma is not in the
+    bank."""
     doc = parsed("the clouds", [1, 1], "det ROOT", "DET NOUN", "the cloud")
     assert list(annotate(["the clouds"], ConceptBank(["clouds"]), ByHand(doc))) == [[(0, 2, 3)]]
 
@@ -231,14 +260,16 @@ def test_bank_that_holds_both_numbers(names):
 
 
 def test_pipeline_that_finds_nothing():
-    """A pipeline that neither parses nor matches is refused, with an example of one that would do."""
+    """A pipeline that neither parses nor matches is refused, with an example of one that works."""
     with pytest.raises(ValueError, match="no dependency parser; expected one like en_core_web_sm"):
         list(annotate(["a dog"], ConceptBank(["dog"]), spacy.blank("en")))
 
 
 def test_processes():
-    """Two parser processes give the annotations of one, in the same order."""
-    captions = ["a dog", "two cats", "", "a cat and a dog"] * 5
+    """Two parser processes give the annotations of one, in the same order, also of more captions
+    than a process gets at a time."""
+    captions = ["a dog", "two cats", "", "a cat and a dog"]
+    captions += [f"{'so ' * (i % 7)}{captions[i % 4]}" for i in range(2500)]
     bank = ConceptBank(["dog", "cat"])
     one = list(annotate(captions, bank, "match"))
     assert one[:4] == [[(0, 2, 3)], [(1, 2, 3)], [], [(1, 2, 3), (0, 5, 6)]]
@@ -247,23 +278,24 @@ def test_processes():
 
 @needs_pipeline
 def test_real_sentences():
-    """A trained pipeline gives the concepts of real sentences: compounds, plurals, only what the bank has."""
+    """A trained pipeline gives the concepts of real sentences: compounds, plurals, only what the
+    bank has."""
     captions = ["Several people are sitting at a dining table with wine glasses.",
-                "A traffic light hangs over the street.",
-                "The children's kites fly above the sea.", "A man in a red shirt is riding a horse on the beach.", ""]
+                "A traffic light hangs over the street.", "The children's kites fly above the sea.",
+                "A man in a red shirt is riding a horse on the beach.", ""]
     found = [named(caption, ConceptBank.default(), str(PIPELINE)) for caption in captions]
     assert found == [[("dining table", "dining table"), ("wine glass", "wine glasses")],
                      [("traffic light", "traffic light")],
                      [("kite", "kites"), ("sea", "sea")], [("horse", "horse")], []]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The built-in matcher
 
 @pytest.mark.parametrize("name, expected", [
-    ("dog", "dogs"), ("bus", "buses"), ("fox", "foxes"), ("couch", "couches"), ("dish", "dishes"), ("city", "cities"),
-    ("toy", "toys"), ("man", "men"), ("person", "people"), ("sheep", "sheep"), ("knife", "knives"),
-    ("wine glass", "wine glasses"), ("giraffe", "giraffes")])
+    ("dog", "dogs"), ("bus", "buses"), ("fox", "foxes"), ("couch", "couches"), ("dish", "dishes"),
+    ("city", "cities"), ("toy", "toys"), ("man", "men"), ("person", "people"), ("sheep", "sheep"),
+    ("knife", "knives"), ("wine glass", "wine glasses"), ("giraffe", "giraffes")])
 def test_plural(name, expected):
     """The plural of a name is that of its last word."""
     assert plural(name) == expected
@@ -275,7 +307,7 @@ def test_plural(name, expected):
     ("a sheep, two sheep", ["sheep", "sheep"]),
     ("two hot dogs", ["hot dog"]),                                      # longest match: not "dog"
     ("a DOG and a Hot Dog", ["dog", "hot dog"]),                        # case
-    ("a hot-dog stand", ["hot dog"]),                                   # "-" counts as a space, as in the bank
+    ("a hot-dog stand", ["hot dog"]),                                   # "-" counts as a space
     ("a bulldog in the catalogue", []),                                 # whole words only
     ("the dog's hot dogs' cat.", ["dog", "hot dog", "cat"]),
     ("nothing here", []),
@@ -293,38 +325,63 @@ def test_match_synonyms():
 
 
 def test_missing_parser():
-    """A parser that is not installed is named, with the command that installs one and the way without."""
+    """The error for a parser that is not installed names it, the command that installs one, and the
+    parser that needs no installation."""
     message = "'no_such_parser'.*python -m spacy download en_core_web_trf.*--parser match"
     with pytest.raises(FileNotFoundError, match=message):
         load_parser("no_such_parser", ConceptBank(["dog"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Names
 
 def test_bank_synonyms():
-    """All synonyms of a line are one concept, called by the first."""
+    """All synonyms of a line are one concept, which has the name of the first."""
     bank = ConceptBank(["dog", ["sofa", "couch"]])
     assert len(bank) == 2 and bank.names == ["dog", "sofa"]
     assert [bank.find(name) for name in ("dog", "sofa", "couch", "cat")] == [0, 1, 1, -1]
 
 
 def test_bank_normalises():
-    """Case, hyphens and white space do not tell names apart."""
+    """Names that differ only in case, hyphens or white space are equal."""
     bank = ConceptBank(["Traffic-Light"])
     assert bank.names == ["traffic light"]
     assert bank.find(" traffic  LIGHT") == bank.find("traffic-light") == 0
 
 
+@pytest.mark.parametrize("names, merged, ids, repeated", [
+    (["dog", "cat", "Dog"], ["dog", "cat"], {"dog": 0, "cat": 1}, "'Dog'"),
+    ([["sofa", "couch"], "dog", ["couch"]], ["sofa", "dog"], {"sofa": 0, "couch": 0, "dog": 1},
+     "'couch'"),
+    ([["sofa", "couch"], ["couch", "settee"]], ["sofa"], {"sofa": 0, "couch": 0, "settee": 0},
+     "'couch'"),
+    (["t-shirt", "t shirt"], ["t shirt"], {"t shirt": 0}, "'t shirt'")])
+def test_bank_merges_equal_names(names, merged, ids, repeated, capsys):
+    """Names that are equal after normalisation count once, and so do lists of synonyms that share a
+    name. One line says so and names one of them."""
+    bank = ConceptBank(names)
+    assert bank.names == merged and bank.ids == ids and len(bank) == len(merged)
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    for part in ("concept bank", "more than once", repeated):
+        assert part in printed.err
+
+
+def test_bank_without_equal_names(capsys):
+    """Where no name is there twice nothing is printed, also for the default bank: its files share
+    many names."""
+    ConceptBank(["dog", ["sofa", "couch"]])
+    ConceptBank.default()
+    printed = capsys.readouterr()
+    assert printed.out == printed.err == ""
+
+
 @pytest.mark.parametrize("names, message", [
-    (["dog", "cat", "Dog"], "concept bank: duplicate class name 'dog'"),
-    ([["sofa", "couch"], ["couch"]], "concept bank: duplicate class name 'couch'"),
-    (["t-shirt", "t shirt"], "concept bank: duplicate class name 't shirt'"),
     (["dog", " "], "concept bank: an empty class name; every class needs a name of its own"),
     ([], "concept bank: no class names found, expected at least one"),
 ])
 def test_bank_refuses(names, message):
-    """Duplicate, empty and no names are refused with what was found."""
+    """An empty name and a bank without names are refused, and the error says what was found."""
     with pytest.raises(ValueError, match=message):
         ConceptBank(names)
 
@@ -339,18 +396,21 @@ def test_bank_from_file(tmp_path):
 
 @pytest.mark.parametrize("names, excluded, left", [
     (["dog", "cat", "cow"], ["Cat"], ["dog", "cow"]), (["dog", "clouds"], ["cloud"], ["dog"]),
-    (["dog", ["sofa", "couch"]], ["couch"], ["dog"]), (["dog", "dog house"], ["dog"], ["dog house"]),
+    (["dog", ["sofa", "couch"]], ["couch"], ["dog"]),
+    (["dog", "dog house"], ["dog"], ["dog house"]),
     (["dog", "shelf"], ["shelves"], ["dog"])])
 def test_bank_without_some_names(names, excluded, left):
-    """A concept of which any name is excluded, or its plural or singular, leaves with its synonyms; the others count up
-    anew."""
+    """A concept with an excluded name, or its plural or singular, is left out with all its
+    synonyms. The others are numbered without gaps."""
     bank = ConceptBank(names, excluded)
-    assert bank.names == left and [bank.find(name) for name in left] == list(range(len(left)))
+    assert bank.names == left
+    assert [bank.find(name) for name in left] == list(range(len(left)))
     assert [bank.find(form) for name in excluded for form in (name, plural(name))] == [-1, -1]
 
 
 def test_bank_by_name(tmp_path):
-    """A bank is named by a file, by nothing or "none"; a class file takes its names out of it, synonyms too."""
+    """A bank is named by a file, by nothing or by "none". A class file removes its names from it,
+    with their synonyms."""
     (tmp_path / "bank.txt").write_text("dog, puppy\nsofa\n")
     (tmp_path / "gone.txt").write_text("cat, puppy\n")
     assert ConceptBank.by_name(tmp_path / "bank.txt").names == ["dog", "sofa"]
@@ -364,8 +424,8 @@ def test_bank_by_name(tmp_path):
 
 
 def test_open_bank():
-    """An open bank takes in every noun phrase in the order found, repeated ones once, and neither excluded names nor
-    those that vanish when normalised."""
+    """An open bank takes every noun phrase in the order found, repeated ones once. It takes no
+    excluded names and no names that are empty when normalised."""
     dash = parsed("a dog and -", [1, 1, 1, 1], "det ROOT cc conj", "DET NOUN CCONJ NOUN")
     bank = ConceptBank(None)
     found = list(annotate([DOGS.text, BATS.text, dash.text], bank, ByHand(DOGS, BATS, dash)))
@@ -373,21 +433,25 @@ def test_open_bank():
     assert found == [[(0, 2, 3), (0, 5, 6), (1, 9, 10)], [(2, 3, 5)], [(0, 2, 3)]]
     for number in ("dog", "dogs"):
         bank = ConceptBank(None, excluded=[number])
-        assert list(annotate([DOGS.text], bank, ByHand(DOGS))) == [[(0, 9, 10)]] and bank.names == ["ball"]
+        assert list(annotate([DOGS.text], bank, ByHand(DOGS))) == [[(0, 9, 10)]]
+        assert bank.names == ["ball"]
 
 
 def test_open_bank_needs_a_parser():
-    """The matcher looks for the bank's names; with a bank that is yet to be filled it says that it cannot."""
+    """The matcher looks for the bank's names. With an open bank, which has none, it is an error."""
     with pytest.raises(ValueError, match="--bank none .* name a spaCy pipeline with --parser"):
         list(annotate(["a dog"], ConceptBank(None), "match"))
 
 
 @needs_pipeline
 def test_open_bank_and_the_cache(tmp_path, capsys):
-    """The cache brings an open bank's names back; with other names excluded, or a bank of names, it is not used."""
+    """The cache holds an open bank's names. With other names excluded, or with a bank of names, it
+    is not used."""
     def load(bank):
         rows = lists(load_annotations(tmp_path / "c.tsv", CAPTIONS, bank, str(PIPELINE)))
-        return bank.names, rows, capsys.readouterr().out != ""         # it tells its speed when it parses
+        parsed_anew = capsys.readouterr().out != ""         # then it prints its speed
+        return bank.names, rows, parsed_anew
+
     names, rows, parsed_anew = load(ConceptBank(None))
     assert set(names) >= {"dog", "cat"} and len(rows[0]) == 2 and parsed_anew
     assert load(ConceptBank(None)) == (names, rows, False)
@@ -395,76 +459,88 @@ def test_open_bank_and_the_cache(tmp_path, capsys):
 
 
 def test_class_file_with_byte_order_mark(tmp_path):
-    """The invisible mark that some editors put before a text is not part of the first name."""
+    """The byte order mark that some editors write before a text is not part of the first name."""
     (tmp_path / "bank.txt").write_text("dog\ncat\n", encoding="utf-8-sig")
     assert read_classes(tmp_path / "bank.txt") == [["dog"], ["cat"]]
 
 
 @pytest.mark.parametrize("content, message", [
     (b"", "no class names found, expected at least one"), (b"\n \n", "no class names found"),
-    (b"dog\ncat,\n", "an empty class name"), (b"dog\ncat\nDOG\n", "duplicate class name 'dog'"), (b"caf\xe9\n", "")])
+    (b"dog\ncat,\n", "an empty class name"), (b"dog\ncat\nDOG\n", "duplicate class name 'dog'"),
+    (b"caf\xe9\n", "")])
 def test_bad_class_file(tmp_path, content, message):
-    """A class file without usable names is named in the error, with what is wrong with it."""
+    """The error for a class file without usable names names the file and what is wrong with it."""
     (tmp_path / "bank.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"bank.txt.*{message}"):
         read_classes(tmp_path / "bank.txt")
 
 
 def test_missing_class_file(tmp_path):
-    """A missing class file is named, with what it should hold."""
-    with pytest.raises(FileNotFoundError, match="bank.txt: expected a text file with one class name per line"):
+    """The error for a missing class file names it and what it should hold."""
+    message = "bank.txt: expected a text file with one class name per line"
+    with pytest.raises(FileNotFoundError, match=message):
         read_classes(tmp_path / "bank.txt")
 
 
-@pytest.mark.parametrize("benchmark, length", [*zip(BENCHMARKS, [21, 20, 60, 59, 81, 171, 19, 150])])
+@pytest.mark.parametrize("benchmark, length",
+                         [*zip(BENCHMARKS, [21, 20, 60, 59, 81, 171, 19, 150], strict=True)])
 def test_class_files(benchmark, length):
-    """The benchmarks have 21, 20, 60, 59, 81, 171, 19 and 150 classes; those with background have it first."""
+    """The benchmarks have 21, 20, 60, 59, 81, 171, 19 and 150 classes. Those with background have
+    it first."""
     classes = read_classes(CLASSES / f"{benchmark}.txt")
     assert len(classes) == length
-    assert [i for i, names in enumerate(classes) if "background" in names] == ([0] if length in (21, 60, 81) else [])
+    background = [i for i, names in enumerate(classes) if "background" in names]
+    assert background == ([0] if length in (21, 60, 81) else [])
 
 
 @pytest.mark.parametrize("with_background, without", [("voc", "voc20"), ("context", "context59")])
 def test_class_files_that_differ_by_background(with_background, without):
     """VOC20 and Context59 are VOC21 and Context60 without background, in the same order."""
-    assert read_classes(CLASSES / f"{with_background}.txt")[1:] == read_classes(CLASSES / f"{without}.txt")
+    classes = read_classes(CLASSES / f"{with_background}.txt")
+    assert classes[1:] == read_classes(CLASSES / f"{without}.txt")
 
 
 def test_default_bank():
     """The default bank holds every name of the eight class files once, and no other."""
-    lines = [line for benchmark in BENCHMARKS for line in (CLASSES / f"{benchmark}.txt").read_text().splitlines()]
-    names = {" ".join(name.lower().replace("-", " ").split()) for line in lines for name in line.split(",")}
+    lines = [line for benchmark in BENCHMARKS
+             for line in (CLASSES / f"{benchmark}.txt").read_text().splitlines()]
+    names = {" ".join(name.lower().replace("-", " ").split())
+             for line in lines for name in line.split(",")}
     bank = ConceptBank.default()
     assert sorted(bank.names) == sorted(names) and sorted(bank.ids) == sorted(names)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Caption files
 
 COCO = {"images": [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"}],
-        "annotations": [{"image_id": 3, "caption": "a dog"}, {"image_id": 7, "caption": "Ein Café"},
+        "annotations": [{"image_id": 3, "caption": "a dog"},
+                        {"image_id": 7, "caption": "Ein Café"},
                         {"image_id": 3, "caption": "two dogs"}]}
 PAIRS = [("a.jpg", "a dog"), ("b.jpg", "Ein Café"), ("a.jpg", "two dogs")]
 TSV = "".join(f"{image}\t{caption}\n" for image, caption in PAIRS)
-JSONL = "".join(json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in PAIRS)
+JSONL = "".join(json.dumps({"image": image, "caption": caption}) + "\n"
+                for image, caption in PAIRS)
 
 
 @pytest.mark.parametrize("name, content", [
     ("c.json", json.dumps(COCO)), ("c.tsv", TSV), ("c.tsv", "image\tcaption\n" + TSV),
     ("c.tsv", "filepath\ttitle\n" + TSV), ("c.tsv", TSV.replace("\n", "\r\n")),
     ("c.tsv", TSV.replace("\n", "\tmore columns\n\n")), ("c.tsv", TSV + "c.jpg\t \n"),
-    ("c.tsv", "\ufeffimage\tcaption\n" + TSV), ("c.tsv", "\ufeff" + TSV), ("c.json", "\ufeff" + json.dumps(COCO)),
-    ("c.jsonl", JSONL), ("c.jsonl", JSONL.replace("\n", "\n\n")),
+    ("c.tsv", "\ufeffimage\tcaption\n" + TSV), ("c.tsv", "\ufeff" + TSV),
+    ("c.json", "\ufeff" + json.dumps(COCO)), ("c.jsonl", JSONL),
+    ("c.jsonl", JSONL.replace("\n", "\n\n")),
     ("c.jsonl", JSONL + '{"image": "c.jpg", "caption": ""}')])
 def test_caption_formats(tmp_path, name, content):
-    """COCO JSON, JSONL and TSV with or without a header give the same pairs; empty captions, blank lines and a
-    byte order mark do not count."""
+    """COCO JSON, JSONL and TSV with or without a header give the same pairs. Empty captions, blank
+    lines and a byte order mark do not count."""
     (tmp_path / name).write_bytes(content.encode())
     assert read_captions(tmp_path / name) == PAIRS
 
 
-@pytest.mark.parametrize("name, row", [("c.tsv", "a.jpg\ta dog{}here\n"),
-                                       ("c.jsonl", '{{"image": "a.jpg", "caption": "a dog{}here"}}\n')])
+@pytest.mark.parametrize("name, row", [
+    ("c.tsv", "a.jpg\ta dog{}here\n"),
+    ("c.jsonl", '{{"image": "a.jpg", "caption": "a dog{}here"}}\n')])
 @pytest.mark.parametrize("separator", ["\u2028", "\x85"])
 def test_only_a_new_line_ends_a_row(tmp_path, name, row, separator):
     """Unicode's other line separators are ordinary characters of a caption."""
@@ -477,34 +553,41 @@ def test_only_a_new_line_ends_a_row(tmp_path, name, row, separator):
     ("c.json", "", "Expecting value"), ("c.json", json.dumps(COCO)[:-1], "JSONDecodeError"),
     ("c.json", "[]", "TypeError"),
     ("c.json", '{"images": []}', "KeyError: 'annotations'"),
-    ("c.json", '{"images": [], "annotations": [{"image_id": 5, "caption": "a dog"}]}', "KeyError: 5"),
-    ("c.json", '{"images": [{"id": 5, "file_name": "a"}], "annotations": [{"image_id": 5, "caption": 1}]}', "no text"),
+    ("c.json", '{"images": [], "annotations": [{"image_id": 5, "caption": "a dog"}]}',
+     "KeyError: 5"),
+    ("c.json", '{"images": [{"id": 5, "file_name": "a"}], '
+               '"annotations": [{"image_id": 5, "caption": 1}]}', "no text"),
     ("c.jsonl", '{"image": "a.jpg"}', "KeyError: 'caption'"),
     ("c.jsonl", '{"image": 1, "caption": "a dog"}', "that is no text"),
-    ("c.jsonl", '{"image": "a.jpg", "caption": null}', "that is no text"), ("c.jsonl", "{", "JSONDecodeError"),
+    ("c.jsonl", '{"image": "a.jpg", "caption": null}', "that is no text"),
+    ("c.jsonl", "{", "JSONDecodeError"),
     ("c.tsv", "a.jpg\ta dog\nb.jpg a cat\n", "IndexError"),
     ("c.tsv", "a.jpg\tcaf\xe9\n".encode("latin-1"), "UnicodeDecodeError"),
 ])
 def test_file_that_is_no_captions_file(tmp_path, name, content, found):
-    """A file that cannot be read as captions is named, with what was found and what was expected."""
+    """The error for a file that cannot be read as captions names it, what was found and what was
+    expected."""
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=f"{name} is no captions file .*{found}.* Expected COCO's JSON with 'images' "
-                                         "and 'annotations', or rows of image and caption"):
+    message = (f"{name} is no captions file .*{found}.* Expected COCO's JSON with 'images' and "
+               "'annotations', or rows of image and caption")
+    with pytest.raises(ValueError, match=message):
         read_captions(tmp_path / name)
 
 
 @pytest.mark.parametrize("name, content", [
-    ("c.tsv", ""), ("c.tsv", "\n\n"), ("c.tsv", "image\tcaption\n"), ("c.tsv", "a.jpg\t\n"), ("c.jsonl", ""),
-    ("c.json", '{"images": [], "annotations": []}')])
+    ("c.tsv", ""), ("c.tsv", "\n\n"), ("c.tsv", "image\tcaption\n"), ("c.tsv", "a.jpg\t\n"),
+    ("c.jsonl", ""), ("c.json", '{"images": [], "annotations": []}')])
 def test_empty_captions_file(tmp_path, name, content):
-    """A captions file without a caption is refused as such."""
+    """A captions file without a caption is refused, and the error says so."""
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name} holds no captions; expected at least one pair of image and caption"):
+    message = f"{name} holds no captions; expected at least one pair of image and caption"
+    with pytest.raises(ValueError, match=message):
         read_captions(tmp_path / name)
 
 
 def test_missing_captions_file(tmp_path):
-    """For a missing captions file the error shows the tree that COCO has, where to get it, and the way without."""
+    """The error for a missing captions file shows COCO's folders, where to get them, and what to
+    do without them."""
     with pytest.raises(FileNotFoundError) as error:
         read_captions(tmp_path / "captions_train2017.json")
     for part in ("captions_train2017.json", "data/coco/annotations/captions_train2017.json",
@@ -512,7 +595,7 @@ def test_missing_captions_file(tmp_path):
         assert part in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cache beside the captions file
 
 CAPTIONS = ["a dog and a cat", "nothing", "two cats", "a hot dog"]
@@ -525,62 +608,77 @@ def lists(annotations):
     return [list(map(tuple, rows[start:end].tolist())) for start, end in zip(offsets, offsets[1:])]
 
 
-def tamper(cache):
-    """Change the cache's values, not its key; what it then says is [[(9, 8, 9)], [], [], []]."""
+def change_arrays(cache, **arrays):
+    """Replace arrays of a cache file. The others, such as its key, stay."""
     with np.load(cache) as file:
-        key = file["key"]
-    np.savez(cache, key=key, offsets=np.array([0, 1, 1, 1, 1], np.int32), rows=np.array([[9, 8, 9]], np.int32))
+        kept = dict(file)
+    np.savez(cache, **{**kept, **{name: np.array(value) for name, value in arrays.items()}})
 
 
-TAMPERED = [[(9, 8, 9)], [], [], []]
+def tamper(cache):
+    """Change a cache to TAMPERED: values that are possible but wrong."""
+    change_arrays(cache, offsets=[0, 1, 1, 1, 1], rows=[[1, 8, 9]])
+
+
+TAMPERED = [[(1, 8, 9)], [], [], []]
 
 
 @pytest.fixture
 def cached(tmp_path):
-    """A captions file's path whose cache was made and then tampered with."""
+    """Path of a captions file whose cache was made and then changed to TAMPERED."""
     load_annotations(tmp_path / "c.tsv", CAPTIONS, BANK, "match")
     tamper(tmp_path / "c.tsv.concepts.npz")
     return tmp_path / "c.tsv"
 
 
 def test_annotations_as_arrays(tmp_path, capsys):
-    """Offsets and rows hold exactly what annotate yields, live and from the cache, which is the only new file."""
+    """Offsets and rows hold exactly what annotate yields, without and with the cache, which is the
+    only new file."""
     annotated = list(annotate(CAPTIONS, BANK, "match"))
     assert annotated == [[(0, 2, 3), (1, 5, 6)], [], [(1, 2, 3)], [(0, 3, 4)]]
     for _ in range(2):
         assert lists(load_annotations(tmp_path / "c.tsv", CAPTIONS, BANK, "match")) == annotated
-    assert [path.name for path in tmp_path.iterdir()] == ["c.tsv.concepts.npz"] and capsys.readouterr().err == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["c.tsv.concepts.npz"]
+    assert capsys.readouterr().err == ""
 
 
 def test_cache_is_reused(cached):
-    """Nothing is parsed again while captions, bank and parser are the same: a changed value in the cache is believed."""
-    assert lists(load_annotations(cached, CAPTIONS, ConceptBank(["dog", "cat"]), "match")) == TAMPERED
+    """Nothing is parsed again while captions, bank and parser are the same: the changed values in
+    the cache are used."""
+    bank = ConceptBank(["dog", "cat"])
+    assert lists(load_annotations(cached, CAPTIONS, bank, "match")) == TAMPERED
 
 
 @pytest.mark.parametrize("captions, names", [
-    (CAPTIONS[:3] + ["a dog"], ["dog", "cat"]), (CAPTIONS[::-1], ["dog", "cat"]), (CAPTIONS, ["cat", "dog"]),
-    (CAPTIONS, ["dog", "cat", "hot dog"]), (CAPTIONS, ["dog", ["cat", "kitten"]])])
+    (CAPTIONS[:3] + ["a dog"], ["dog", "cat"]), (CAPTIONS[::-1], ["dog", "cat"]),
+    (CAPTIONS, ["cat", "dog"]), (CAPTIONS, ["dog", "cat", "hot dog"]),
+    (CAPTIONS, ["dog", ["cat", "kitten"]])])
 def test_cache_is_made_again(cached, captions, names):
-    """Another caption, another order, another name or synonym: the cache is not believed but replaced."""
+    """For another caption, another order, another name or synonym the cache is not used but
+    replaced."""
     bank = ConceptBank(names)
-    assert lists(load_annotations(cached, captions, bank, "match")) == list(annotate(captions, bank, "match"))
+    annotated = list(annotate(captions, bank, "match"))
+    assert lists(load_annotations(cached, captions, bank, "match")) == annotated
     tamper(f"{cached}.concepts.npz")
     assert lists(load_annotations(cached, captions, bank, "match")) == TAMPERED
-    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == list(annotate(CAPTIONS, BANK, "match"))
+    annotated = list(annotate(CAPTIONS, BANK, "match"))
+    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == annotated
 
 
 def test_cache_of_another_parser(cached, tmp_path):
     """Another parser, here one in a folder that knows only cats, makes the cache again."""
     pipeline = spacy.blank("en", meta={"name": "cats"})
-    pipeline.add_pipe("entity_ruler").add_patterns([{"label": "CONCEPT", "pattern": "cat", "id": "cat"}])
+    ruler = pipeline.add_pipe("entity_ruler")
+    ruler.add_patterns([{"label": "CONCEPT", "pattern": "cat", "id": "cat"}])
     pipeline.to_disk(tmp_path / "cats")
-    assert lists(load_annotations(cached, CAPTIONS, BANK, str(tmp_path / "cats"))) == [[(1, 5, 6)], [], [], []]
+    found = load_annotations(cached, CAPTIONS, BANK, str(tmp_path / "cats"))
+    assert lists(found) == [[(1, 5, 6)], [], [], []]
 
 
 def overwrite(position, value):
     def change(content):
-        start = content.index(b"PK\x01\x02")                            # the archive's directory
-        return content[:start + position] + bytes([value]) + content[start + position + 1:]
+        place = content.index(b"PK\x01\x02") + position                 # in the archive's directory
+        return content[:place] + bytes([value]) + content[place + 1:]
     return change
 
 
@@ -593,15 +691,35 @@ def numpy_array(content):
 @pytest.mark.parametrize("damage", [
     lambda content: b"", lambda content: b"no archive",
     lambda content: content[:len(content) // 2], lambda content: content[:-30],
-    lambda content: content.replace(b"offsets", b"offsetz"), lambda content: content.replace(b"NUMPY", b"NUMPX"),
+    lambda content: content.replace(b"offsets", b"offsetz"),
+    lambda content: content.replace(b"NUMPY", b"NUMPX"),
     overwrite(10, 99), overwrite(8, 64), numpy_array],
-    ids=["empty", "text", "half", "almost whole", "name", "magic", "unknown compression", "encrypted", "plain array"])
+    ids=["empty", "text", "half", "almost whole", "name", "magic", "unknown compression",
+         "encrypted", "plain array"])
 def test_broken_cache(cached, damage):
-    """A cache that cannot be read is made again, whatever is wrong with it."""
+    """A cache that cannot be read for any reason is made again."""
     cache = Path(f"{cached}.concepts.npz")
     cache.write_bytes(damage(cache.read_bytes()))
-    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == list(annotate(CAPTIONS, BANK, "match"))
+    annotated = list(annotate(CAPTIONS, BANK, "match"))
+    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == annotated
     tamper(cache)
+    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == TAMPERED
+
+
+@pytest.mark.parametrize("arrays", [
+    {"rows": [[2, 8, 9]]}, {"rows": [[-1, 8, 9]]}, {"rows": [[1, 8]]}, {"rows": [[1, 9, 9]]},
+    {"rows": [[1, 0, 1]]}, {"rows": [[1, 8, 77]]}, {"rows": [[1.0, 8.0, 9.0]]},
+    {"offsets": [0, 1, 1, 1]}, {"offsets": [0, 1, 1, 1, 2]}, {"offsets": [1, 1, 1, 1, 1]},
+    {"offsets": [0, 1, 0, 1, 1]}],
+    ids=["id above the bank", "id below 0", "two columns", "empty span", "the start token",
+         "beyond the context", "no integers", "one caption less", "last offset", "first offset",
+         "falling offsets"])
+def test_impossible_cache(cached, arrays):
+    """A cache whose arrays cannot be annotations of these captions and this bank is made again."""
+    change_arrays(f"{cached}.concepts.npz", **arrays)
+    annotated = list(annotate(CAPTIONS, BANK, "match"))
+    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == annotated
+    tamper(f"{cached}.concepts.npz")
     assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == TAMPERED
 
 
@@ -622,17 +740,19 @@ def taken_name(folder):
 
 
 def no_removing_either(folder):
-    """As on a read-only file system, neither writing nor removing the unfinished cache works."""
+    """As on a read-only file system, the unfinished cache can neither be written nor removed."""
     (folder / "file").touch()
     return folder / "file" / "c.tsv"
 
 
 @pytest.mark.parametrize("place", [no_folder, read_only_folder, taken_name, no_removing_either])
 def test_cache_that_cannot_be_written(tmp_path, place, capsys):
-    """Where no cache can be written the annotations are returned all the same, one line says why, no rest is left."""
+    """Where no cache can be written the annotations are still returned, one line says why, and no
+    unfinished file is left."""
     path = place(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert lists(load_annotations(path, CAPTIONS, BANK, "match")) == list(annotate(CAPTIONS, BANK, "match"))
+    annotated = list(annotate(CAPTIONS, BANK, "match"))
+    assert lists(load_annotations(path, CAPTIONS, BANK, "match")) == annotated
     assert f"the annotations were not cached, {path}.concepts.npz: " in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -640,26 +760,29 @@ def test_cache_that_cannot_be_written(tmp_path, place, capsys):
 def test_no_cache(tmp_path, monkeypatch):
     """Without a path nothing is written."""
     monkeypatch.chdir(tmp_path)
-    assert lists(load_annotations(None, CAPTIONS, BANK, "match")) == list(annotate(CAPTIONS, BANK, "match"))
+    annotated = list(annotate(CAPTIONS, BANK, "match"))
+    assert lists(load_annotations(None, CAPTIONS, BANK, "match")) == annotated
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 def test_command(tmp_path, capsys):
-    """The command prints how many captions have a concept and the most frequent ones, and leaves a cache that holds."""
-    (tmp_path / "c.tsv").write_text("image\tcaption\n1.jpg\ttwo dogs and a cat\n2.jpg\ta dog\n3.jpg\tnothing\n")
+    """The command prints the share of captions with a concept and the most frequent concepts. It
+    leaves a cache that is used the next time."""
+    (tmp_path / "c.tsv").write_text("image\tcaption\n1.jpg\ttwo dogs and a cat\n2.jpg\ta dog\n"
+                                    "3.jpg\tnothing\n")
     arguments = [str(tmp_path / "c.tsv"), "--parser", "match"]
     main(arguments)
-    speed, first, *table = capsys.readouterr().out.splitlines()
-    table, benchmarks = table[:2], table[2:]
+    speed, first, *rest = capsys.readouterr().out.splitlines()
     assert speed.startswith("annotated 3 captions in ") and speed.endswith(" captions/s)")
-    assert first == f"3 captions; 66.7% have a concept, 1.00 per caption; bank of {len(ConceptBank.default())}"
-    assert [line.split() for line in table] == [["2", "dog"], ["1", "cat"]]
+    names = len(ConceptBank.default())
+    assert first == f"3 captions; 66.7% have a concept, 1.00 per caption; bank of {names}"
+    assert [line.split() for line in rest[:2]] == [["2", "dog"], ["1", "cat"]]
     cache = (tmp_path / "c.tsv.concepts.npz").stat()
     main(arguments)
-    assert capsys.readouterr().out.splitlines() == [first, *table, *benchmarks]     # from the cache: no speed to tell
+    assert capsys.readouterr().out.splitlines() == [first, *rest]       # from the cache: no speed
     assert (tmp_path / "c.tsv.concepts.npz").stat().st_mtime_ns == cache.st_mtime_ns
 
 
@@ -668,22 +791,27 @@ def test_command_with_a_bank(tmp_path, capsys):
     words = [f"thing{'abcdefghijklmnopqrstuvwxyz'[i]}" for i in range(25)]
     (tmp_path / "bank.txt").write_text("\n".join(words))
     (tmp_path / "c.tsv").write_text(f"1.jpg\t{' '.join(words)}\n2.jpg\t{words[24]}\n")
-    main([str(tmp_path / "c.tsv"), "--parser", "match", "--bank", str(tmp_path / "bank.txt"), "--processes", "1"])
+    main([str(tmp_path / "c.tsv"), "--parser", "match", "--bank", str(tmp_path / "bank.txt"),
+          "--processes", "1"])
     _, first, *table = capsys.readouterr().out.splitlines()
     assert first.endswith("100.0% have a concept, 13.00 per caption; bank of 25")
-    assert table[0].split() == ["2", "thingy"] and table[20].startswith("class names of the benchmarks")
+    assert table[0].split() == ["2", "thingy"]
+    assert table[20].startswith("class names of the benchmarks")
 
 
 @needs_pipeline
-@pytest.mark.parametrize("options, counts", [([], (21, 3)), (["--exclude-classes", "voc20.txt"], (1, 0)),
-                                             (["--bank", "none"], (3, 3))])
+@pytest.mark.parametrize("options, counts", [
+    ([], (21, 3)), (["--exclude-classes", "voc20.txt"], (1, 0)), (["--bank", "none"], (3, 3))])
 def test_command_counts_the_benchmarks_names(tmp_path, monkeypatch, capsys, options, counts):
-    """The command tells how many of a benchmark's class names the bank holds and how many the captions name."""
+    """The command says how many of a benchmark's class names the bank holds and how many the
+    captions name."""
     monkeypatch.chdir(CLASSES)
-    (tmp_path / "c.tsv").write_text("1.jpg\ttwo dogs and a cat near a skyscraper\n2.jpg\ta dog on a sofa\n")
+    (tmp_path / "c.tsv").write_text("1.jpg\ttwo dogs and a cat near a skyscraper\n"
+                                    "2.jpg\ta dog on a sofa\n")
     main([str(tmp_path / "c.tsv"), "--parser", str(PIPELINE), *options])
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed[-8:]) == len(BENCHMARKS) and printed[-8].split() == ["21", *map(str, counts), "voc"]
+    assert len(printed[-8:]) == len(BENCHMARKS)
+    assert printed[-8].split() == ["21", *map(str, counts), "voc"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -694,20 +822,21 @@ def test_command_counts_the_benchmarks_names(tmp_path, monkeypatch, capsys, opti
     (["c.tsv", "--parser", "match", "--bank", "empty.tsv"], "empty.tsv: no class names found"),
     (["c.tsv", "--parser", "no_such_parser"], "python -m spacy download")])
 def test_command_errors(tmp_path, monkeypatch, arguments, message):
-    """The user's mistakes end the command with one line and a non-zero status, without a traceback."""
+    """A user's mistake ends the command with one line and a status that is not zero, without a
+    traceback."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.tsv").write_text(TSV, encoding="utf-8")
     (tmp_path / "c.txt").write_text(TSV, encoding="utf-8")
     (tmp_path / "empty.tsv").write_text("\n")
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    text = stop.value.code                                              # a text as code: printed, status 1
+    text = stop.value.code                          # a text as code: it is printed, status 1
     assert text.startswith("error: ") and message in text and "\n" not in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_parser_on_a_gpu_that_is_not_there(tmp_path):
-    """Asked for a GPU that spaCy cannot use, the command says so in one line and does not go on without it."""
+    """Asked for a GPU that spaCy cannot use, the command says so in one line and does not go on."""
     (tmp_path / "c.tsv").write_text("1.jpg\ta dog\n")
     with pytest.raises(SystemExit, match="^error: .*GPU") as stop:
         main([str(tmp_path / "c.tsv"), "--device", "cuda"])

@@ -1,4 +1,4 @@
-"""What the README says of the code is so."""
+"""What the README and the pages in docs/ say of the code is so."""
 import re
 import subprocess
 import sys
@@ -12,30 +12,38 @@ import train
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {"README.md": README, **DOCS}
 
 
 def test_lines_of_the_guide_are_those_that_it_names():
     """Each `name` (file.py:line) of the guide is defined in that line of that file."""
-    places = re.findall(r"`([\w.]+)` \(([\w/]+\.py):(\d+)\)", README)
+    places = [(page, *place) for page, text in PAGES.items()
+              for place in re.findall(r"`([\w.]+)` \(([\w/]+\.py):(\d+)\)", text)]
     assert len(places) > 10
-    for name, file, line in places:
+    for page, name, file, line in places:
         text = (ROOT / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf" *(def|class) {name.split('.')[-1]}\b", text), (name, line)
+        assert re.match(rf" *(def|class) {name.split('.')[-1]}\b", text), (page, name, line)
 
 
 @pytest.mark.parametrize("script", [concepts, eval, segment, train])
 def test_flags_exist(script):
-    """Every flag in a command of the README is one of its script."""
-    help = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True, text=True).stdout
-    commands = re.findall(rf"{script.__name__}\.py ([^`\n]*)", README)
-    assert commands
-    for flag in re.findall(r"(--[a-z][a-z-]*)", " ".join(commands)):
-        assert f"{flag} " in help or f"{flag},"in help or f"{flag}\n" in help or f"{flag}]" in help, flag
+    """Every flag in a command of the guide is one of its script."""
+    help = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True,
+                          text=True).stdout
+    known = set(re.findall(r"--[a-z][a-z-]*", help))
+    pattern = rf"{script.__name__}\.py ([^`\n]*)"
+    assert re.search(pattern, README)
+    for page, text in PAGES.items():
+        commands = " ".join(re.findall(pattern, text.replace("\\\n", " ")))
+        for flag in re.findall(r"--[a-z][a-z-]*", commands):
+            assert flag in known, (page, flag)
 
 
 def test_files_exist():
     """Every file and folder of the file map is there."""
-    names = re.findall(r"^    ([\w.]+/?)  +\w", README.split("## Files")[1].split("## ")[0], flags=re.MULTILINE)
+    section = README.split("## Files")[1].split("## ")[0]
+    names = re.findall(r"^    ([\w.]+/?)  +\w", section, flags=re.MULTILINE)
     assert len(names) > 8
     for name in names:
         assert (ROOT / name).exists(), name

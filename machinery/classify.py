@@ -1,0 +1,88 @@
+"""Zero-shot classification: whole images against class names."""
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from machinery.classes import read_labels
+from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
+from machinery.parallel import own_indices, rank, sum_counts, world_size
+from machinery.workers import start_data_worker
+
+
+class LabelledImages:
+    """An image folder with a sub-folder per class. Items: (pixels uint8 (3, size, size), class).
+
+    names: class file, lines in the order of the sorted sub-folders or beginning with "sub-folder:";
+    None = the sub-folders' own names. The short side is resized to size, bicubic, and the middle
+    cut out. Raises FileNotFoundError or ValueError.
+    """
+
+    def __init__(self, folder, names=None, size=224):
+        self.name = str(folder)
+        self.size = size
+        folders = []
+        if Path(folder).is_dir():
+            folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+        if not folders:
+            raise FileNotFoundError(f"no class folders in {folder}; expected {folder}/CLASS/*.jpg, "
+                                    "one folder per class (ImageNet's validation images, sorted "
+                                    "into folders: https://image-net.org)")
+        labels = None
+        classes = [[name.replace("_", " ")] for name in folders]
+        if names:
+            labels, classes = read_labels(names)
+        labels = labels or folders
+        if len(labels) != len(classes) or not set(folders) <= set(labels):
+            odd = sorted(set(folders) - set(labels) or folders)[0]
+            raise ValueError(f"{names} has {len(classes)} classes; expected those of the "
+                             f"{len(folders)} folders of {folder}, such as {odd}")
+        self.classes = classes
+        self.files = [(path, i) for i, label in enumerate(labels) if label in set(folders)
+                      for path in sorted((Path(folder) / label).iterdir())
+                      if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not self.files:
+            raise FileNotFoundError(f"no images in the class folders of {folder}")
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        path, known = self.files[i]
+        image = load_image(path)
+        scale = self.size / min(image.size)
+        w, h = (max(self.size, round(side * scale)) for side in image.size)
+        left = (w - self.size) // 2
+        top = (h - self.size) // 2
+        image = image.resize((w, h), Image.BICUBIC)
+        return to_pixels(image.crop((left, top, left + self.size, top + self.size))), known
+
+
+@torch.no_grad()
+def classify(model, dataset, embeddings, limit=None, workers=0, batch=64):
+    """Top-1 and top-5 accuracy of whole images against class embeddings (C, S, D).
+
+    limit: so many images only, spread over all classes. Returns a result.
+    """
+    total = len(dataset) if limit is None else min(limit, len(dataset))
+    chosen = np.linspace(0, len(dataset) - 1, total).astype(int)    # images lie class by class
+    mine = chosen[own_indices(total)]
+    right = torch.zeros(2, dtype=torch.int64)
+    start = time.time()
+    loader = DataLoader(Subset(dataset, mine), batch_size=batch, num_workers=workers,
+                        worker_init_fn=start_data_worker)
+    for pixels, known in tqdm(loader, desc="classifying", unit=" batches",
+                              disable=None if rank() == 0 else True):
+        scores = model.image_scores(pixels.to(embeddings.device), embeddings)       # (B, C)
+        best = scores.topk(min(5, len(embeddings)), dim=1).indices.cpu() == known[:, None]
+        right += torch.stack([best[:, 0].sum(), best.sum()])
+    top1, top5 = sum_counts(right).tolist()
+    seconds = time.time() - start
+    return {"top1": top1 / total, "top5": top5 / total, "images": total,
+            "partial": total != len(dataset), "classes": [names[0] for names in dataset.classes],
+            "seconds": round(seconds, 1), "images_per_second": round(total / seconds, 2),
+            "processes": world_size()}

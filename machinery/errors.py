@@ -1,0 +1,39 @@
+"""How a script ends when something is wrong: one line, and a status that is not zero."""
+import contextlib
+import sys
+
+
+@contextlib.contextmanager
+def one_line_errors(full_memory):
+    """Turn the user's mistakes, full disks and dead processes into one line and exit status 1.
+
+    full_memory: what to do where a GPU's memory is full.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
+    except RuntimeError as error:
+        sys.exit(f"error: {runtime_line(error, full_memory)}")
+
+
+def one_line(error):
+    """The message of an error; of one in a data worker, which has a traceback, the last line."""
+    message = str(error).strip()
+    if "Original Traceback" in message:
+        return message.splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split("\n"))
+
+
+def runtime_line(error, full_memory):
+    """Words for a RuntimeError that is no mistake in this code; any other is raised again."""
+    import torch                                    # slow to import, and not every script needs it
+    import torch.distributed as dist
+    first = str(error).strip().splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full; {full_memory} ({first})"
+    lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+    if lost or "DataLoader worker" in str(error):
+        return ("another process died or answers no more; what was written is whole, a training "
+                f"goes on with --resume auto ({first})")
+    raise error
