@@ -55,7 +55,7 @@ class ConceptBank:
             check_classes(classes, source)
         classes = [synonyms for synonyms in classes if not any(map(self.excludes, synonyms))]
         if not self.open:
-            check_classes(classes, "concept bank without excluded names")
+            check_classes(classes, "concept bank")
         self.names = [normalise_name(synonyms[0]) for synonyms in classes]
         self.ids = {normalise_name(name): i for i, synonyms in enumerate(classes)
                     for name in synonyms}

@@ -7,26 +7,23 @@ What training needs of a pair is the method's business (`Method.sample`); which 
 batch is decided here, by the seed and the step alone.
 """
 import math
-import time
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from concepts import annotate, annotation_key, forget_words, load_annotations, load_parser
-from machinery.captions import ConceptIndex, read_captions
+from machinery.captions import ConceptIndex, find_images, read_captions
 from machinery.images import IMAGE_SUFFIXES, load_image, read_segments
+from machinery.loading import BatchStream, loader_batch
 from machinery.method import Pair
 from machinery.shards import BAD, Shards, find_shards, read_sidecar
 from machinery.toy import toy_scene
-from machinery.workers import start_data_worker
 
-MAX_MISSING = 0.01                                  # share of missing images that is no mistake
 MAX_PIXELS = 2 ** 26                                # of a training image, decoded: 67 megapixels
-LOADER_BATCH = 256                                  # pairs that a data worker loads at a time
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,30 +174,6 @@ def load_pairs(source, bank, parser, size, sample, images=None, seed=0, toy_scen
                            annotations, sample, size, seed)
 
 
-def find_images(path, pairs, images=None):
-    """{image name: its path, or None if it is missing} for the pairs of a captions file."""
-    folder = path.parent
-    if path.suffix == ".json":
-        folder = path.parent.parent / path.stem.removeprefix("captions_")
-    folder = Path(images or folder)
-    if not folder.is_dir():
-        coco = " (COCO's photos: https://cocodataset.org/#download)" * (path.suffix == ".json")
-        raise FileNotFoundError(f"no image folder {folder}; expected the images that {path} names, "
-                                f"for example {folder / pairs[0][0]}. Name the folder with "
-                                f"--images{coco}")
-    there = {name: folder / name if (folder / name).is_file() else None
-             for name in {name for name, _ in pairs}}
-    missing = sorted(name for name, file in there.items() if file is None)
-    if len(missing) > MAX_MISSING * len(there):
-        raise FileNotFoundError(f"{len(missing)} of the {len(there)} images of {path} are not in "
-                                f"{folder}, for example {missing[0]}; at most {MAX_MISSING:.0%} "
-                                "may be missing. Name the folder with --images")
-    if missing:
-        print(f"{len(missing)} of {len(there)} images are missing in {folder}; their captions are "
-              "skipped")
-    return there
-
-
 def open_shards(source, bank, parser, size, sample, seed=0, needs_concepts=True):
     """`Shards` of tars. Concepts come from the files that `concepts.py --shards` writes; with the
     parser "match", where there is no such file, from the caption itself.
@@ -290,96 +263,21 @@ class GlobalBatches(Sampler):
                 yield keys[i:i + self.loader_batch]
 
 
-class BatchStream:
-    """This process's share of the global batches, from step `start` on, with frozen features.
+def open_stream(pairs, method, args, processes, steps, start=0, counts=None, states=None):
+    """`BatchStream` of this process from step `start` on.
 
-    pairs: CaptionedImages or Shards. args: batch, micro_batch, epoch_pairs, pairs, workers, seed.
-    counts: pairs left out before `start`, by reason of BAD. states: of Shards, see `Shards.begin`.
-    Data are loaded, and frozen networks run, on loader_batch pairs at a time.
+    args: batch, micro_batch, epoch_pairs, pairs, workers, seed. counts: pairs left out before
+    `start`, by reason. states: of shards, see `Shards.begin`.
     """
-
-    def __init__(self, pairs, method, args, processes, steps, start=0, counts=None, states=None):
-        self.method = method
-        self.device = processes.device
-        self.local_batch = args.batch // processes.world
-        self.loader_batch = loader_batch(self.local_batch, args.micro_batch)
-        self.waited = 0.0                           # seconds that the last batch was waited for
-        self.is_sharded = isinstance(pairs, Shards)
-        if self.is_sharded:
-            self.states = pairs.begin(self.loader_batch, processes.rank, processes.world,
-                                      args.workers, states)
-            settings = {"batch_size": None}
-        else:
-            first = processes.rank == 0             # the counts so far are counted once
-            self.bad_images = (counts or [0] * len(BAD))[BAD.index("bad image")] if first else 0
-            batches = GlobalBatches(len(pairs), args.batch, steps, args.epoch_pairs, processes.rank,
-                                    processes.world, args.seed, start, self.loader_batch,
-                                    args.pairs)
-            settings = {"batch_sampler": batches, "collate_fn": collate}
-        self.loader = iter(DataLoader(pairs, num_workers=args.workers, **settings,
-                                      pin_memory=processes.device_type == "cuda",
-                                      worker_init_fn=start_data_worker))
-
-    def counts(self):
-        """Pairs left out so far by this process, by reason: (len(BAD),) int64."""
-        if self.is_sharded:
-            return self.states[:, -len(BAD):].sum(dim=0)
-        counts = torch.zeros(len(BAD), dtype=torch.int64)
-        counts[BAD.index("bad image")] = self.bad_images
-        return counts
-
-    def __next__(self):
-        """The next batch, tensors on the device; "key" stays on the CPU."""
-        self.waited = 0.0
-        return join((self.load() for _ in range(self.local_batch // self.loader_batch)),
-                    self.local_batch)
-
-    def load(self):
-        start = time.time()
-        batch = next(self.loader)
-        self.waited += time.time() - start
-        bad = batch.pop("bad")
-        state = batch.pop("state", None)
-        if state is None:
-            self.bad_images += bad
-        else:
-            self.states[state[0]] = state
-        key = batch.pop("key")
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        return {**self.method.features(batch), "key": key}
-
-
-def loader_batch(local_batch, micro_batch=None):
-    """The largest divisor of local_batch that is at most micro_batch and LOADER_BATCH."""
-    most = min(micro_batch or local_batch, local_batch, LOADER_BATCH)
-    return max(size for size in range(1, most + 1) if local_batch % size == 0)
-
-
-def join(batches, rows):
-    """Batches of rows pairs in all -> one batch.
-
-    Each tensor is copied into place as it comes, so that the largest, the patch tokens, is never
-    held twice. Second lengths that differ are padded with -1.
-    """
-    joined = {}
-    first = 0
-    for batch in batches:
-        count = len(next(iter(batch.values())))
-        if count == rows:
-            return batch
-        for name, value in batch.items():
-            if name not in joined:
-                joined[name] = value.new_empty(rows, *value.shape[1:])
-            if value.ndim > 1 and value.shape[1] != joined[name].shape[1]:
-                most = max(value.shape[1], joined[name].shape[1])
-                joined[name] = pad_second(joined[name], most)
-                value = pad_second(value, most)
-            joined[name][first:first + count] = value
-        first += count
-    return joined
-
-
-def pad_second(value, length):
-    """(rows, n, ...) -> (rows, length, ...), filled up with -1."""
-    missing = value.new_full((len(value), length - value.shape[1], *value.shape[2:]), -1)
-    return torch.cat([value, missing], dim=1)
+    local_batch = args.batch // processes.world
+    batches = (local_batch, loader_batch(local_batch, args.micro_batch))
+    common = (pairs, method.features, processes, batches, args.workers)
+    if isinstance(pairs, Shards):
+        states = pairs.begin(batches[1], processes.rank, processes.world, args.workers, states)
+        return BatchStream(*common, states=states, batch_size=None)
+    sampler = GlobalBatches(len(pairs), args.batch, steps, args.epoch_pairs, processes.rank,
+                            processes.world, args.seed, start, batches[1], args.pairs)
+    bad_images = 0
+    if counts and processes.rank == 0:              # those so far are counted once
+        bad_images = counts[BAD.index("bad image")]
+    return BatchStream(*common, bad_images=bad_images, batch_sampler=sampler, collate_fn=collate)

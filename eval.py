@@ -29,11 +29,11 @@ from machinery.classify import LabelledImages, classify
 from machinery.errors import one_line_errors
 from machinery.parallel import own_indices, pick_device, rank, sum_counts, world_size
 from machinery.pictures import comparison
+from machinery.protocol import SLIDING, add_model_flags, embed, open_model, refuse_toy_model
 from machinery.results import (compare, made_with, print_result, scored_dataset, show_sweep,
                                write_result)
 from machinery.workers import cores_per_process, end_with_torchrun, start_data_worker
-from segment import (SLIDING, WindowBatch, add_model_flags, embed, open_model, parse_background,
-                     put_background, refuse_toy_model, segment_image)
+from segment import WindowBatch, parse_background, put_background, segment_image
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from concepts import tokenize
 from data import random_resized_crop
 from machinery import backbones
 from machinery.images import to_pixels
-from machinery.method import Method
+from machinery.method import Method, best_synonym, prompt_ensemble
 from machinery.parallel import gather_rows, rank, sum_over_processes
 
 DEFAULT_BACKBONE = "vit_base_patch14_reg4_dinov2.lvd142m"
@@ -127,7 +127,7 @@ class VisionBackbone(nn.Module):
     weights: local weights file instead. mean, std: pixel statistics, 3 floats each; None = the
     backbone's own. denoiser: file of a `Denoiser` for the patch tokens; True = one that is still to
     be filled. image_token: what stands for the whole image, "class", the class token if there is
-    one, or "mean", the mean of the patch tokens, as in the release's ViT-L. options: passed on to timm.
+    one, or "mean", the mean of the patch tokens, as in the release's ViT-L. options: of timm.
     Raises ValueError for an unknown name or a file that does not fit, FileNotFoundError for a
     missing download.
     """
@@ -135,6 +135,8 @@ class VisionBackbone(nn.Module):
     def __init__(self, name=DEFAULT_BACKBONE, pretrained=True, weights=None, mean=None, std=None,
                  denoiser=None, image_token="class", **options):
         super().__init__()
+        if image_token not in ("class", "mean"):
+            raise ValueError(f"image token must be 'class' or 'mean', found {image_token!r}")
         source = "random"
         if pretrained or name == "toy":
             source = "pretrained"
@@ -425,7 +427,7 @@ class SimZSS(Method):
     def backward(self, batch, scale, chunk=None):
         """With chunk, captions are encoded twice: first without gradient; then, once the gradient
         with respect to their embeddings is known, again bucket by bucket. The gradients are the
-        same, and memory holds the activations of one bucket only."""
+        same up to rounding, and memory holds the activations of one bucket only."""
         tokens = batch["tokens"]                                                    # (B, 77)
         ids = batch["concepts"][..., 0]                                             # (B, M)
         spans = batch["concepts"][..., 1:]                                          # (B, M, 2)
@@ -477,7 +479,7 @@ class SimZSS(Method):
     def patch_scores(self, pixels, class_embeddings):
         """Cosine similarities (B, C, h, w) of patch tokens and classes; see `Method`."""
         _, patches, (h, w) = self.backbone(self.backbone.normalise(pixels))         # (B, N, D)
-        scores = best_synonym(patches, class_embeddings).transpose(1, 2)            # (B, C, N)
+        scores = best_synonym(patches, class_embeddings)                            # (B, C, N)
         ph, pw = self.backbone.patch_size
         return scores.unflatten(-1, (h, w)), (h * ph, w * pw)
 
@@ -485,36 +487,4 @@ class SimZSS(Method):
     def image_scores(self, pixels, class_embeddings):
         """Cosine similarities (B, C) of class tokens and classes."""
         class_token = self.backbone(self.backbone.normalise(pixels))[0]             # (B, D)
-        return best_synonym(class_token[:, None], class_embeddings)[:, 0]
-
-
-@torch.no_grad()
-def prompt_ensemble(classes, templates, embed, batch=256, normalise_each=True):
-    """Class names -> embeddings (C, S, D): the mean over all prompts of a name, unit-norm.
-
-    classes: C names, or C lists of names (synonyms). templates: prompts with one {} each. embed:
-    function from a list of (text before, name, text after) to (P, D). normalise_each: whether
-    prompts are normalised before the mean. A class with fewer than S names repeats its first, which
-    changes no maximum.
-    """
-    classes = [[names] if isinstance(names, str) else list(names) for names in classes]
-    names = [name for synonyms in classes for name in synonyms]
-    prompts = []
-    for name in names:
-        for template in templates:
-            before, _, after = template.partition("{}")
-            prompts.append((before, name, after))
-    embedded = torch.cat([embed(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
-    if normalise_each:
-        embedded = F.normalize(embedded, dim=-1)
-    mean = embedded.view(len(names), len(templates), -1).mean(dim=1)                # (names, D)
-    by_class = F.normalize(mean, dim=-1).split([len(synonyms) for synonyms in classes])
-    S = max(map(len, by_class))
-    return torch.stack([torch.cat([own, own[:1].expand(S - len(own), -1)]) for own in by_class])
-
-
-def best_synonym(features, class_embeddings):
-    """Similarity of features (B, N, D) to each class (C, D) or (C, S, D), best name: (B, N, C)."""
-    if class_embeddings.ndim == 2:
-        class_embeddings = class_embeddings[:, None]                                # (C, 1, D)
-    return torch.einsum("bnd,csd->bncs", features, class_embeddings).amax(dim=-1)   # (B, N, C)
+        return best_synonym(class_token[:, None], class_embeddings)[..., 0]

@@ -11,31 +11,30 @@ import argparse
 import math
 import os
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from concepts import DEFAULT_PARSER, ConceptBank
-from data import BatchStream, load_pairs, loader_batch
+from data import load_pairs, open_stream
 from eval import evaluate
 from machinery.benchmarks import open_dataset
-from machinery.checkpoint import save_model
+from machinery.checkpoint import save_model         # for use from Python
 from machinery.errors import one_line_errors
-from machinery.features import FeatureCache
+from machinery.features import open_cache
+from machinery.loading import loader_batch
 from machinery.method import METHODS, find_method
-from machinery.parallel import (average_gradients, gather_rows, join_processes, pick_precision,
+from machinery.parallel import (average_gradients, join_processes, pick_precision,
                                 sum_over_processes)
 from machinery.pictures import comparison
+from machinery.protocol import PROTOCOL
 from machinery.results import print_result, write_result
-from machinery.resume import (MAX_BAD, FiniteWatch, Log, check_bad, find_state, leave, note_signals,
-                              save_state, seed_step, states)
-from machinery.shards import Shards, bad_line
+from machinery.resume import find_state, seed_step, states
+from machinery.run import MAX_BAD, Run
+from machinery.shards import Shards
 from machinery.toy import save_scene
 from machinery.workers import cores_per_process
-from segment import PROTOCOL
 
 # The paper's run on COCO Captions (docs/method.md, section 9). These are the defaults of the flags
 # of the same names. A method may replace some (its RECIPE), and so does the toy world (TOY below,
@@ -87,8 +86,7 @@ def train(args, processes):
         open_dataset(args.eval_data, args.eval_without, args.eval_names)
     torch.manual_seed(args.seed)                    # the same initial weights in all processes
 
-    # Data: pairs of image and caption with their concepts. One process annotates, the others find
-    # the annotations cached.
+    # Data. One process annotates, the others find the annotations cached.
     bank = ConceptBank.by_name(args.bank, args.exclude_classes)
     method_class = find_method(args.method)
     with processes.first_process_first():
@@ -97,14 +95,14 @@ def train(args, processes):
                            method_class.NEEDS_CAPTIONS, method_class.NEEDS_CONCEPTS)
     steps, pass_pairs = length_of_run(args, pairs)
 
-    # Model: built after the data was found, because it may download.
+    # Model: built after the data was found, because it may download
     method = method_class.build(args, bank).to(processes.device)
     precision = pick_precision(args.precision, processes.device_type)
     method.autocast = partial(torch.autocast, processes.device_type, precision,
                               enabled=precision != torch.float32)
     warn_of_random_weights(method, processes)
     if args.cache_features:
-        pairs.cache = cache_features(args, pairs, method, precision, processes)
+        pairs.cache = open_cache(args, pairs, method, precision, processes)
 
     # Optimizer
     groups = [{"params": group["params"], "weight_decay": args.weight_decay * group["decay"],
@@ -116,95 +114,62 @@ def train(args, processes):
     # Go on where an interrupted run stood
     config = settings_of_run(args, method, pairs, processes, steps, pass_pairs, precision)
     start = 0
+    counts = None
+    positions = None
+    skipped = 0
     if state:
         state.check(config, method)
         state.restore(method, optimizer, scaler)
         start = state.step
-    agreed = sum_over_processes(torch.tensor(start, device=processes.device))
-    if agreed != start * processes.world:
-        raise ValueError("the processes found different states; --output must be a folder that all "
-                         "of them share")
-    stream = BatchStream(pairs, method, args, processes, steps, start, state and state.counts,
-                         state and state.positions)
-    if processes.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        if stream.is_sharded:
-            amount = f"{len(pairs.paths):,} shards"
-        else:
-            amount = f"{config['pairs']:,} pairs"
-        trained = sum(p.numel() for p in method.trained().values()) / 1e6
-        print(f"{amount}, {steps} steps of {args.batch}, {trained:.1f} M trained parameters, "
-              f"{processes.world} x {processes.device}, {config['arithmetic']}"
-              + (f", resumed at step {start}" if state else ""))
-    watch = FiniteWatch(output, processes.rank, state.skipped if state else 0)
-    run_steps(args, method, optimizer, scaler, stream, pairs, processes, config, start, watch)
+        counts = state.counts
+        positions = state.positions
+        skipped = state.skipped
+    agree_on(start, processes)
+
+    stream = open_stream(pairs, method, args, processes, steps, start, counts, positions)
+    run = Run(args, method, optimizer, scaler, stream, processes, config, pairs.name, output,
+              start, skipped)
+    print_run(run, pairs)
+    run_steps(run, args, method, optimizer, scaler, stream)
+    run.finish()
     return method.eval(), config
 
 
-def run_steps(args, method, optimizer, scaler, stream, pairs, processes, config, start, watch):
-    """The training loop, and what it writes."""
-    output = Path(args.output)
-    steps = config["steps"]
+def run_steps(run, args, method, optimizer, scaler, stream):
+    """The training loop."""
     parameters = list(method.trained().values())
     schedule = method.learning_rate or learning_rate
+    steps = run.steps.stop
     peak = args.base_rate * args.batch / 256
-    counts = stream.counts().tolist()
-    started = time.time()
-    saved = started
-    with note_signals() as signals, \
-            tqdm(total=steps, initial=start, desc="training", unit=" steps",
-                 disable=None if processes.rank == 0 else True) as bar:
-        log = Log(output / "log.jsonl", start, bar) if processes.rank == 0 else None
-        for step in range(start, steps):
+    with run:
+        for step in run.steps:
             # This process's share of the global batch, with the features of frozen networks
-            began = time.time()
             seed_step(args.seed, step)
             batch = next(stream)
 
-            # The losses of the global batch, and their gradient
+            # The learning rate of this step
             rate = schedule(step, steps, peak, args.warmup, args.final_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
+
+            # The losses of the global batch, and their gradient
             optimizer.zero_grad()
             losses = method.backward(batch, scaler.scale, args.micro_batch)
             average_gradients(parameters)
-            norm = gradient_norm(parameters, scaler, args.clip)
+            losses["grad_norm"] = gradient_norm(parameters, scaler, args.clip)
 
-            # The update; a step with a loss or gradient that is not finite is skipped
+            # The update; a step whose loss or gradient is not finite is skipped. float16 skips
+            # gradients that it cannot hold, and lowers their scale for the next step.
             values = {name: loss.item() for name, loss in losses.items()}   # waits for the device
-            values["grad_norm"] = norm.item()
             has_loss = math.isfinite(values["loss"])
             finite = has_loss and math.isfinite(values["grad_norm"])
             if finite or scaler.is_enabled() and has_loss:
-                scaler.step(optimizer)              # skips gradients that float16 cannot hold ...
-                scaler.update()                     # ... and lowers their scale
+                scaler.step(optimizer)
+                scaler.update()
             method.after_step(step, steps)
-            watch.note(values, step, finite, has_loss and scaler.get_scale() > 1,
-                       lambda: [pairs.name(key) for key in batch["key"]])
+            lowered = has_loss and scaler.get_scale() > 1
 
-            # What all processes have to know of each other
-            due = processes.rank == 0 and time.time() - saved >= 60 * args.save_minutes
-            flags = torch.tensor([len(signals), due, *stream.counts()], device=processes.device)
-            stop, save, *counts = sum_over_processes(flags).tolist()
-            check_bad(counts, (step + 1) * args.batch, args.max_bad)
-
-            # Log and save
-            if log:
-                seconds = time.time() - began
-                log.write({"step": step, **values, "lr": rate,
-                           "pairs_per_second": round(args.batch / seconds, 1),
-                           "waited": round(stream.waited / seconds, 3), "bad_images": sum(counts),
-                           "skipped": watch.skipped})
-                report_pass(bar, args, config, step, counts)
-            bar.update()
-            if step + 1 < steps and (save or stop):
-                now = {**config, "step": step + 1}
-                save_run(output, method, optimizer, scaler, stream, processes, now, watch, counts)
-                saved = time.time()
-                if stop:
-                    leave(step + 1, signals, processes)
-    if processes.rank == 0:
-        finish(output, method, {**config, "step": steps}, counts, watch, time.time() - started)
+            run.end_step(step, values, rate, finite, lowered, batch["key"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,27 +215,29 @@ def warn_of_random_weights(method, processes):
               "mean nothing", file=sys.stderr)
 
 
-def cache_features(args, pairs, method, precision, processes):
-    """The `FeatureCache` of the run, complete. All processes compute their share."""
-    key = method.feature_key()
-    if key is None:
-        raise ValueError(f"--cache-features: {method.name} has no features that it could keep")
+def agree_on(start, processes):
+    """Raise ValueError unless all processes go on from the same step."""
+    total = sum_over_processes(torch.tensor(start, device=processes.device))
+    if total != start * processes.world:
+        raise ValueError("the processes found different states; --output must be a folder that all "
+                         "of them share")
 
-    def features(pixels):
-        return method.features({"pixels": pixels.to(processes.device)})
 
-    size = args.image_size
-    one = features(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    bytes_per_image = sum(2 * value.numel() for value in one.values())          # float16
-    with processes.first_process_first():
-        cache = FeatureCache(pairs.images, pairs.open_image, size, args.cache_features,
-                             {"backbone": key, "precision": str(precision)}, bytes_per_image)
-    cache.compute(features, processes.rank, processes.world, args.workers)
-    processes.wait()
-    if cache.missing():
-        raise ValueError(f"features are missing in {args.cache_features}; it must be a folder that "
-                         "all processes share")
-    return cache
+def print_run(run, pairs):
+    """One line on what is trained, and on how much."""
+    if run.processes.rank > 0:
+        return
+    if isinstance(pairs, Shards):
+        amount = f"{len(pairs.paths):,} shards"
+    else:
+        amount = f"{run.config['pairs']:,} pairs"
+    trained = sum(p.numel() for p in run.method.trained().values()) / 1e6
+    line = (f"{amount}, {run.steps.stop} steps of {run.args.batch}, {trained:.1f} M trained "
+            f"parameters, {run.processes.world} x {run.processes.device}, "
+            f"{run.config['arithmetic']}")
+    if run.steps.start:
+        line += f", resumed at step {run.steps.start}"
+    print(line)
 
 
 def gradient_norm(parameters, scaler, clip):
@@ -279,37 +246,6 @@ def gradient_norm(parameters, scaler, clip):
     if clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip * scaler.get_scale(), norm)
     return norm / scaler.get_scale()
-
-
-def report_pass(bar, args, config, step, counts):
-    """At the end of each pass over shards, say what was left out."""
-    done = (step + 1) * args.batch
-    if config["pairs"] is None and done % config["pass_pairs"] < args.batch:
-        bar.write(f"pass {done // config['pass_pairs']}, left out so far: {bad_line(counts)}")
-
-
-def save_run(output, method, optimizer, scaler, stream, processes, config, watch, counts):
-    """Write a state to go on from, and a checkpoint of the step."""
-    positions = None
-    if stream.is_sharded:
-        states_of_all = gather_rows(stream.states.to(processes.device))
-        positions = states_of_all.view(processes.world, *stream.states.shape)
-    parameters = method.trained().values()
-    if processes.rank == 0 and all(p.isfinite().all() for p in parameters):
-        save_state(output, method, optimizer, scaler, positions, config, watch.skipped, counts)
-        save_model(output / "model.safetensors", method, config)
-
-
-def finish(output, method, config, counts, watch, seconds):
-    """Write the trained model. Nothing is left to go on with: the states are deleted."""
-    path = output / "model.safetensors"
-    save_model(path, method, config)
-    for state in states(output):
-        state.unlink()
-    left_out = f"; left out: {bad_line(counts)}" if sum(counts) else ""
-    skipped = (f"; {watch.skipped} steps were skipped, their loss or gradients not finite"
-               if watch.skipped else "")
-    print(f"trained in {seconds:.0f} s, {path}{left_out}{skipped}")
 
 
 def score(args, method, config):

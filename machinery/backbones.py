@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from machinery.checkpoint import fill
-from machinery.release import read_denoiser, read_tensors
+from machinery.release import STORED, read_denoiser, read_tensors
 from machinery.toy import ToyTrunk
 
-# Backbone weights that exist nowhere but in the checkpoint, so the checkpoint stores them.
-NOT_DOWNLOADABLE = ("random", "imported")
 # Options of timm that shape a network. Others could name files, or addresses, to load.
 SHAPE_OPTIONS = {
     "img_size", "patch_size", "embed_dim", "depth", "depths", "dims", "num_heads", "mlp_ratio",
@@ -69,7 +67,7 @@ def from_config(config):
     """Keyword arguments of `VisionBackbone` from a checkpoint. Weights that the checkpoint itself
     holds are left random."""
     source = config["weights"]
-    is_file = source not in ("pretrained", *NOT_DOWNLOADABLE)
+    is_file = source not in ("pretrained", *STORED)
     return {"name": config["name"], "pretrained": source == "pretrained",
             "weights": source if is_file else None, "mean": config["mean"], "std": config["std"],
             "denoiser": config.get("denoiser"), "image_token": config.get("image_token", "class"),
@@ -82,8 +80,9 @@ def parse_options(options):
     for option in options:
         key, equals, value = option.partition("=")
         if not equals or key not in SHAPE_OPTIONS:
-            raise ValueError(f"--backbone-option {option}: expected key=value, such as depth=6, the "
-                             "key one of timm's that shapes the network and is without a flag here")
+            raise ValueError(f"--backbone-option {option}: expected key=value, such as depth=6, "
+                             "the key one of timm's that shapes the network and is without a flag "
+                             "here")
         try:
             parsed[key] = json.loads(value)         # numbers, true, false ...
         except json.JSONDecodeError:
@@ -181,7 +180,7 @@ def check(backbone, saved, path):
         raise ValueError(f"the backbone's weights ({saved['weights']}) are not those that {path} "
                          "was trained with; pass --backbone-weights FILE with the right ones")
     backbone.config["sha256"] = found
-    if saved["weights"] in NOT_DOWNLOADABLE:
+    if saved["weights"] in STORED:
         backbone.config["weights"] = saved["weights"]
 
 
@@ -190,7 +189,7 @@ def stored_tensors(backbone):
 
     A random or imported backbone cannot be downloaded again, and no denoiser can.
     """
-    whole = backbone.config["weights"] in NOT_DOWNLOADABLE
+    whole = backbone.config["weights"] in STORED
     return {f"backbone.{name}": value for name, value in backbone.state_dict().items()
             if whole or name.startswith("denoiser.")}
 

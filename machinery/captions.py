@@ -6,6 +6,7 @@ import numpy as np
 
 from machinery.checkpoint import whole_file
 
+MAX_MISSING = 0.01                                  # share of missing images that is no mistake
 CONTEXT = 77                                        # tokens of a caption, start and end included
 
 
@@ -58,6 +59,30 @@ def read_tsv(text):
                                                           ["filepath", "title"]):
         rows = rows[1:]
     return [(row[0], row[1].strip()) for row in rows]
+
+
+def find_images(path, pairs, images=None):
+    """{image name: its path, or None if it is missing} for the pairs of a captions file."""
+    folder = path.parent
+    if path.suffix == ".json":
+        folder = path.parent.parent / path.stem.removeprefix("captions_")
+    folder = Path(images or folder)
+    if not folder.is_dir():
+        coco = " (COCO's photos: https://cocodataset.org/#download)" * (path.suffix == ".json")
+        raise FileNotFoundError(f"no image folder {folder}; expected the images that {path} names, "
+                                f"for example {folder / pairs[0][0]}. Name the folder with "
+                                f"--images{coco}")
+    there = {name: folder / name if (folder / name).is_file() else None
+             for name in {name for name, _ in pairs}}
+    missing = sorted(name for name, file in there.items() if file is None)
+    if len(missing) > MAX_MISSING * len(there):
+        raise FileNotFoundError(f"{len(missing)} of the {len(there)} images of {path} are not in "
+                                f"{folder}, for example {missing[0]}; at most {MAX_MISSING:.0%} "
+                                "may be missing. Name the folder with --images")
+    if missing:
+        print(f"{len(missing)} of {len(there)} images are missing in {folder}; their captions are "
+              "skipped")
+    return there
 
 
 # --------------------------------------------------------------------------------------------------

@@ -120,6 +120,32 @@ class FeatureCache:
         return found
 
 
+def open_cache(args, pairs, method, precision, processes):
+    """The complete `FeatureCache` of a run; all processes compute their share of it.
+
+    Raises ValueError for a method without frozen features.
+    """
+    key = method.feature_key()
+    if key is None:
+        raise ValueError(f"--cache-features: {method.name} has no features that it could keep")
+
+    def features(pixels):
+        return method.features({"pixels": pixels.to(processes.device)})
+
+    size = args.image_size
+    one = features(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    bytes_per_image = sum(2 * value.numel() for value in one.values())          # float16
+    with processes.first_process_first():
+        cache = FeatureCache(pairs.images, pairs.open_image, size, args.cache_features,
+                             {"backbone": key, "precision": str(precision)}, bytes_per_image)
+    cache.compute(features, processes.rank, processes.world, args.workers)
+    processes.wait()
+    if cache.missing():
+        raise ValueError(f"features are missing in {args.cache_features}; it must be a folder that "
+                         "all processes share")
+    return cache
+
+
 def identity(image):
     """Bytes that change when the image does: an array's values, or a file's name, size and time."""
     if isinstance(image, np.ndarray):

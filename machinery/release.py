@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+# Backbone weights that exist nowhere but in a checkpoint, so checkpoints store them.
+STORED = ("random", "imported")
 # Prefixes of the names of tensors: ours -> the authors'.
 NAMES = {"backbone.trunk.": "visual.vit.model.", "backbone.denoiser.": "visual.",
          "text.tower.": "text."}
@@ -40,9 +42,8 @@ def read_tensors(path, flag):
                          f"{reason}") from None
 
 
-def read_flat(path, flag):
-    """Tensors of a file in the authors' format. Raises ValueError for anything but tensors."""
-    state = read_tensors(path, flag)
+def only_tensors(state, path):
+    """A file's content without the unused buffers. Raises ValueError for anything but tensors."""
     others = [key for key, value in state.items() if not torch.is_tensor(value)]
     if others:
         raise ValueError(f"{path}: expected tensors only, found {', '.join(map(str, others[:5]))}")
@@ -64,12 +65,11 @@ def read_denoiser(path):
     if isinstance(state.get("denoiser"), dict):
         state = state["denoiser"]
         prefix = ""
-    others = [key for key, value in state.items() if not torch.is_tensor(value)]
-    if others:
-        raise ValueError(f"{path}: expected tensors only, found {', '.join(map(str, others[:5]))}")
+    state = only_tensors(state, path)
     table = f"{prefix}pos_embed"
-    return {key: flat_table(value) if key == table else value
-            for key, value in state.items()}, prefix
+    if table in state:
+        state[table] = flat_table(state[table])
+    return state, prefix
 
 
 def read_checkpoint(path, backbone=None, image_token=None):
@@ -79,7 +79,7 @@ def read_checkpoint(path, backbone=None, image_token=None):
     backbone: timm's name, if the tensors do not tell. image_token: see `VisionBackbone`.
     """
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    state = read_flat(path, "--checkpoint")
+    state = only_tensors(read_tensors(path, "--checkpoint"), path)
     name = backbone or backbone_name(state, path)
     vit = {key.removeprefix("visual.vit.model."): value.shape for key, value in state.items()}
     if image_token is None:

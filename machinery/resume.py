@@ -1,20 +1,14 @@
-"""Interruptions: states to go on from, signals, the log, and steps that are not finite."""
+"""States: what an interrupted run goes on from."""
 import json
-import math
-import signal
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from machinery.checkpoint import fill, read_tensors, save_tensors, upgrade, write_text
-from machinery.shards import BAD, bad_line
+from machinery.checkpoint import fill, read_tensors, save_tensors, upgrade
+from machinery.shards import BAD
 
-MAX_SKIPPED = 5                                     # steps in a row that are not finite
-MAX_BAD = 0.01                                      # share of unreadable images that is bad luck
 # Settings that may differ when a run is resumed: they change no loss, or are compared otherwise
 # (the bank and the backbone by their contents).
 MAY_DIFFER = {"images", "bank", "exclude_classes", "denoiser", "output", "resume", "init",
@@ -148,115 +142,6 @@ def find_state(resume, output):
         raise ValueError(f"nothing to go on from: {', '.join(broken)} cannot be read; name a state "
                          "file with --resume, or delete these to begin anew")
     return None
-
-
-# --------------------------------------------------------------------------------------------------
-# Signals
-
-@contextmanager
-def note_signals():
-    """Collect SIGTERM and SIGINT in the list that is yielded, to be looked at between steps.
-
-    A second signal ends the process at once, if it comes 3 s later: launchers send the first twice.
-    """
-    signals = []
-    first = []
-
-    def note(number, frame):
-        first.append(time.time())
-        if time.time() - first[0] > 3:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def leave(step, signals, processes):
-    """End an interrupted run once the first process has saved, with the status of a signal."""
-    processes.wait()
-    if processes.rank == 0:
-        print(f"interrupted and saved after step {step}; go on with --resume auto",
-              file=sys.stderr)
-    sys.exit(128 + (signals or [signal.SIGTERM])[0])
-
-
-# --------------------------------------------------------------------------------------------------
-# The log
-
-class Log:
-    """log.jsonl of a run and the numbers beside its progress bar.
-
-    Lines of steps from `step` on, which an interrupted run wrote after its last state, are removed.
-    """
-
-    def __init__(self, path, step, bar):
-        lines = path.read_text().splitlines() if path.exists() and step else []
-        kept = [line for line in lines if line_step(line) < step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
-        self.file = open(path, "a", buffering=1)
-        self.bar = bar
-
-    def write(self, values):
-        """A line for a step. JSON has no infinity: what is not finite becomes null."""
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        shown = {key: f"{values[key]:.3f}" for key in list(values)[1:4]}     # loss and its parts
-        shown["lr"] = f"{values['lr']:.1e}"
-        shown["pairs_per_second"] = f"{values['pairs_per_second']:.0f}"
-        if values["skipped"]:
-            shown["skipped"] = values["skipped"]
-        self.bar.set_postfix(shown)
-
-
-def line_step(line):
-    """Step of a line of the log; infinity for a line that is cut or broken."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-
-
-# --------------------------------------------------------------------------------------------------
-# What may go wrong in a step
-
-class FiniteWatch:
-    """Counts steps whose loss or gradients are not finite, and ends the run after a few in a row.
-
-    output: folder for a report. rank: of this process; each reports its own samples.
-    """
-
-    def __init__(self, output, rank, skipped=0):
-        self.path = output / f"nonfinite-{rank}.json"
-        self.skipped = skipped
-        self.failures = []                          # steps in a row
-
-    def note(self, values, step, finite, is_harmless, samples):
-        """is_harmless: the step was skipped only to lower float16's loss scale. samples: () ->
-        names of the step's pairs. Raises ValueError after MAX_SKIPPED failures in a row."""
-        self.skipped += not finite
-        if finite or is_harmless:
-            self.failures = []
-            return
-        self.failures.append({**values, "step": step, "samples": samples()})
-        if len(self.failures) == MAX_SKIPPED:
-            write_text(self.path, json.dumps(self.failures, indent=1))
-            raise ValueError(f"the loss is {values['loss']} and the gradients' norm "
-                             f"{values['grad_norm']} at step {step}, not finite for "
-                             f"{MAX_SKIPPED} steps in a row; their samples are in {self.path}. "
-                             "Lower --base-rate, or use --precision fp32")
-
-
-def check_bad(counts, pairs, limit):
-    """Raise ValueError if too many pairs could not be read. counts: by reason. pairs: good ones."""
-    bad = sum(counts)
-    if bad > max(limit * (pairs + bad), 10):
-        raise ValueError(f"{bad} of the first {pairs + bad} pairs could not be read "
-                         f"({bad_line(counts)}); at most {limit:.0%} may be bad, see --max-bad")
 
 
 def seed_step(seed, step):

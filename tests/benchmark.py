@@ -25,7 +25,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from concepts import ConceptBank, annotate, load_annotations, load_parser, tokenize
-from data import BatchStream, CaptionedImages, join, random_resized_crop
+from data import CaptionedImages, open_stream, random_resized_crop
+from machinery.loading import join
 from machinery.features import FeatureCache
 from machinery.images import load_image, to_pixels
 from machinery.parallel import Processes
@@ -119,7 +120,7 @@ def step_rows(model, optimizer, captions, bank, rounds, batch=32, size=224):
 
     def stream(cache=None):
         pairs = CaptionedImages(images, captions, annotations, sample, size, cache=cache)
-        return BatchStream(pairs, model, settings, Processes(0, 1, "cpu", "cpu"), steps=10 ** 6)
+        return open_stream(pairs, model, settings, Processes(0, 1, "cpu", "cpu"), steps=10 ** 6)
 
     def simzss(batch):
         model.backward(batch, lambda loss: loss)

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from concepts import tokenize
 from data import random_resized_crop
 from machinery.images import to_pixels
-from machinery.method import METHODS, Method
+from machinery.method import METHODS, Method, best_synonym, moving_average, prompt_ensemble
 from machinery.parallel import global_rows, sum_over_processes, world_size
-from model import VisionBackbone, best_synonym, global_loss, prompt_ensemble
+from model import VisionBackbone, global_loss
 
 METHODS["linear"] = "linear_method.Linear"
 
@@ -91,10 +91,8 @@ class Linear(Method):
         is_word = (tokens > 0) & (tokens < 49406)                                   # (B, 77)
         return (self.words(tokens) * is_word[..., None]).sum(dim=1)
 
-    @torch.no_grad()
     def after_step(self, step, steps):
-        for slow, fast in zip(self.teacher.parameters(), self.student.parameters()):
-            slow.lerp_(fast, 0.1)
+        moving_average(self.teacher, self.student, 0.1)
 
     def embed_classes(self, classes, templates=("{}",)):
         def embed(prompts):
@@ -106,7 +104,7 @@ class Linear(Method):
     def patch_scores(self, pixels, class_embeddings):
         _, patches, (h, w) = self.backbone(self.backbone.normalise(pixels))
         projected = F.normalize(self.student(patches - self.mean), dim=-1)
-        scores = best_synonym(projected, class_embeddings).transpose(1, 2)
+        scores = best_synonym(projected, class_embeddings)
         return scores.unflatten(-1, (h, w)), (8 * h, 8 * w)
 
 

@@ -18,6 +18,7 @@ from conftest import ROOT
 from machinery.checkpoint import load_model
 from machinery.method import METHODS, find_method
 from machinery.resume import states
+from machinery.run import Run
 from processes import Processes
 
 STEPS = 12
@@ -135,16 +136,16 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, number):
 def test_the_teacher_goes_on_where_it_stood(tmp_path):
     """A resumed run's teacher is the uninterrupted one's: it is in the states."""
     kept = []
-    finish = train.finish
+    finish = Run.finish
     for folder, number in (("whole", None), ("resumed", signal.SIGTERM)):
         if number:
             first = Processes(tmp_path, 1, partial(killed_at, 5), number, tmp_path / folder)
             assert first.wait() == [128 + number], first.output()
         try:
-            train.finish = lambda output, method, *rest: kept.append(method.teacher.state_dict())
+            Run.finish = lambda run: kept.append(run.method.teacher.state_dict())
             run(tmp_path / folder, *(["--resume", "auto"] if number else []))
         finally:
-            train.finish = finish
+            Run.finish = finish
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from concepts import ConceptBank, annotate, token_spans, tokenize
 from conftest import BANK, tiny
 from machinery.backbones import SHAPE_OPTIONS
-from machinery.checkpoint import load_model, save_model
+from machinery.checkpoint import SINCE, load_model, save_model
 from model import (SimZSS, TextEncoder, VisionBackbone, class_weights, concept_embeddings,
                    concept_loss, global_loss, similarity_pool)
 
@@ -726,7 +726,7 @@ def test_a_checkpoint_without_the_newer_settings_is_loaded(checkpoint, tmp_path)
     write_checkpoint(path, tensors, first)
     old = load_model(path)
     assert old.switches() == {**new.switches(), "local_weight": 0.3}
-    assert old.trained_with == {**new.trained_with, "local_weight": 0.3}
+    assert old.trained_with == {**SINCE, **new.trained_with, "local_weight": 0.3}
     old.local_weight = new.local_weight
     assert_same_outputs(old, new)
 

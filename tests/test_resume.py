@@ -11,9 +11,11 @@ import safetensors.torch
 import torch
 
 import train
-from data import BatchStream, GlobalBatches
+from data import GlobalBatches
+from machinery.loading import BatchStream
 from machinery.checkpoint import load_model
-from machinery.resume import find_state, note_signals, states
+from machinery.resume import find_state, states
+from machinery.run import note_signals
 from processes import Processes
 from test_shards import flawed, write_shards
 

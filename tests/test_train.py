@@ -16,7 +16,8 @@ import segment
 import train
 from concepts import ConceptBank, load_annotations
 from conftest import BANK, ROOT, tiny
-from data import BatchStream, CaptionedImages, collate
+from data import CaptionedImages, collate
+from machinery.loading import BatchStream
 from machinery import resume
 from machinery.checkpoint import load_model
 from machinery.toy import toy_scene
