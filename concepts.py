@@ -267,7 +267,7 @@ def parse(captions, pipeline):
         yield found
 
 
-def annotate(captions, bank, parser, processes=1, device="auto"):
+def annotate(captions, bank, parser, processes=1, device="cpu"):
     """Find the bank's concepts in captions and the tokens that name them.
 
     captions: iterable of str. bank: ConceptBank; an open one grows. parser: spaCy pipeline, or name
@@ -292,14 +292,14 @@ def annotate(captions, bank, parser, processes=1, device="auto"):
 # --------------------------------------------------------------------------------------------------
 # Files of captions
 
-def load_annotations(path, captions, bank, parser, processes=1, device="auto"):
+def load_annotations(path, captions, bank, parser, processes=1, device="cpu"):
     """Annotations of all captions, from the cache beside their file if it is valid, else made anew.
 
     path: captions file, its cache is `<path>.concepts.npz`; None = no cache. captions: list of str.
     parser: name. Returns (offsets, rows), see machinery/captions.py. An open bank holds the names
     afterwards; it serves one list of captions.
     """
-    pipeline = load_parser(parser, bank)
+    _, pipeline = make_pipeline(bank, parser, device)
     key = annotation_key(captions, bank, pipeline)
     cache = f"{path}.concepts.npz" if path else None
     if cache:
@@ -333,50 +333,41 @@ def annotation_key(captions, bank, pipeline):
 
 
 # --------------------------------------------------------------------------------------------------
-# Parser processes. Each has its own pipeline; the functions are found by name in a new process.
+# Parser processes, each with a pipeline of its own
 
-_process = {}                                       # what a parser process holds
-
-
-def start_parser_process(bank, parser, device):
-    use_device(device, parser)
-    _process["bank"] = bank
-    _process["pipeline"] = load_parser(parser, bank)
-
-
-def parse_in_process(captions):
-    return list(parse(captions, _process["pipeline"]))
+def make_pipeline(bank, parser, device):
+    """(bank, pipeline) of a process. device: "auto" and "cuda" let spaCy use a GPU."""
+    if device in ("auto", "cuda") and parser != "match":
+        import spacy
+        (spacy.require_gpu if device == "cuda" else spacy.prefer_gpu)()
+    return bank, load_parser(parser, bank)
 
 
-def annotate_shard_in_process(path):
-    bank = _process["bank"]
-    pipeline = _process["pipeline"]
-    return shards.annotate_shard(path, annotation_key(None, bank, pipeline), len(bank),
-                                 lambda captions: annotate_and_forget(captions, bank, pipeline))
-
-
-def annotate_and_forget(captions, bank, pipeline):
-    """Rows of each caption; spaCy and the tokenizer forget the words afterwards."""
-    with pipeline.memory_zone():
-        rows = list(annotate(captions, bank, pipeline))
-    forget_words()
-    return rows
+def parse_batch(tool, captions):
+    return list(parse(captions, tool[1]))
 
 
 def parse_in_processes(captions, bank, parser, processes, device, batch=1000):
     """`parse` in several processes, in the order of the captions."""
     captions = list(captions)
     batches = [captions[i:i + batch] for i in range(0, len(captions), batch)]
-    with process_pool(processes, start_parser_process, bank, parser, device) as pool:
-        for found in pool.map(parse_in_process, batches):
+    with process_pool(processes, make_pipeline, bank, parser, device) as run:
+        for found in run(parse_batch, batches):
             yield from found
 
 
-def use_device(device, parser):
-    """Let spaCy use the GPU if there is one, or if it has to. Raises ValueError."""
-    if device in ("auto", "cuda") and parser != "match":
-        import spacy
-        (spacy.require_gpu if device == "cuda" else spacy.prefer_gpu)()
+def annotate_shard(tool, path):
+    """`shards.annotate_shard`; spaCy and the tokenizer forget the words afterwards."""
+    bank, pipeline = tool
+
+    def annotate_all(captions):
+        with pipeline.memory_zone():
+            rows = list(annotate(captions, bank, pipeline))
+        forget_words()
+        return rows
+
+    return shards.annotate_shard(path, annotation_key(None, bank, pipeline), len(bank),
+                                 annotate_all)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,7 +400,6 @@ def main(argv=None):
     args = parse_args(argv)
     with one_line_errors("pass --device cpu"):
         bank = ConceptBank.by_name(args.bank, args.exclude_classes)
-        use_device(args.device, args.parser)
         if args.shards:
             captions, annotated, counts = annotate_shards(args, bank)
         else:
@@ -429,10 +419,10 @@ def annotate_shards(args, bank):
         raise ValueError("--bank none grows with the captions, and the processes would not know of "
                          "each other's; name a file of concepts with --bank")
     paths = shards.find_shards(args.shards)
-    load_parser(args.parser, bank)                  # if it is missing: one line, now
+    make_pipeline(bank, args.parser, args.device)   # if it cannot be made: one line, now
     processes = min(args.processes or os.cpu_count(), len(paths))
-    with process_pool(processes, start_parser_process, bank, args.parser, args.device) as pool:
-        return shards.annotate_shards(paths, pool.map(annotate_shard_in_process, paths))
+    with process_pool(processes, make_pipeline, bank, args.parser, args.device) as run:
+        return shards.annotate_shards(paths, run(annotate_shard, paths))
 
 
 def print_concepts(captions, annotated, counts, bank):

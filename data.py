@@ -95,7 +95,8 @@ class CaptionedImages(Dataset):
                         self.rows[self.offsets[i]:self.offsets[i + 1]]).long(),     # (M, 3)
                     masks=lambda: read_segments(Path(self.images[i]).with_suffix(".json")),
                     partner=lambda rng: self.partner(i, rng),
-                    features=self.cache.read(i) if self.cache else None)
+                    features=self.cache.read(i) if self.cache else None,
+                    path=None if isinstance(self.images[i], np.ndarray) else self.images[i])
 
     def partner(self, i, rng):
         """(a pair that shares a concept with pair i, the concept's id), or None if i has none."""

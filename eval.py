@@ -11,7 +11,6 @@ columns = prediction. Masks are checked before anything is scored.
 """
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -21,17 +20,18 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from machinery.benchmarks import (BENCHMARKS, IGNORE, THRESHOLD, check, check_warnings,
-                                  open_dataset)
+from machinery.benchmarks import BENCHMARKS, IGNORE, THRESHOLD
+from machinery.check import verified_datasets
 from machinery.checkpoint import newest_model
 from machinery.classes import CLASSES, check_classes
 from machinery.classify import LabelledImages, classify
 from machinery.errors import one_line_errors
 from machinery.parallel import own_indices, pick_device, rank, sum_counts, world_size
 from machinery.pictures import comparison
-from machinery.protocol import SLIDING, add_model_flags, embed, open_model, refuse_toy_model
-from machinery.results import (compare, made_with, print_result, scored_dataset, show_sweep,
-                               write_result)
+from machinery.protocol import (SLIDING, add_model_flags, embed, open_model, refuse_toy_model,
+                                result_folder)
+from machinery.results import (ThresholdSweep, compare, made_with, print_result, scored_dataset,
+                               show_sweep, write_result)
 from machinery.workers import cores_per_process, end_with_torchrun, start_data_worker
 from segment import WindowBatch, parse_background, put_background, segment_image
 
@@ -76,59 +76,26 @@ def scores(matrix):
             "mAcc": (right / truth).nanmean().item(), "aAcc": (right.sum() / truth.sum()).item()}
 
 
-class ThresholdSweep:
-    """mIoU over the background threshold, from one pass over the images.
-
-    thresholds: rising (K,) tensor. classes: C, the background among them. background: its number.
-    """
-
-    def __init__(self, thresholds, classes, background):
-        self.thresholds = thresholds
-        self.background = background
-        self.others = [c for c in range(classes) if c != background]
-        # pixels by truth, best of the other classes, and number of thresholds below its score
-        self.hits = torch.zeros(classes, classes - 1, len(thresholds) + 1, dtype=torch.int64)
-
-    def count(self, mask, score, truth):
-        """mask: of the classes without background. All (H, W)."""
-        scored = truth != IGNORE
-        cell = torch.bucketize(score[scored], self.thresholds)
-        row = mask[scored].long() + len(self.others) * truth[scored].long()
-        cell += self.hits.shape[-1] * row
-        self.hits += torch.bincount(cell, minlength=self.hits.numel()).view_as(self.hits)
-
-    def curve(self):
-        """[[threshold, mIoU], ...]"""
-        curve = []
-        classes = len(self.hits)
-        for i, threshold in enumerate(self.thresholds.tolist()):
-            matrix = torch.zeros(classes, classes, dtype=torch.int64)
-            matrix[:, self.others] = self.hits[..., i + 1:].sum(-1)
-            matrix[:, self.background] = self.hits[..., :i + 1].sum((1, 2))
-            curve.append([round(threshold, 6), scores(matrix)["mIoU"]])
-        return curve
-
-
 # --------------------------------------------------------------------------------------------------
 # A model on a dataset
 
 def classes_to_predict(dataset, background):
     """Lists of names to embed, by the background rule; raises ValueError if the two do not fit.
 
-    With threshold:T the background has no embedding of its own, so there is one class less.
+    With threshold:T and own:T the background has no embedding, so there is one class less.
     """
     kind, words = parse_background(background)
     number = getattr(dataset, "background_class", None)
     if kind == "none" and number is not None:
         raise ValueError(f"--background {background}: {dataset.name} scores the class "
-                         '"background"; choose threshold:T or prompt:"word, word"')
+                         '"background"; choose threshold:T, prompt:"word, word" or own:T')
     if kind != "none" and number is None:
         raise ValueError(f'--background {background}: {dataset.name} has no class "background" to '
                          "score; only none makes sense")
     classes = list(dataset.classes)
     if kind == "prompt":
         classes[number] = words
-    elif kind == "threshold":
+    elif kind in ("threshold", "own"):
         del classes[number]
     return check_classes(classes, f"{dataset.name} with background {background}")
 
@@ -154,12 +121,12 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     if thresholds is not None and kind != "threshold":
         raise ValueError(f"--sweep-background is for threshold:T, found {protocol['background']}")
     classes = classes_to_predict(dataset, protocol["background"])
-    embeddings = embed(model, classes, protocol)                        # (C or C - 1, S, D)
+    embeddings = embed(model, classes, protocol, background)            # (C or C - 1, S, D)
 
     total = len(dataset) if limit is None else min(limit, len(dataset))
     mine = range(total) if alone else own_indices(total)
     matrix = torch.zeros(C, C, dtype=torch.int64)
-    sweep = None if thresholds is None else ThresholdSweep(thresholds, C, background)
+    sweep = None if thresholds is None else ThresholdSweep(thresholds, C, background, IGNORE)
     sliding = {**{key: protocol[key] for key in SLIDING}, "batch": WindowBatch(batch)}
     shown = []
     start = time.time()
@@ -192,7 +159,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     if sweep:
         if not alone:
             sum_counts(sweep.hits)
-        result["sweep"] = sweep.curve()
+        result["sweep"] = sweep.curve(scores)
     return result, shown
 
 
@@ -226,9 +193,7 @@ def score_dataset(args, name, dataset, model, protocol):
 def output_path(args, name):
     """Where the result goes. Raises OSError, before hours of scoring, for a place where nothing can
     be written; ValueError for a file with the result of other data."""
-    path = Path(args.output or args.checkpoint)
-    if not args.output and not path.is_dir():
-        path = path.parent
+    path = Path(args.output) if args.output else result_folder(args.checkpoint)
     if path.suffix != ".json" or args.dataset == "all":
         without = "".join(f"_without_{left_out}" for left_out in sorted(args.without))
         without = without.replace("/", "-").replace(" ", "-")
@@ -248,46 +213,6 @@ def output_path(args, name):
 def identity(dataset):
     """A dataset's name; for a folder the same from wherever it is named."""
     return dataset if dataset in BENCHMARKS else str(Path(dataset).resolve())
-
-
-def verified_datasets(args):
-    """The datasets asked for: ({name: dataset} of those that pass their check, reasons why the
-    others do not). The first process checks for all."""
-    datasets = {}
-    failed = []
-    for name in BENCHMARKS if args.dataset == "all" else [args.dataset]:
-        try:
-            dataset = open_dataset(name, args.without, args.names, args.data, args.ignore)
-        except (ValueError, OSError) as error:
-            failed.append(str(error))
-            continue
-        problems = []
-        if name != "toy" and rank() == 0:           # toy scenes are drawn, not read
-            first = range(min(args.limit or len(dataset), len(dataset)))
-            problems, pixels = check(dataset, first)
-            problems = [problem for problem in problems
-                        if not (args.allow_partial and "--allow-partial" in problem)]
-            if not problems and not args.limit:
-                for warning in check_warnings(dataset, pixels):
-                    print(f"warning: {warning}", file=sys.stderr)
-        if sum_counts(torch.tensor([len(problems)])):
-            failed.append(f"{name} failed its check: "
-                          + ("; ".join(problems) or "the first process says why"))
-            continue
-        datasets[name] = dataset
-        if args.check and name != "toy" and rank() == 0:
-            print_check(name, dataset, pixels)
-    if len(failed) > 1:
-        failed.insert(0, f"{len(failed)} of {len(BENCHMARKS)} benchmarks cannot be scored")
-    return datasets, failed
-
-
-def print_check(name, dataset, pixels):
-    print(f"{name}: {len(dataset)} images with masks, {dataset.masks.what}, "
-          f"{pixels[-1] / pixels.sum():.2%} of the pixels are not scored")
-    for names, count in zip(dataset.classes, pixels):
-        absent = "" if count else "   absent"
-        print(f"  {names[0]:<24}{count / pixels.sum():9.3%}{absent}")
 
 
 def score_segmentation(args, model, protocol):
@@ -351,9 +276,9 @@ def parse_args(argv=None):
         help="folder that holds the benchmarks (default: %(default)s)")
     add("--background",
         help="threshold:T = pixels whose best score, such as a cosine similarity, is at most T; "
-             'prompt:"word, word" = what these words win; none = not scored (default: threshold:0.2'
-             " for voc, context and coco-object; of a folder with a class background the names in "
-             "its own line, as prompt)")
+             'prompt:"word, word" = what these words win; own:T = the rule of the method, if it '
+             "has one; none = not scored (default: threshold:0.2 for voc, context and coco-object; "
+             "of a folder with a class background the names in its own line, as prompt)")
     add("--sweep-background", action="store_true",
         help="mIoU over the background threshold, as table and plot")
     add("--without", nargs="*", default=[],

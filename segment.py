@@ -144,18 +144,18 @@ def segment_image(model, image, class_embeddings, window=448, stride=224, short_
 # Background: what is none of the classes
 
 def parse_background(text):
-    """"none", "threshold:0.2" or "prompt:sky, wall" -> (kind, None, number or list of words)."""
+    """"none", "threshold:0.2", "own:0.9" or "prompt:sky, wall" -> (kind, None, number or words)."""
     kind, _, value = text.partition(":")
     if kind == "none" and not value:
         return kind, None
-    if kind == "threshold":
+    if kind in ("threshold", "own"):
         with contextlib.suppress(ValueError):
             return kind, float(value)
     words = [word for word in split_names(value) if word]
     if kind == "prompt" and words:
         return kind, words
     raise ValueError(f"background {text!r}: expected none, threshold:T with a score T, such as a "
-                     'cosine similarity, or prompt:"word, word"')
+                     'cosine similarity, prompt:"word, word", or own:T, the method\'s own rule')
 
 
 def put_background(mask, score, threshold, index=0):
@@ -177,7 +177,8 @@ def parse_args(argv=None):
              "after commas")
     add("--background", default="none",
         help="what is none of the classes: threshold:T = all pixels whose best score is at most T, "
-             'prompt:"word, word" = what these words win, or none (default: %(default)s)')
+             'prompt:"word, word" = what these words win; own:T = the rule of the method, if it '
+             "has one; or none (default: %(default)s)")
     add("--view", action="append", default=[], choices=["similarity", "pca"],
         help="also draw a heat map per class, or patch tokens and classes in one space of colours; "
              "may be repeated")
@@ -194,6 +195,8 @@ def segment_file(model, protocol, photo, classes, embeddings, output, batch, vie
     kind, threshold = parse_background(protocol["background"])
     if kind == "prompt":
         names[0] = "background"
+    elif kind == "own":
+        names = ["background", *names]
     sliding = {**{key: protocol[key] for key in SLIDING}, "batch": batch}
     mask, score = segment_image(model, image, embeddings, **sliding)
     stem = Path(output) / Path(photo).stem
@@ -247,8 +250,8 @@ def main(argv=None):
             classes = check_classes([words, *classes], "--background and --classes")
         model, protocol = open_model(args)
         refuse_toy_model(model, args.photos)
-        embeddings = embed(model, classes, protocol)
         protocol["background"] = args.background
+        embeddings = embed(model, classes, protocol, background=0)
         Path(args.output).mkdir(parents=True, exist_ok=True)
         batch = WindowBatch(args.batch)
         for photo in tqdm(args.photos, unit=" photos", disable=len(args.photos) == 1 or None):

@@ -60,7 +60,25 @@ def from_flags(args):
     return {"name": args.backbone, "pretrained": not random,
             "weights": None if random else args.backbone_weights, "mean": args.pixel_mean,
             "std": args.pixel_std, "denoiser": args.denoiser, "image_token": args.image_token,
-            **parse_options(args.backbone_option)}
+            **parse_options(args.backbone_option, "--backbone-option", SHAPE_OPTIONS)}
+
+
+def parse_options(options, flag, known=None):
+    """["key=value", ...] -> dict; values are JSON, or plain words.
+
+    flag: named in errors. known: the keys that there are. Raises ValueError.
+    """
+    parsed = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or known and key not in known:
+            keys = f", the key one without a flag here: {', '.join(sorted(known))}" if known else ""
+            raise ValueError(f"{flag} {option}: expected key=value{keys}")
+        try:
+            parsed[key] = json.loads(value)         # numbers, true, false ...
+        except json.JSONDecodeError:
+            parsed[key] = value                     # ... and plain words
+    return parsed
 
 
 def from_config(config):
@@ -72,22 +90,6 @@ def from_config(config):
             "weights": source if is_file else None, "mean": config["mean"], "std": config["std"],
             "denoiser": config.get("denoiser"), "image_token": config.get("image_token", "class"),
             **config["options"]}
-
-
-def parse_options(options):
-    """["key=value", ...] -> dict; values are JSON, or plain words. Raises ValueError."""
-    parsed = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals or key not in SHAPE_OPTIONS:
-            raise ValueError(f"--backbone-option {option}: expected key=value, such as depth=6, "
-                             "the key one of timm's that shapes the network and is without a flag "
-                             "here")
-        try:
-            parsed[key] = json.loads(value)         # numbers, true, false ...
-        except json.JSONDecodeError:
-            parsed[key] = value                     # ... and plain words
-    return parsed
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,14 +1,11 @@
-"""Datasets to score on, and their check: the eight benchmarks as their makers distribute them,
-your own folders, the toy world."""
+"""Datasets to score on: the eight benchmarks as their makers distribute them, your own folders, the
+toy world."""
 import json
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from machinery.classes import CLASSES, check_classes, normalise_name, read_classes, read_labels
 from machinery.images import IMAGE_SUFFIXES, load_image, read_mask
@@ -349,97 +346,3 @@ def open_dataset(name, without=(), names=None, root="data", ignore=(255,)):
         raise FileNotFoundError(f"unknown dataset {name!r}; expected toy, {', '.join(BENCHMARKS)}, "
                                 "or a folder with images/, masks/ and classes.txt")
     return open_folder(name, names, without, ignore)
-
-
-# --------------------------------------------------------------------------------------------------
-# The check before scoring
-
-def inspect(dataset, i):
-    """(what is wrong with image i in words, or None; pixels of each raw value, (65536,))."""
-    _, path, mask = dataset.files[i]
-    try:
-        raw = read_mask(mask)
-        if not path.is_file():
-            raise FileNotFoundError(f"no image {path}")
-        with Image.open(path) as image:
-            image.load()                            # the whole file is there
-            is_upright = image.getexif().get(274, 1) < 5            # 274: how the camera was held
-            size = image.size[::-1] if is_upright else image.size
-        problem = dataset.size_problem(i, raw.shape, size)
-        return problem, np.bincount(raw.ravel(), minlength=2 ** 16)
-    except Exception as error:                      # Pillow raises almost anything on a broken file
-        return f"{path}: {error}", np.zeros(2 ** 16, int)
-
-
-def check(dataset, indices=None, workers=8):
-    """Look at every mask before anything is scored: number of images, sizes, values.
-
-    indices: of the images to look at, None = all. Returns (problems, a list of str; pixels of each
-    class, then ignored ones, (C + 1,) int64).
-    """
-    indices = range(len(dataset)) if indices is None else indices
-    problems = []
-    pixels = np.zeros(2 ** 16, int)                 # of each raw value
-    usual_values = list(dataset.masks.usual)
-    usual = 0                                       # masks that hold a usual value
-    strange = {}                                    # value that may not occur -> a mask that has it
-    with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda i: inspect(dataset, i), indices)
-        for i, (problem, count) in zip(indices, tqdm(results, total=len(indices), desc="checking",
-                                                     unit=" masks", disable=None)):
-            if problem:
-                problems.append(problem)
-            pixels += count
-            usual += bool(count[usual_values].any())
-            illegal = np.flatnonzero((count > 0) & (dataset.table == ILLEGAL))
-            strange.update(dict.fromkeys(illegal.tolist(), dataset.files[i][0]))
-    bad = len(problems)
-    problems[5:] = [f"... and {bad - 5} more like these"] if bad > 5 else []
-
-    what = dataset.masks.what
-    found = set(np.flatnonzero(pixels).tolist())
-    is_whole = len(indices) == len(dataset)
-    if strange:
-        some = ", ".join(map(str, sorted(strange)[:5])) + ", ..." * (len(strange) > 5)
-        problems.append(f"value {some} (in {strange[min(strange)]}) cannot occur in {what}; "
-                        + likely_mistake(dataset, found))
-    elif usual_values and is_whole and 2 * usual < len(indices) - bad:
-        problems.append(f"only {usual} of {len(indices)} masks hold a value of "
-                        f"{min(usual_values)}..{max(usual_values)}, as {what} do; "
-                        + likely_mistake(dataset, found))
-    if dataset.count not in (None, len(dataset)):
-        problems.append(f"{len(dataset)} images, expected {dataset.count}; complete the data, or "
-                        "score what is there with --allow-partial, which marks the result")
-    counted = [pixels[dataset.table == i].sum() for i in range(len(dataset.classes))]
-    return problems, np.array([*counted, pixels[dataset.table == IGNORE].sum()])
-
-
-def likely_mistake(dataset, found):
-    """In words, what masks with the set of values found may be."""
-    legal = dataset.masks.classes
-    strange = sorted(found - set(legal))
-    if strange == [len(dataset.classes)] and dataset.count is None:
-        return (f"it follows the last class; if it marks what is not labelled, pass "
-                f"--ignore {strange[0]}")
-    likely = [f"they look like {what}" for what, values in dataset.mistakes.items()
-              if found <= values and values != set(legal)]
-    for shift in (1, -1):
-        fits = all(value - shift in legal or legal.get(value) == IGNORE for value in found)
-        wraps = max(found) < 256 and all((value - shift) % 256 in legal for value in found)
-        if fits or wraps:
-            likely.append(f"the labels look shifted by {shift:+d}")
-    some = ", ".join(map(str, [*legal][:12])) + ", ..." * (len(legal) > 12)
-    return ", or ".join(likely) or f"expected {some}"
-
-
-def check_warnings(dataset, pixels):
-    """What is legal but unlikely about a dataset that is checked. pixels: of `check`."""
-    absent = [synonyms[0] for synonyms, count in zip(dataset.classes, pixels) if not count]
-    warnings = []
-    if absent and dataset.count is None:
-        warnings.append(f"no mask of {dataset.name} holds {', '.join(absent[:5])}"
-                        + ", ..." * (len(absent) > 5) + "; are these values ignored, or shifted?")
-    if pixels[-1] > 0.9 * pixels.sum():
-        warnings.append(f"{pixels[-1] / pixels.sum():.0%} of the pixels of {dataset.name} are "
-                        "ignored; is --ignore right?")
-    return warnings

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import nn
 METHODS = {                                         # --method -> its class, imported on demand
     "simzss": "model.SimZSS",
 }
+PRETRAINED = {}                                     # --checkpoint NAME[:which] -> its method
 
 
 def find_method(name):
@@ -35,7 +37,8 @@ class Pair:
     concepts: (M, 3) int64, rows of (bank id, first token, end token). masks: () -> list of (H, W)
     bool arrays of the whole image. partner: (rng) -> another Pair with a concept in common, and the
     id of that concept; None where there is none. features: what `Method.features` made of the
-    image, if --cache-features is on, else None.
+    image, if --cache-features is on, else None. path: of the image file; None for one from memory
+    or from a tar.
     """
     image: Callable
     caption: str = ""
@@ -43,6 +46,7 @@ class Pair:
     masks: Callable | None = None
     partner: Callable | None = None
     features: dict | None = None
+    path: Path | None = None
 
 
 class Method(nn.Module):
@@ -57,6 +61,7 @@ class Method(nn.Module):
     HAS_CHUNKS = False          # True: `backward` computes --micro-batch pairs at a time, exactly
     FROZEN = ()                 # name prefixes of parts that never change and are built anew
     TRAINING_ONLY = ()          # name prefixes of parts that only training needs (a teacher, say)
+    HAS_BACKGROUND_RULE = False # True: `patch_scores` knows --background own:T, see `prepare`
     learning_rate = None        # a schedule of its own, like train.learning_rate; None = that one
     autocast = nullcontext      # precision of the networks' arithmetic; train.py sets it
 
@@ -84,6 +89,11 @@ class Method(nn.Module):
 
     def config(self):
         """All that `rebuild` needs, as plain JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def pretrained(cls, which):
+        """A model that needs no training here, for --checkpoint NAME:which; see PRETRAINED."""
         raise NotImplementedError
 
     # Data, in the workers that load it
@@ -164,6 +174,12 @@ class Method(nn.Module):
         at path. config: the checkpoint's."""
 
     # Inference
+
+    def prepare(self, protocol):
+        """Called before classes are embedded and photos segmented. protocol: dict of the method's
+        PROTOCOL entries and the common ones, and "background". Where that is "own:T", an all-zero
+        row of the class embeddings stands for the background, and `patch_scores` gives it the
+        method's own score, with the threshold T."""
 
     def embed_classes(self, classes, templates=("{}",), **options):
         """Class names -> embeddings (C, S, D).

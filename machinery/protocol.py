@@ -1,12 +1,15 @@
 """Which model, and by which protocol: what segment.py and eval.py share at their start."""
 import os
 import sys
+from pathlib import Path
 
 import torch
 
+from machinery.backbones import parse_options
 from machinery.checkpoint import (embed_classes, file_sha256, load_model, model_file,
                                   newest_model)
 from machinery.classes import read_templates
+from machinery.method import PRETRAINED, find_method
 from machinery.parallel import pick_device
 from machinery.toy import is_scene
 
@@ -15,8 +18,10 @@ SLIDING = ("short_side", "window", "stride")        # what `segment_image` needs
 
 
 def add_model_flags(parser):
+    pretrained = "".join(f", or {name}, which needs no training here" for name in PRETRAINED)
     add = parser.add_argument_group("model and protocol").add_argument
-    add("--checkpoint", help="model file or folder (default: the newest under runs/)")
+    add("--checkpoint",
+        help=f"model file or folder{pretrained} (default: the newest under runs/)")
     add("--templates", help="prompt templates: imagenet80, simple7, plain or a file (default: the "
                             "checkpoint's; imagenet80 unless trained on the toy world)")
     add("--short-side", type=int, help="pixels of the resized photo's short side (default: the "
@@ -26,6 +31,8 @@ def add_model_flags(parser):
     add("--class-embedding", choices=["caption", "concept"],
         help="SimZSS: embed a class by its prompt's end token or by its name's tokens (default: "
              "the checkpoint's)")
+    add("--protocol", action="append", default=[], metavar="KEY=VALUE",
+        help="another setting of the method at test time (docs/methods.md); may be repeated")
     add("--backbone", help="timm name of the backbone in an authors' checkpoint, if its tensors "
                            "do not tell")
     add("--image-token", choices=["class", "mean"],
@@ -43,27 +50,57 @@ def open_model(args):
     """(model, protocol) of the command line. The protocol: the defaults, replaced by what the
     method, the checkpoint and the flags say, in this order."""
     torch.manual_seed(args.seed)
-    path = model_file(args.checkpoint or newest_model())
-    model = load_model(path, pick_device(args.device), args.backbone_weights, args.backbone,
-                       args.image_token)
-    model.checkpoint_file = {"checkpoint": str(path), "checkpoint_sha256": file_sha256(path)}
+    device = pick_device(args.device)
+    name, _, which = str(args.checkpoint).partition(":")
+    if name in PRETRAINED:
+        model = find_method(PRETRAINED[name]).pretrained(which).to(device).eval()
+        model.trained_with = {}
+    else:
+        path = model_file(args.checkpoint or newest_model())
+        model = load_model(path, device, args.backbone_weights, args.backbone, args.image_token)
+        model.checkpoint_file = {"checkpoint": str(path), "checkpoint_sha256": file_sha256(path)}
     if model.config().get("backbone", {}).get("weights") == "random":
         print("warning: this model's backbone has random weights; its masks mean nothing",
               file=sys.stderr)
     protocol = {**PROTOCOL, **model.PROTOCOL, **model.trained_with.get("protocol", {})}
-    for key in (*SLIDING, "templates", "class_embedding"):
-        given = getattr(args, key)
-        if given is not None and key not in protocol:
-            raise ValueError(f"--{key.replace('_', '-')}: {model.name} has no such setting")
-        if given is not None:
-            protocol[key] = given
+    given = {key: getattr(args, key) for key in (*SLIDING, "templates", "class_embedding")
+             if getattr(args, key) is not None}
+    for key, value in {**given, **parse_options(args.protocol, "--protocol")}.items():
+        if key not in protocol:
+            raise ValueError(f"--{key.replace('_', '-')}: {model.name} has no such setting; it has "
+                             f"{', '.join(protocol)}")
+        protocol[key] = value
     return model, protocol
 
 
-def embed(model, classes, protocol):
-    """Class embeddings (C, S, D) by the protocol."""
+def result_folder(checkpoint):
+    """Where results of a checkpoint go: beside it, or into runs/NAME for a pretrained model."""
+    name = str(checkpoint).partition(":")[0]
+    if name in PRETRAINED:
+        return Path("runs") / name
+    path = Path(checkpoint)
+    return path if path.is_dir() else path.parent
+
+
+def embed(model, classes, protocol, background=None):
+    """Class embeddings (C, S, D) by the protocol, which the model is prepared for.
+
+    background: where to insert the all-zero row that stands for the background, if the protocol
+    leaves that to the method ("own:T"). Raises ValueError for a method without such a rule.
+    """
+    own_rule = protocol.get("background", "").startswith("own:")
+    if own_rule and not getattr(model, "HAS_BACKGROUND_RULE", False):
+        raise ValueError(f"--background {protocol['background']}: {model.name} has no background "
+                         "rule of its own; choose threshold:T or prompt:\"word, word\"")
+    if hasattr(model, "prepare"):
+        model.prepare(protocol)
     options = {key: protocol[key] for key in getattr(model, "PROTOCOL", {}) if key not in PROTOCOL}
-    return embed_classes(model, classes, read_templates(protocol["templates"]), options)
+    templates = read_templates(protocol["templates"])
+    embeddings = embed_classes(model, classes, templates, options)
+    if own_rule:
+        row = torch.zeros_like(embeddings[:1])
+        embeddings = torch.cat([embeddings[:background], row, embeddings[background:]])
+    return embeddings
 
 
 def refuse_toy_model(model, files):

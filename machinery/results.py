@@ -7,6 +7,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from machinery.checkpoint import upgrade_settings, write_text
 from machinery.pictures import plot
@@ -113,6 +114,41 @@ def compare(paths, picture):
         curve = [(row[0], np.mean(rows[row]), min(rows[row]), max(rows[row])) for row in ordered]
         if plot(picture, {"mIoU": curve}, heads[0], "mIoU, %"):
             print(f"plotted in {picture}: mean, and the range over seeds as a band")
+
+
+class ThresholdSweep:
+    """mIoU over the background threshold, from one pass over the images.
+
+    thresholds: rising (K,) tensor. classes: C, the background among them. background: its number.
+    ignore: value of pixels that are not scored.
+    """
+
+    def __init__(self, thresholds, classes, background, ignore):
+        self.thresholds = thresholds
+        self.background = background
+        self.ignore = ignore
+        self.others = [c for c in range(classes) if c != background]
+        # pixels by truth, best of the other classes, and number of thresholds below its score
+        self.hits = torch.zeros(classes, classes - 1, len(thresholds) + 1, dtype=torch.int64)
+
+    def count(self, mask, score, truth):
+        """mask: of the classes without background. All (H, W)."""
+        scored = truth != self.ignore
+        cell = torch.bucketize(score[scored], self.thresholds)
+        row = mask[scored].long() + len(self.others) * truth[scored].long()
+        cell += self.hits.shape[-1] * row
+        self.hits += torch.bincount(cell, minlength=self.hits.numel()).view_as(self.hits)
+
+    def curve(self, scores):
+        """[[threshold, mIoU], ...]. scores: function from a confusion matrix to measures."""
+        curve = []
+        classes = len(self.hits)
+        for i, threshold in enumerate(self.thresholds.tolist()):
+            matrix = torch.zeros(classes, classes, dtype=torch.int64)
+            matrix[:, self.others] = self.hits[..., i + 1:].sum(-1)
+            matrix[:, self.background] = self.hits[..., :i + 1].sum((1, 2))
+            curve.append([round(threshold, 6), scores(matrix)["mIoU"]])
+        return curve
 
 
 def show_sweep(curve, name, picture):

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 
 def cores_per_process():
@@ -52,23 +53,29 @@ def start_data_worker(worker):
 
 
 @contextlib.contextmanager
-def process_pool(processes, start, *arguments):
-    """A pool of new processes in each of which start(*arguments) runs first.
+def process_pool(processes, make, *arguments):
+    """Yield map(function, items), which runs in new processes: each makes its own tool =
+    make(*arguments) once, and results are function(tool, item), in order.
 
-    Raises ChildProcessError if one of them dies.
+    Functions are sent by name. Raises ChildProcessError if a process dies.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")   # a process per core, not also a thread per core
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _start, (start, *arguments))
+    pool = ProcessPoolExecutor(processes, context, _start, (make, *arguments))
     try:
         with pool:
-            yield pool
+            yield lambda function, items: pool.map(partial(_call, function), items)
     except BrokenProcessPool:
         raise ChildProcessError("a parser process died, perhaps for want of memory; run the "
                                 "command again, with fewer --processes. Finished shards are "
                                 "kept") from None
 
 
-def _start(start, *arguments):
+def _start(make, *arguments):
+    global _tool
     end_with_parent()
-    start(*arguments)
+    _tool = make(*arguments)
+
+
+def _call(function, item):
+    return function(_tool, item)

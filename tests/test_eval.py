@@ -16,8 +16,10 @@ from PIL import Image
 import eval
 from conftest import PROTOCOL, ROOT, tiny
 from eval import confusion_matrix, evaluate, scores
+from machinery import check as check_file
 from machinery import results
-from machinery.benchmarks import IGNORE, THRESHOLD, check, open_folder
+from machinery.benchmarks import IGNORE, THRESHOLD, open_folder
+from machinery.check import check
 from machinery.checkpoint import save_model
 from machinery.classify import LabelledImages, classify
 from machinery.images import load_image, to_pixels
@@ -622,9 +624,9 @@ def test_two_processes_count_what_one_counts(checkpoint, folder, tmp_path, monke
 def test_the_first_process_checks_for_all(folder, monkeypatch, fails, capsys, problems):
     """Another process looks at no mask: it goes on without output where the first found nothing,
     and ends with it otherwise."""
-    monkeypatch.setattr(eval, "rank", lambda: 1)
-    monkeypatch.setattr(eval, "sum_counts", lambda counts: counts + problems)
-    monkeypatch.setattr(eval, "check", lambda *args: pytest.fail("checked twice"))
+    monkeypatch.setattr(check_file, "rank", lambda: 1)
+    monkeypatch.setattr(check_file, "sum_counts", lambda counts: counts + problems)
+    monkeypatch.setattr(check_file, "check", lambda *args: pytest.fail("checked twice"))
     arguments = ["--check", "--dataset", str(folder)]
     if problems:
         fails(eval.main, arguments, "failed its check: the first process says why")
@@ -846,7 +848,7 @@ def test_a_broken_photo_is_one_line(checkpoint, folder, tmp_path, monkeypatch, f
     image.save(path)
     path.write_bytes(path.read_bytes()[:-2000])
     fails(eval.main, arguments, "failed its check", path)
-    monkeypatch.setattr(eval, "check", lambda dataset, indices: ([], np.ones(9)))
+    monkeypatch.setattr(check_file, "check", lambda dataset, indices: ([], np.ones(9)))
     assert fails(eval.main, arguments).startswith(f"error: {path} is no readable image")
 
 

@@ -314,7 +314,8 @@ def test_windows_that_leave_pixels_out_are_refused(settings):
 
 @pytest.mark.parametrize("text, expected", [
     ("none", ("none", None)), ("threshold:0.2", ("threshold", 0.2)),
-    ("threshold:-1", ("threshold", -1)), ("prompt:sky", ("prompt", ["sky"])),
+    ("own:0.9", ("own", 0.9)), ("threshold:-1", ("threshold", -1)),
+    ("prompt:sky", ("prompt", ["sky"])),
     ('prompt: open sky ,wall', ("prompt", ["open sky", "wall"]))])
 def test_backgrounds_are_read(text, expected):
     """A background is nothing, a threshold of the score, or words."""
@@ -325,7 +326,7 @@ def test_backgrounds_are_read(text, expected):
                                   "prompt", "prompt: , "])
 def test_other_backgrounds_are_refused(text):
     """Anything else is refused; the error says what is allowed."""
-    expected = f"background '{text}': expected none, threshold:T .*, or prompt"
+    expected = f"background '{text}': expected none, threshold:T .*, prompt:.*, or own:T"
     with pytest.raises(ValueError, match=expected):
         parse_background(text)
 
@@ -514,8 +515,8 @@ def times(size):
 def test_equal_tokens_have_equal_colours():
     """In the PCA view patch tokens that are equal have the same colour, at each scale. Class
     embeddings have a range of colours of their own, in which each has another colour, and in each
-    channel the order of the patch tokens that they equal. The panels are 448 high and as wide as the photo asks, and
-    each class has a field with its name. The model sees the photo in tiles, and where tokens do not
+    channel the order of the patch tokens that they equal. The panels are 448 high and as wide as
+    the photo asks, and each class has a field with its name. The model sees the photo in tiles, and where tokens do not
     depend on their neighbours the tiles' size does not matter."""
     torch.manual_seed(0)
     table = torch.zeros(256, 12)

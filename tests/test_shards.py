@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import concepts
-from concepts import (ConceptBank, annotate, annotate_shard_in_process, annotation_key,
+from concepts import (ConceptBank, annotate, annotate_shard, annotation_key,
                       forget_words, load_parser, main, tokenize, tokenizer)
 from conftest import ROOT
 from data import load_pairs, open_shards, random_resized_crop
@@ -116,8 +115,7 @@ def same(batch, other):
 
 def annotate_tar(path, bank=BANK, pipeline=MATCH):
     """Write the concepts file of a tar, as a process of `concepts.py --shards` does."""
-    concepts._process.update(bank=bank, pipeline=pipeline)
-    return annotate_shard_in_process(path)
+    return annotate_shard((bank, pipeline), path)
 
 
 def annotations(*captions):
