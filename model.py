@@ -269,6 +269,7 @@ class SimZSS(Method):
     TOY = {"backbone": "toy", "text_width": 256, "text_layers": 1, "batch": 64, "epochs": 16,
            "base_rate": 0.012, "class_embedding": "concept", "output": "runs/toy"}
     HAS_CHUNKS = True
+    CONFIG = ("backbone", "bank")
     FROZEN = ("backbone.",)
 
     def __init__(self, backbone, text, bank=(), local_weight=0.05, pool_temperature=0.1,

@@ -59,6 +59,7 @@ class Method(nn.Module):
     NEEDS_CAPTIONS = True       # False: a folder of images is training data
     NEEDS_CONCEPTS = True       # False: captions are not parsed
     HAS_CHUNKS = False          # True: `backward` computes --micro-batch pairs at a time, exactly
+    CONFIG = ()                 # names that `config` has at least; a file without them is broken
     FROZEN = ()                 # name prefixes of parts that never change and are built anew
     TRAINING_ONLY = ()          # name prefixes of parts that only training needs (a teacher, say)
     HAS_BACKGROUND_RULE = False # True: `patch_scores` knows --background own:T, see `prepare`

@@ -75,7 +75,7 @@ class Log:
 def line_step(line):
     """Step of a line of the log; infinity for a line that is cut or broken."""
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
