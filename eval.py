@@ -79,6 +79,26 @@ def scores(matrix):
 # --------------------------------------------------------------------------------------------------
 # A model on a dataset
 
+def complete_protocol(dataset, protocol, is_sweep):
+    """The protocol with the dataset's choices, and its background where none is given."""
+    if is_sweep and getattr(dataset, "background_class", None) is None:
+        raise ValueError(f'--sweep-background: {dataset.name} has no class "background"')
+    default = THRESHOLD if is_sweep else getattr(dataset, "background", "none")
+    protocol = {"background": default, **protocol, **getattr(dataset, "choices", {})}
+    if is_sweep and not protocol["background"].startswith("threshold:"):
+        raise ValueError(f"--sweep-background is for threshold:T, found {protocol['background']}")
+    return protocol
+
+
+def describe(model, dataset, total, protocol):
+    """What a result says of the model and the data. total: images that were scored."""
+    expected = getattr(dataset, "count", None) or len(dataset)
+    return {"classes": [names[0] for names in dataset.classes], "images": total,
+            "partial": total != expected, "protocol": protocol,
+            **getattr(model, "checkpoint_file", {}), "method": getattr(model, "name", None),
+            "backbone": getattr(getattr(model, "backbone", None), "config", None)}
+
+
 def classes_to_predict(dataset, background):
     """Lists of names to embed, by the background rule; raises ValueError if the two do not fit.
 
@@ -113,13 +133,8 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     """
     C = len(dataset.classes)
     background = getattr(dataset, "background_class", None)
-    if thresholds is not None and background is None:
-        raise ValueError(f'--sweep-background: {dataset.name} has no class "background"')
-    default = THRESHOLD if thresholds is not None else getattr(dataset, "background", "none")
-    protocol = {"background": default, **protocol, **getattr(dataset, "choices", {})}
+    protocol = complete_protocol(dataset, protocol, thresholds is not None)
     kind, threshold = parse_background(protocol["background"])
-    if thresholds is not None and kind != "threshold":
-        raise ValueError(f"--sweep-background is for threshold:T, found {protocol['background']}")
     classes = classes_to_predict(dataset, protocol["background"])
     embeddings = embed(model, classes, protocol, background)            # (C or C - 1, S, D)
 
@@ -149,13 +164,9 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
         raise ValueError(f"{dataset.name} has no pixel to score: all are ignored")
 
     seconds = time.time() - start
-    expected = getattr(dataset, "count", None) or len(dataset)
-    result = {**scores(matrix), "classes": [names[0] for names in dataset.classes],
-              "images": total, "partial": total != expected, "protocol": protocol,
-              **getattr(model, "checkpoint_file", {}), "method": getattr(model, "name", None),
-              "backbone": getattr(getattr(model, "backbone", None), "config", None),
+    result = {**scores(matrix), **describe(model, dataset, total, protocol), **made_with(),
               "seconds": round(seconds, 1), "images_per_second": round(total / seconds, 2),
-              "processes": 1 if alone else world_size(), **made_with()}
+              "processes": 1 if alone else world_size()}
     if sweep:
         if not alone:
             sum_counts(sweep.hits)

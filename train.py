@@ -276,9 +276,33 @@ def parse_args(argv=None):
         parents=[first_flags()],
         description="Train SimZSS, or another method. The defaults are the method's recipe; "
                     "--train-data toy has smaller ones of its own.")
-    add = parser.add_argument_group("common").add_argument
-    add("--output", default=f"runs/{known.method}",
-        help="folder to write to (default: %(default)s)")
+    add_common_flags(parser.add_argument_group("common").add_argument)
+    add_recipe_flags(parser.add_argument_group("recipe").add_argument)
+    method.add_flags(parser)
+    add_test_flags(parser.add_argument_group("at test time").add_argument)
+    add_safety_flags(parser.add_argument_group("when something goes wrong").add_argument)
+    defaults = {**RECIPE, **PROTOCOL, "output": f"runs/{known.method}", **method.RECIPE,
+                **method.PROTOCOL}
+    if known.train_data == "toy":
+        defaults = {**defaults, **TOY, **method.TOY}
+    parser.set_defaults(**defaults)
+    return parser.parse_args(argv)
+
+
+def first_flags():
+    """The flags that the defaults of the others depend on."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument_group("what to train").add_argument
+    add("--method", choices=list(METHODS), default="simzss", help="(default: %(default)s)")
+    add("--train-data", default="data/coco/annotations/captions_train2017.json",
+        help="toy, a COCO captions JSON, a TSV / JSONL of (image, caption), or tar shards in "
+             'img2dataset\'s layout: a folder, or names such as "shards/{00000..00295}.tar" '
+             "(default: %(default)s)")
+    return parser
+
+
+def add_common_flags(add):
+    add("--output", help="folder to write to (default: %(default)s)")
     add("--images",
         help="folder of the images (default: COCO's place, or the captions file's folder)")
     add("--parser", default=DEFAULT_PARSER,
@@ -316,7 +340,8 @@ def parse_args(argv=None):
         help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
 
-    add = parser.add_argument_group("recipe").add_argument
+
+def add_recipe_flags(add):
     add("--pairs", type=int,
         help="train on so many of the pairs only, drawn by --seed (default: all)")
     add("--epoch-pairs", type=int, help="pairs of one pass, at most (default: %(default)s)")
@@ -327,11 +352,11 @@ def parse_args(argv=None):
     add("--beta1", type=float, help="AdamW (default: %(default)s)")
     add("--beta2", type=float, help="AdamW (default: %(default)s)")
     add("--eps", type=float, help="AdamW (default: %(default)s)")
-    add("--clip", type=float, help="bound on the norm of all gradients, 0 = none "
-                                   "(default: %(default)s)")
-    method.add_flags(parser)
+    add("--clip", type=float,
+        help="bound on the norm of all gradients, 0 = none (default: %(default)s)")
 
-    add = parser.add_argument_group("at test time").add_argument
+
+def add_test_flags(add):
     add("--eval-without", nargs="*", default=[],
         help="classes neither scored nor predicted, such as background")
     add("--eval-names",
@@ -341,7 +366,8 @@ def parse_args(argv=None):
     add("--window", type=int, help="pixels of the sliding window (default: %(default)s)")
     add("--stride", type=int, help="pixels between windows (default: %(default)s)")
 
-    add = parser.add_argument_group("when something goes wrong").add_argument
+
+def add_safety_flags(add):
     add("--max-bad", type=float, default=MAX_BAD,
         help="share of unreadable images that ends the run (default: %(default)s)")
     add("--save-minutes", type=float, default=10,
@@ -349,24 +375,6 @@ def parse_args(argv=None):
     add("--timeout-minutes", type=float, default=30,
         help="of waiting for another process in a step, after which the run ends "
              "(default: %(default)s)")
-
-    defaults = {**RECIPE, **PROTOCOL, **method.RECIPE, **method.PROTOCOL}
-    if known.train_data == "toy":
-        defaults = {**defaults, **TOY, **method.TOY}
-    parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
-
-
-def first_flags():
-    """The flags that the defaults of the others depend on."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add = parser.add_argument_group("what to train").add_argument
-    add("--method", choices=list(METHODS), default="simzss", help="(default: %(default)s)")
-    add("--train-data", default="data/coco/annotations/captions_train2017.json",
-        help="toy, a COCO captions JSON, a TSV / JSONL of (image, caption), or tar shards in "
-             'img2dataset\'s layout: a folder, or names such as "shards/{00000..00295}.tar" '
-             "(default: %(default)s)")
-    return parser
 
 
 def check_numbers(args, world):
