@@ -64,8 +64,9 @@ def confusion_matrix(prediction, target, num_classes, ignore_index=255):
 def scores(matrix):
     """IoU per class, mIoU, mAcc and aAcc, in 0..1, of a confusion matrix with truth in rows.
 
-    IoU = right / (truth + predicted - right). A class neither there nor predicted is nan and does
-    not count in the mean; one predicted but not there counts as 0 in mIoU, and not in mAcc.
+    IoU = right / (truth + predicted - right). A class that is neither there nor predicted has an
+    IoU of nan and does not count in the means. A class that is predicted but not there has an IoU
+    of 0, which counts in mIoU; it does not count in mAcc.
     """
     matrix = torch.as_tensor(matrix).double()
     right = matrix.diag()
@@ -122,14 +123,16 @@ def classes_to_predict(dataset, background):
 
 def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=0, thresholds=None,
              alone=False):
-    """Score a model. Returns (result, pictures).
+    """Score a model. Returns (result, shown).
 
-    model: anything with `embed_classes` and `patch_scores`, like SimZSS. dataset: `MaskedImages` or
-    alike. protocol: templates, short_side, window, stride, the method's own entries, and background
-    (default: the dataset's). batch: windows at a time. pictures: of how many images to return
-    (photo, truth, prediction). limit: score the first images only. thresholds: rising (K,) tensor;
-    adds "sweep", the mIoU with each as background threshold. With several processes each takes its
-    share of the images, and all return the same numbers; alone: this one takes all.
+    model: anything with `embed_classes` and `patch_scores`, like SimZSS. dataset: its items are
+    (name, RGB image, mask (H, W) of classes or IGNORE), and it has `name` and `classes`, see
+    machinery/benchmarks.py. protocol: templates, short_side, window, stride, the method's own
+    entries, and background (default: the dataset's). batch: windows at a time. pictures: number of
+    images of which `shown` has (photo, truth, prediction). limit: score the first images only.
+    thresholds: rising (K,) tensor; adds "sweep", the mIoU with each as background threshold. With
+    several processes each takes its share of the images, and all return the same numbers; alone:
+    this one takes all.
     """
     C = len(dataset.classes)
     background = getattr(dataset, "background_class", None)

@@ -164,10 +164,10 @@ def sidecar_key(path, annotator):
     return f"{annotator} {status.st_size} {status.st_mtime_ns}"
 
 
-def read_sidecar(path, annotator, concepts):
+def read_sidecar(path, annotator, bank_size):
     """(offsets, rows, bad) of the concepts file beside a tar; None if it is missing or broken.
 
-    annotator: hash of bank and parser. concepts: size of the bank. Raises ValueError if the file is
+    annotator: hash of bank and parser. Raises ValueError if the file is
     of another bank, parser or tar.
     """
     sidecar = path.with_suffix(".concepts.npz")
@@ -178,7 +178,7 @@ def read_sidecar(path, annotator, concepts):
             rows = file["rows"]
             bad = file["bad"]
         if key == sidecar_key(path, annotator):
-            check_annotations(offsets, rows, concepts)
+            check_annotations(offsets, rows, bank_size)
             if bad.shape != (len(BAD),) or bad.dtype.kind not in "iu":
                 raise ValueError(f"counts of shape {bad.shape}")
     except Exception:                               # a broken file raises almost anything
@@ -189,7 +189,7 @@ def read_sidecar(path, annotator, concepts):
     return offsets, rows, bad
 
 
-def annotate_shard(path, annotator, concepts, annotate):
+def annotate_shard(path, annotator, bank_size, annotate):
     """Write the concepts file of a tar, unless a valid one is there.
 
     annotate: function from captions to the rows of each. Returns (captions annotated now, captions
@@ -197,7 +197,7 @@ def annotate_shard(path, annotator, concepts, annotate):
     """
     now = 0
     try:
-        made = read_sidecar(path, annotator, concepts)
+        made = read_sidecar(path, annotator, bank_size)
     except ValueError:
         made = None
     if made is None:

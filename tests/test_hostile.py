@@ -313,7 +313,8 @@ def test_a_wrapped_denoiser_file(tmp_path):
     ({"options": {"pretrained_cfg_overlay": {"file": "other.pth"}}}, "'pretrained_cfg_overlay'"),
     ({"options": {"cache_dir": "/tmp"}}, "backbone option 'cache_dir'")])
 def test_a_checkpoint_opens_no_other_file(tmp_path, monkeypatch, change, words):
-    """A header that names a hub, a folder or an option that loads is refused before timm sees it."""
+    """A header that names a hub, a folder or an option that loads is refused; timm never sees it.
+    """
     path = tmp_path / "model.safetensors"
     save_model(path, tiny("test_vit"), {})
     with safetensors.safe_open(path, "pt") as file:
@@ -349,8 +350,9 @@ def test_json_that_holds_no_captions(tmp_path, content):
         read_captions(path)
 
 
-@pytest.mark.parametrize("content", [DEEP, "[]", "3", "null", '{"mIoU": {}}', '{"training": []}',
-                                     '{"dataset": "a", "images": 1, "training": {}, "protocol": 3}'])
+@pytest.mark.parametrize("content", [
+    DEEP, "[]", "3", "null", '{"mIoU": {}}', '{"training": []}',
+    '{"dataset": "a", "images": 1, "training": {}, "protocol": 3}'])
 def test_json_that_is_no_result(tmp_path, content):
     """--compare refuses what is no result in one line."""
     path = tmp_path / "result.json"

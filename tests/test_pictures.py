@@ -105,7 +105,7 @@ def test_pixels_that_are_not_scored_are_grey():
 
 
 def test_a_comparison_has_titles_and_one_legend():
-    """The first row alone has titles; the legend names what fills at least a hundredth of a mask."""
+    """Only the first row has titles; the legend names what fills a hundredth of a mask or more."""
     photo = Image.new("RGB", (100, 50))
     truth = np.zeros((50, 100), int)
     truth[:2, :20] = 1                              # 0.8 %
@@ -299,7 +299,7 @@ def test_the_default_background_is_told():
 
 def test_segmenting_names_a_font(tmp_path, checkpoint, folder):
     """segment.py draws a legend for names in other letters without failing."""
-    segment.main([str(folder / "images" / "photo0.png"), "--classes", "Bäume, 猫, 🐈", "--checkpoint",
-                  str(checkpoint), "--output", str(tmp_path)])
+    segment.main([str(folder / "images" / "photo0.png"), "--classes", "Bäume, 猫, 🐈",
+                  "--checkpoint", str(checkpoint), "--output", str(tmp_path)])
     assert json.loads((tmp_path / "photo0.json").read_text())["names"] == ["Bäume", "猫", "🐈"]
     assert torch.is_tensor(torch.tensor(np.array(Image.open(tmp_path / "photo0_overlay.png"))))
