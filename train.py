@@ -21,6 +21,7 @@ from data import load_pairs, open_stream
 from eval import evaluate
 from machinery.benchmarks import open_dataset
 from machinery.checkpoint import save_model         # for use from Python
+from machinery.classes import read_templates
 from machinery.errors import one_line_errors
 from machinery.features import open_cache
 from machinery.loading import join, loader_batch_size
@@ -82,7 +83,8 @@ def train(args, processes):
         raise ValueError(f"{output} holds an unfinished run ({states(output)[0].name}): go on with "
                          "--resume auto, name another folder with --output, or delete its state "
                          "files")
-    if args.eval_data != "none":                    # mistakes are found now, not at the end
+    read_templates(args.templates)                  # mistakes are found now, not at the end
+    if args.eval_data != "none":
         open_dataset(args.eval_data, args.eval_without, args.eval_names)
     torch.manual_seed(args.seed)                    # the same initial weights in all processes
 
@@ -383,10 +385,19 @@ def add_safety_flags(add):
 def check_numbers(args, world):
     """Raise ValueError for numbers that cannot be."""
     for name in ("batch", "micro_batch", "epochs", "pairs", "epoch_pairs", "steps", "image_size",
-                 "text_layers"):
-        if getattr(args, name, None) is not None and getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a "
-                             "positive number")
+                 "base_rate"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:     # `not >` refuses nan, too
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected a positive number")
+    for name in ("weight_decay", "final_rate", "clip"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 0 or "
+                             "a positive number")
+    if not 0 <= args.warmup <= 1:
+        raise ValueError(f"--warmup is {args.warmup}; expected a share of the steps, 0 to 1")
+    if not 0 < args.stride <= args.window:
+        raise ValueError(f"--stride {args.stride}, --window {args.window}: expected a positive "
+                         "stride of at most the window, or pixels would be left out")
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} is the global batch; it must be a multiple of the "
                          f"{world} processes")

@@ -146,14 +146,14 @@ class Run:
 
     def __enter__(self):
         is_first = self.processes.rank == 0
-        self.signal_notes = note_signals()
-        self.signals = self.signal_notes.__enter__()
         self.bar = tqdm(total=self.config["steps"], initial=self.steps.start, desc="training",
                         unit=" steps", disable=None if is_first else True)
         self.log = None
         if is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             self.log = Log(self.output / "log.jsonl", self.steps.start, self.bar)
+        self.signal_notes = note_signals()
+        self.signals = self.signal_notes.__enter__()
         self.started = time.time()
         self.saved = self.started
         self.step_began = self.started
