@@ -356,8 +356,9 @@ class SimZSS(Method):
     def features(self, batch):
         """class_token (B, D) and patch_tokens (B, N, D) in place of pixels. train.py calls this on
         each part of a batch that was loaded."""
-        if "pixels" not in batch:                   # cached features are there already
-            return batch
+        if "pixels" not in batch:                   # cached, in float16
+            return {name: value.float() if value.is_floating_point() else value
+                    for name, value in batch.items()}
         batch = dict(batch)
         with self.autocast():                       # mixed precision, set by train.py
             class_token, patch_tokens, _ = self.backbone(

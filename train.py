@@ -108,7 +108,7 @@ def train(args, processes):
 
     # Optimizer
     groups = [{"params": group["params"], "weight_decay": args.weight_decay * group["decay"],
-               "rate": group["rate"]} for group in method.groups()]
+               "rate_factor": group["rate"]} for group in method.groups()]
     optimizer = torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=args.eps,
                                   fused=processes.device_type != "mps")
     scaler = torch.amp.GradScaler(processes.device_type, enabled=precision == torch.float16)
@@ -153,7 +153,7 @@ def run_steps(run, args, method, optimizer, scaler, stream):
             # The learning rate of this step
             rate = schedule(step, steps, peak, args.warmup, args.final_rate)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate"]          # a group may have a factor of its own
+                group["lr"] = rate * group["rate_factor"]          # a group may have a factor of its own
 
             # The losses of the global batch, and their gradient: the mean over processes, because
             # each holds the true gradient times the number of processes (machinery/parallel.py)
