@@ -73,6 +73,12 @@ class Method(nn.Module):
         argument parser."""
 
     @staticmethod
+    def further_defaults(args):
+        """Defaults of train.py's flags that depend on other flags: a dict, on top of RECIPE and
+        TOY. args: the flags with the defaults so far."""
+        return {}
+
+    @staticmethod
     def check_flags(args):
         """Raise ValueError for flags that do not go together, or change one with a line of
         notice."""
