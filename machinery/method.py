@@ -15,6 +15,7 @@ from torch import nn
 
 METHODS = {                                         # --method -> its class, imported on demand
     "simzss": "model.SimZSS",
+    "ovsegmentor": "methods.ovsegmentor.OVSegmentor",
 }
 PRETRAINED = {}                                     # --checkpoint NAME[:which] -> its method
 
