@@ -22,7 +22,8 @@ EMBEDDINGS = 1                                      # raise it when `embed_class
 
 RENAMED = {"weight": "local_weight", "piece": "loader_batch"}     # settings of format 1
 # Settings that runs of format 1 did not have, with what they did.
-SINCE = {"method": "simzss", "final_rate": 0.0, "clip": 0.0, "image_token": "class"}
+SINCE = {"method": "simzss", "final_rate": 0.0, "clip": 0.0, "image_token": "class",
+         "prompt_weight": 0.0}
 UMASK = os.umask(0o022)                             # it can only be read by setting it
 os.umask(UMASK)
 
