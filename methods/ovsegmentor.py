@@ -311,8 +311,9 @@ class ScratchText(nn.Module):
 
     def __init__(self, width=None, heads=None, layers=12, context=77):
         super().__init__()
-        encoder = TextEncoder(None, width, heads, layers)
+        encoder = TextEncoder(768, width, heads, layers)
         self.tower = encoder.tower
+        self.tower.text_projection = None           # the projector of the method does its work
         self.config = {"kind": "scratch", "width": encoder.config["width"],
                        "heads": encoder.config["heads"], "layers": layers, "context": context}
 

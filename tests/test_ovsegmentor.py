@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import tarfile
 from functools import partial
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval
+import groups
 import segment
 import train
 from concepts import ConceptBank
@@ -785,6 +787,14 @@ def test_it_scores_and_segments(stage_1, folder, tmp_path):
     pixels = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     cosines = model.image_scores(pixels, model.embed_classes(["cow", "grass"]))
     assert cosines.shape == (2, 2) and cosines.abs().max() <= 1 + 1e-6
+
+
+def test_a_picture_of_groups(stage_1, tmp_path, capsys):
+    """tests/groups.py prints how well groups follow regions and draws them: photo, truth, groups
+    and each group's share."""
+    groups.main([str(stage_1), str(tmp_path / "groups.png"), "--images", "2"])
+    assert re.search(r"of 4 groups in use, oracle mIoU [\d.]+%", capsys.readouterr().out)
+    assert Image.open(tmp_path / "groups.png").size == (7 * 128, 2 * 128)
 
 
 # --------------------------------------------------------------------------------------------------
