@@ -356,8 +356,9 @@ class SimZSS(Method):
     def features(self, batch):
         """class_token (B, D) and patch_tokens (B, N, D) in place of pixels. train.py calls this on
         each part of a batch that was loaded."""
-        if "pixels" not in batch:                   # cached features are there already
-            return batch
+        if "pixels" not in batch:                   # cached, in float16
+            return {name: value.float() if value.is_floating_point() else value
+                    for name, value in batch.items()}
         batch = dict(batch)
         with self.autocast():                       # mixed precision, set by train.py
             class_token, patch_tokens, _ = self.backbone(
@@ -487,6 +488,9 @@ class SimZSS(Method):
     def embed_classes(self, classes, templates=("{}",), class_embedding="caption", batch=256):
         """See `Method.embed_classes`. class_embedding: "caption", the state at the prompt's end
         token, or "concept", the sum of the name's own token embeddings, as in the local loss."""
+        if class_embedding not in ("caption", "concept"):
+            raise ValueError(f"class embedding must be 'caption' or 'concept', found "
+                             f"{class_embedding!r}")
         device = self.logit_scale.device
 
         def embed(prompts):
@@ -550,13 +554,14 @@ class SimZSS(Method):
 
     @staticmethod
     def check_flags(args):
+        backbones.check_flags(args)
         for name in ("pool_temperature", "local_temperature"):
-            if getattr(args, name) <= 0:
+            if not getattr(args, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a "
                                  "positive number")
         for flag, weight in (("--lambda", args.local_weight),
                              ("--prompt-weight", args.prompt_weight)):
-            if weight < 0:
+            if not weight >= 0:
                 raise ValueError(f"{flag} is {weight}; expected 0 or a positive number")
         if args.local_weight == 0 and args.class_embedding == "concept":
             if int(os.environ.get("RANK", 0)) == 0:
