@@ -502,6 +502,12 @@ class OVSegmentor(Method):
 
     @classmethod
     def check_flags(cls, args):
+        backbones.check_flags(args)
+        for name, (default, _) in cls.NUMBERS.items():
+            least = 1 if type(default) is int else 0
+            if not getattr(args, name) >= least:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected "
+                                 f"at least {least}")
         if (args.stage == 2) != bool(args.init):
             raise ValueError(f"--stage {args.stage} with --init {args.init}: stage 2, and no "
                              "other, starts from a checkpoint of stage 1; name it with --init")

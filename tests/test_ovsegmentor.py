@@ -692,6 +692,8 @@ def test_mistakes_in_flags(stage_1, checkpoint, tmp_path, fails):
     fails(train.main, [*start, "--init", stage_1], "--stage 1 with --init")
     fails(train.main, [*start, "--stage", "2", "--init", checkpoint], "is a checkpoint of simzss")
     fails(train.main, [*start, "--bank", "none"], "--bank none")
+    fails(train.main, [*start, "--groups", "0"], "--groups is 0; expected at least 1")
+    fails(train.main, [*start, "--mask-weight", "nan"], "--mask-weight is nan")
     fails(train.main, [*start, "--patches", "convolution", "--pixel-mean", "0", "0", "0"],
           "--patches frozen")
 
