@@ -18,7 +18,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from eval import confusion_matrix, scores
-from machinery.benchmarks import open_dataset
+from machinery.benchmarks import IGNORE, open_dataset
 from machinery.checkpoint import load_model
 from machinery.images import to_pixels
 from methods.ovsegmentor import patch_logits
@@ -57,8 +57,8 @@ def main(argv=None):
         oracle = np.zeros_like(mask)
         for group in np.unique(owner):
             truth = mask[owner == group]
-            oracle[owner == group] = np.bincount(truth[truth < C], minlength=C).argmax()
-        matrix = matrix + confusion_matrix(oracle, mask, C)
+            oracle[owner == group] = np.bincount(truth[truth != IGNORE], minlength=C).argmax()
+        matrix = matrix + confusion_matrix(oracle, mask, C, IGNORE)
         used.append(len(np.unique(owner)))
         if i < ROWS:
             grey = [np.repeat((255 * share).byte().numpy()[..., None], 3, 2) for share in shares]
