@@ -17,6 +17,7 @@ from torch import nn
 # their names only.
 METHODS = {
     "simzss": "model.SimZSS",
+    "ovsegmentor": "methods.ovsegmentor.OVSegmentor",
 }
 PRETRAINED = {}                                     # --checkpoint NAME[:which] -> its method
 
@@ -73,6 +74,12 @@ class Method(nn.Module):
     def add_flags(parser):
         """Add the method's own switches, its PROTOCOL's own entries among them, to train.py's
         argument parser."""
+
+    @staticmethod
+    def further_defaults(args):
+        """Defaults of train.py's flags that depend on other flags: a dict, on top of RECIPE and
+        TOY. args: the flags with the defaults so far."""
+        return {}
 
     @staticmethod
     def check_flags(args):
