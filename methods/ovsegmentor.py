@@ -1,7 +1,7 @@
 """OVSegmentor: groups of patches that learn from captions, entity completion, mask consistency.
 
 Paper: "Learning Open-vocabulary Semantic Segmentation Models From Natural Language Supervision",
-CVPR 2023, arXiv 2301.09121. "Section n" below is a section of docs/methods.md, OVSegmentor.
+CVPR 2023, arXiv 2301.09121. "Section n" below is a section of docs/ovsegmentor.md.
 
     python train.py --method ovsegmentor --train-data toy
     python train.py --method ovsegmentor --train-data toy --stage 2 --init runs/ovsegmentor-toy
