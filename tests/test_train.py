@@ -302,16 +302,6 @@ def test_random_backbones_are_said_and_recorded(folder, tmp_path, capsys):
         assert result["backbone"]["weights"] == "random"
 
 
-@pytest.mark.parametrize("script, words", [
-    ("train.py", "--lambda"), ("eval.py", "--dataset"), ("segment.py", "--classes"),
-    ("concepts.py", "--bank")])
-def test_help_works(tmp_path, script, words):
-    """--help of every script explains its flags, offline and from any folder."""
-    run = subprocess.run([sys.executable, ROOT / script, "--help"], cwd=tmp_path,
-                         capture_output=True, text=True)
-    assert run.returncode == 0 and words in run.stdout, run.stderr
-
-
 # --------------------------------------------------------------------------------------------------
 # Mistakes
 
