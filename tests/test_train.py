@@ -2,8 +2,6 @@
 mistakes."""
 import json
 import math
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -15,7 +13,7 @@ import eval
 import segment
 import train
 from concepts import ConceptBank, load_annotations
-from conftest import BANK, ROOT, tiny
+from conftest import BANK, tiny
 from data import CaptionedImages, collate
 from machinery.loading import BatchStream
 from machinery import resume
