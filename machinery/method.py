@@ -16,8 +16,9 @@ from torch import nn
 
 METHODS = {                                         # --method -> its class, imported on demand
     "simzss": "model.SimZSS",
+    "pixelclip": "methods.pixelclip.PixelCLIP",
 }
-PRETRAINED = {}                                     # --checkpoint NAME[:which] -> its method
+PRETRAINED = {"clip": "pixelclip"}                  # --checkpoint NAME[:which] -> its method
 
 
 def find_method(name):
