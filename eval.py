@@ -268,7 +268,8 @@ def score_classification(args, model, protocol):
         print(f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   ({only}{result['images']}"
               f" images, {len(dataset.classes)} classes, {result['images_per_second']} images/s)")
         write_result(path, {"dataset": args.dataset, "names": args.names, **result,
-                            "protocol": {**used, "size": dataset.size}, **model.checkpoint_file,
+                            "protocol": {**used, "size": dataset.size},
+                            **getattr(model, "checkpoint_file", {}),
                             "backbone": model.config().get("backbone"), **made_with()})
         print(f"written to {path}")
 
