@@ -17,7 +17,9 @@ VOCABULARY = 49408
 
 # --------------------------------------------------------------------------------------------------
 # Dense encoders: normalised images (B, 3, H, W), H and W multiples of `stride`, to (B, h, w, D),
-# not normalised. `pooled` is CLIP's own embedding (B, D) of images of `image_size`.
+# not normalised. `pooled` is CLIP's own embedding (B, D) of images of `image_size`. What each has:
+# TRAINED, words in the names of the parameters that PixelCLIP trains; SHARPNESS, its factor on
+# cosines; drops, how many random numbers (B, drops) in 0..1 stochastic depth takes per image.
 
 def position_table(table, old, new):
     """A ViT's positions for another grid: bicubic; the class token's row stays as it is.
@@ -44,8 +46,9 @@ def value_path(block, x):
 
 class DenseViT(nn.Module):
     """visual: a ViT of open_clip. Its last block takes `value_path`."""
-    TRAINED = ("attn", "position")                  # PixelCLIP trains what has such a word in its
-    SHARPNESS = 100.0                               # name, and multiplies cosines by this
+    TRAINED = ("attn", "position")
+    SHARPNESS = 100.0
+    drops = 0
 
     def __init__(self, visual):
         super().__init__()
@@ -66,7 +69,7 @@ class DenseViT(nn.Module):
             x = block(x)
         return x
 
-    def forward(self, images):
+    def forward(self, images, draws=None):
         x = value_path(self.visual.transformer.resblocks[-1], self.tokens(images))
         x = self.visual.ln_post(x[:, 1:]) @ self.visual.proj                # (B, N, D)
         return x.unflatten(1, [side // self.stride for side in images.shape[-2:]])
@@ -76,7 +79,7 @@ class DenseViT(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth by given random numbers, so that results depend neither on the number of
+    """Stochastic depth by given random numbers, so that a result depends neither on the number of
     processes nor on how a batch is cut. draws: (B,) in 0..1; None = nothing is dropped."""
 
     def __init__(self, rate):
@@ -102,11 +105,17 @@ class DenseConvNeXt(nn.Module):
         self.visual = visual
         self.stride = visual.trunk.feature_info[-1]["reduction"]
         self.image_size = visual.image_size
+        self.drop_paths = []                        # plain list: they belong to their blocks
         for stage in visual.trunk.stages:
             for block in stage.blocks:
-                block.drop_path = DropPath(getattr(block.drop_path, "drop_prob", 0.0))
+                if hasattr(block.drop_path, "drop_prob"):           # not the first: it drops nothing
+                    block.drop_path = DropPath(block.drop_path.drop_prob)
+                    self.drop_paths.append(block.drop_path)
+        self.drops = len(self.drop_paths)
 
-    def forward(self, images):
+    def forward(self, images, draws=None):
+        for i, drop_path in enumerate(self.drop_paths):
+            drop_path.draws = None if draws is None else draws[:, i]
         x = self.visual.trunk.forward_features(images)                      # (B, width, h, w)
         return self.visual.head(self.visual.trunk.head.norm(x).permute(0, 2, 3, 1))
 
@@ -121,6 +130,7 @@ class DenseToy(nn.Module):
     """
     TRAINED = ("block.",)
     SHARPNESS = 100.0
+    drops = 0
     image_size = (128, 128)
 
     def __init__(self, trunk):
@@ -133,7 +143,7 @@ class DenseToy(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, images):
+    def forward(self, images, draws=None):
         x = self.block(self.trunk.forward_features(images)[:, 1:])          # (B, N, D)
         return x.unflatten(1, [side // self.stride for side in images.shape[-2:]])
 

@@ -25,19 +25,19 @@ from torch import nn
 from concepts import tokenize
 from machinery import backbones
 from machinery.checkpoint import load_model, model_file
-from machinery.clip import DenseToy, DropPath, create_clip
+from machinery.clip import DenseToy, create_clip
 from machinery.clustering import kmeans
-from machinery.colours import ssd_colours, strong_colours
 from machinery.images import to_pixels
-from machinery.method import Method, best_synonym, moving_average, prompt_ensemble
+from machinery.method import Method, moving_average
 from machinery.parallel import gather_rows, global_rows, sum_over_processes
-from model import TextEncoder
+from machinery.views import (masks_at, random_rectangle, random_square, strong_colours,
+                             weak_colours)
+from model import TextEncoder, best_synonym, prompt_ensemble
 
 DEFAULT_CLIP = "ViT-B-16-quickgelu/openai"
 CELLS = 20                                          # a side, of the dense features
 TEST_CELLS = 64                                     # the same, enlarged at test time
 LEAST_CELLS = 2                                     # of a mask that is kept
-LONG_SIDE = 1333 / 1024                             # of a resized photo / its short side, at most
 SINKHORN_ROUNDS = 3
 KMEANS_STEPS = 100
 KMEANS_TOLERANCE = 1e-4                             # squared shift of an image's centres, summed
@@ -98,29 +98,6 @@ def pixel_loss(logits, targets):
     return (loss * covered).sum()
 
 
-def crop_box(width, height, size, short_side, rng):
-    """(left, top, side) in a photo's pixels of a random square of size x size pixels of the resized
-    photo: short side as given, long side at most 1333 / 1024 of that (section 2)."""
-    scale = min(short_side / min(width, height), LONG_SIDE * short_side / max(width, height))
-    side = min(size / scale, width, height)         # an elongated photo is enlarged to the square
-    return rng.uniform(0, width - side), rng.uniform(0, height - side), side
-
-
-def rectangle(size, rng):
-    """Rows and columns, as slices, of a rectangle in a square: each side 0.1 to 0.5 of it."""
-    sides = (rng.uniform(0.1, 0.5, 2) * size).astype(int)
-    starts = rng.integers(size - sides + 1)
-    return [slice(start, start + side) for start, side in zip(starts, sides)]
-
-
-def masks_at(masks, x, y):
-    """Masks (H, W) bool of a whole photo at the columns x and rows y, (G,) shares of its size:
-    (M, G, G) bool."""
-    found = [mask[np.ix_((y * mask.shape[0]).astype(int), (x * mask.shape[1]).astype(int))]
-             for mask in masks]
-    return np.stack(found) if found else np.zeros((0, len(y), len(x)), bool)
-
-
 def prompt_tokens(prompt, count):
     """Tokens (77,) of a prompt with count placeholders for its {}, and their positions (count,)."""
     placeholder = tokenize("{}")[1]                 # one token of its own
@@ -164,7 +141,8 @@ class MaskGenerator(nn.Module):
 
     def __init__(self, name, weights, clusters, grid):
         super().__init__()
-        self.trunk = backbones.create_trunk(name, weights or "pretrained", {})
+        self.trunk = backbones.create_trunk(name, weights or "pretrained", {},
+                                            "--mask-weights")
         self.patch_size = backbones.patch_size(self.trunk)
         self.clusters = clusters
         self.grid = grid
@@ -216,9 +194,11 @@ def load_clip(name, weights):
         encoder = DenseToy(model.backbone.trunk)
         text = model.text
         statistics = model.backbone.config
+        encoder.trained_with = model.trained_with
     else:
         encoder, tower, statistics = create_clip(name, weights)
         text = ClipText(tower)
+        encoder.trained_with = {}
     text.requires_grad_(False)
     for parameter_name, parameter in encoder.named_parameters():
         parameter.requires_grad_(any(word in parameter_name for word in encoder.TRAINED))
@@ -260,21 +240,228 @@ class PixelCLIP(Method):
         self.backbone = encoder                     # the student
         self.text = text
         self.size = size or CELLS * encoder.stride
+        if self.size % encoder.stride:
+            raise ValueError(f"--network-size is {size}; expected a multiple of this CLIP's "
+                             f"{encoder.stride} pixels a cell")
         self.input = self.PROTOCOL["input"]
+
+    def begin_training(self, args):
+        """Add what only training needs. args: the flags below. Returns self."""
+        self.settings = args
+        self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.decoder = Decoder(*args.decoder_channels)
+        tokens, free = prompt_tokens(args.prompt, args.free_tokens)
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("free", free, persistent=False)
+        table = self.text.tower.token_embedding.weight                      # (vocabulary, width)
+        words = torch.randint(len(table) - 10, (args.pseudo_classes, args.free_tokens))
+        self.prompts = nn.Parameter(table[words].clone())                   # (C, J, width)
+        if args.masks == "kmeans":
+            self.mask_generator = MaskGenerator(args.mask_backbone, args.mask_weights,
+                                                args.clusters, args.mask_grid)
+            patch = max(self.mask_generator.patch_size)
+            if args.image_size % patch:
+                raise ValueError(f"--image-size is {args.image_size}; expected a multiple of the "
+                                 f"mask backbone's patches of {patch} pixels")
+        return self
+
+    # Data
+
+    @classmethod
+    def sampler(cls, args):
+        grid = args.mask_grid if args.masks == "files" else None
+        return partial(cls.sample, size=args.image_size, short_side=args.resize,
+                       colours=args.colours, grid=grid)
+
+    @staticmethod
+    def sample(pair, size, rng, short_side=1024, colours=1.0, grid=None):
+        """Two views of the same square, uint8 (3, size, size): weak, and strong, which has a black
+        rectangle. And grid is None: a seed for `MaskGenerator`; else masks (M, grid, grid) int8 of
+        the image's file, without that rectangle."""
+        image = pair.image()
+        left, top, side = random_square(*image.size, size, short_side, rng)
+        box = (left, top, min(left + side, image.width), min(top + side, image.height))
+        flip = rng.random() < 0.5
+        weak = image.resize((size, size), Image.BILINEAR, box=box)
+        weak = weak_colours(weak, rng, colours)
+        if flip:
+            weak = weak.transpose(Image.FLIP_LEFT_RIGHT)
+        strong = to_pixels(strong_colours(weak, rng, colours))
+        rows, columns = random_rectangle(size, rng)
+        strong[:, rows, columns] = 0
+        views = {"weak": to_pixels(weak), "strong": strong}
+        if grid is None:
+            return {**views, "seed": torch.tensor(rng.integers(2 ** 62))}
+        if pair.path is None:
+            raise ValueError("--masks files needs image files, with a JSON of masks beside each")
+        seen = np.arange(grid) * size // grid       # the views' pixels that the grid takes
+        x = (seen + 0.5) * side / size
+        masks = masks_at(pair.masks(), (left + (side - x if flip else x)) / image.width,
+                         (top + (seen + 0.5) * side / size) / image.height)
+        hidden = np.isin(seen, np.r_[rows])[:, None] & np.isin(seen, np.r_[columns])
+        masks = masks & ~hidden
+        return {**views, "masks": torch.from_numpy(masks[masks.any(axis=(1, 2))].astype(np.int8))}
+
+    # Training
+
+    def features(self, batch):
+        """masks (B, M, G, G), where they are not read from files."""
+        if "masks" in batch:
+            return batch
+        batch = dict(batch)
+        with self.autocast():
+            masks = self.mask_generator(batch["weak"], batch.pop("seed"))
+        return {**batch, "masks": masks}
+
+    def groups(self):
+        """Three learning rates; weight decay on all but the layers that normalise."""
+        norms = [module for module in self.modules()
+                 if isinstance(module, (nn.LayerNorm, nn.GroupNorm))]
+        undecayed = {id(p) for module in norms for p in module.parameters()}
+        rates = {"decoder": 1.0, "backbone": self.settings.visual_rate,
+                 "prompts": self.settings.prompt_rate}
+        found = {}
+        for name, p in self.trained().items():
+            key = (rates[name.partition(".")[0]], 0.0 if id(p) in undecayed else 1.0)
+            found.setdefault(key, []).append(p)
+        return [{"params": params, "rate": rate, "decay": decay}
+                for (rate, decay), params in found.items()]
+
+    @staticmethod
+    def learning_rate(step, steps, peak, warmup, final):
+        """Cosine from peak to final x peak, from the first step on. step counts from 0."""
+        return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    def network_input(self, pixels, size=None):
+        """uint8 (B, 3, H, W) -> normalised float32, resized to size (a number or a pair)."""
+        images = (pixels / 255 - self.backbone.mean) / self.backbone.std
+        size = size or self.size
+        return F.interpolate(images, size, mode="bilinear", align_corners=False)
+
+    def pseudo_classes(self):
+        """Unit-norm text embeddings (C, D) of the prompts (section 4)."""
+        C = len(self.prompts)
+        embedded = self.text.tower.token_embedding(self.tokens).expand(C, -1, -1)   # (C, 77, width)
+        embedded = embedded.index_copy(1, self.free, self.prompts)
+        return self.text(self.tokens.expand(C, -1), embedded)[0]
+
+    @torch.no_grad()
+    def assign_masks(self, weak, masks, classes, chunk):
+        """Pseudo-class of each mask, (B, M), -1 for one that is dropped (sections 5 and 6).
+
+        weak: uint8 (B, 3, H, W). masks: (B, M, G, G) bool. classes: (C, D). chunk: images at a
+        time.
+        """
+        pooled = []
+        for pixels, own in zip(weak.split(chunk), masks.split(chunk)):
+            with self.autocast():
+                features = self.teacher(self.network_input(pixels)).float()         # (b, h, w, D)
+            weights = pooling_weights(own, *features.shape[1:3])                    # (b, M, h, w)
+            pooled.append(torch.einsum("bmhw,bhwd->bmd", weights, features))
+        pooled = F.normalize(torch.cat(pooled), dim=-1)                             # (B, M, D)
+        kept = masks.sum(dim=(-2, -1)) >= LEAST_CELLS                               # (B, M)
+        share = sinkhorn(self.backbone.SHARPNESS * pooled[kept] @ classes.T)        # (R, C)
+        ids = torch.full(kept.shape, -1, device=kept.device)
+        ids[kept] = share.argmax(dim=1)
+        return ids
+
+    def logits(self, strong, classes, draws=None):
+        """The student's answer (b, C, G, G): maps of cosines through the decoder (section 7).
+
+        strong: uint8 (b, 3, H, W). classes: (C, D). draws: of stochastic depth, (b, drops).
+        """
+        with self.autocast():
+            features = self.backbone(self.network_input(strong), draws)             # (b, h, w, D)
+            features = F.normalize(features.float(), dim=-1)
+            maps = torch.einsum("bhwd,cd->bchw", features, classes)
+            refined = self.decoder(maps.flatten(0, 1)[:, None]).float()             # (b * C, 1, ...)
+        G = self.settings.mask_grid
+        refined = refined[:, 0].unflatten(0, maps.shape[:2])                        # (b, C, 80, 80)
+        return F.interpolate(refined, (G, G), mode="bilinear", align_corners=False)
+
+    def backward(self, batch, scale, chunk=None):
+        """The pseudo-classes are embedded once; images then come in chunks, each with a backward of
+        its own, whose gradients for the pseudo-classes are added up."""
+        B = len(batch["weak"])
+        chunk = min(chunk or B, B)
+        masks = batch["masks"] > 0                                                  # -1 is padding
+        with self.autocast():
+            classes = self.pseudo_classes()                                         # (C, D)
+        ids = self.assign_masks(batch["weak"], masks, classes, chunk)               # (B, M)
+        C = len(classes)
+        counts = sum_over_processes(torch.bincount(ids[ids >= 0], minlength=C))     # (C,)
+        covered = (masks & (ids >= 0)[..., None, None]).any(dim=1)                  # (B, G, G)
+        terms = C * sum_over_processes(covered.sum()).clamp(min=1)
+        draws = global_rows(lambda rows: torch.rand(rows, self.backbone.drops), B).to(ids.device)
+        received = classes.detach().requires_grad_()
+        loss = 0
+        for rows in torch.arange(B).split(chunk):
+            logits = self.logits(batch["strong"][rows], received, draws[rows])      # (b, C, G, G)
+            part = pixel_loss(logits, union_of_masks(masks[rows], ids[rows], C))
+            part = sum_over_processes(part) / terms
+            scale(part).backward()
+            loss = loss + part.detach()
+        classes.backward(received.grad)
+        return {"loss": loss, "masks": counts.sum(), "used": (counts > 0).sum()}
+
+    def after_step(self, step, steps):
+        moving_average(self.teacher, self.backbone, 1 - self.settings.ema)
+
+    # Inference
+
+    def prepare(self, protocol):
+        self.input = protocol["input"]
+
+    def embed_classes(self, classes, templates=("{}",), batch=256, **options):
+        """See `Method.embed_classes`. A prompt's embedding is the state at its end token."""
+        def embed(prompts):
+            texts = [before + name + after for before, name, after in prompts]
+            tokens = torch.stack([tokenize(text) for text in texts])                # (P, 77)
+            return self.text(tokens.to(self.backbone.mean.device))[0]
+
+        return prompt_ensemble(classes, templates, embed, batch)
+
+    @torch.no_grad()
+    def patch_scores(self, pixels, class_embeddings):
+        """Cosines (B, C, 64, 64) of the enlarged features and classes (section 9); see `Method`."""
+        size = pixels.shape[-2:]
+        if self.input == "native":
+            images = self.network_input(pixels, size)
+            images = F.pad(images, (0, -size[1] % self.backbone.stride,
+                                    0, -size[0] % self.backbone.stride))
+            size = images.shape[-2:]
+        else:
+            images = self.network_input(pixels)
+        features = self.backbone(images).permute(0, 3, 1, 2)                        # (B, D, h, w)
+        cells = [max(TEST_CELLS, side) for side in features.shape[-2:]]
+        # Enlarged before they are normalised: the other way round gives other directions.
+        features = F.interpolate(features, cells, mode="bilinear", align_corners=False)
+        features = F.normalize(features, dim=1)
+        scores = best_synonym(features.flatten(2).transpose(1, 2), class_embeddings)
+        return scores.unflatten(-1, cells), size
+
+    @torch.no_grad()
+    def image_scores(self, pixels, class_embeddings):
+        """Cosines (B, C) of CLIP's own embedding of the whole image and classes."""
+        images = self.network_input(pixels, self.backbone.image_size)
+        pooled = F.normalize(self.backbone.pooled(images), dim=-1)                  # (B, D)
+        return best_synonym(pooled[:, None], class_embeddings)[..., 0]
+
+    # Flags and files
 
     @staticmethod
     def add_flags(parser):
         add = parser.add_argument_group("PixelCLIP").add_argument
         add("--clip-model", default=DEFAULT_CLIP, metavar="MODEL/WEIGHTS",
-            help="open_clip's names of a CLIP, a ViT or ConvNeXt, and of its weights; or MODEL/FILE, "
-                 "or MODEL/random; or a SimZSS checkpoint of the toy world (default: %(default)s)")
+            help="open_clip's names of a CLIP, a ViT or ConvNeXt, and of its weights; MODEL/FILE, "
+                 "MODEL/random, or a SimZSS checkpoint of the toy world (default: %(default)s)")
         add("--network-size", type=int,
             help="pixels a side of the network's input (default: 20 cells, 320 for a ViT-B/16)")
         add("--masks", choices=["kmeans", "files"], default="kmeans",
             help="K-means over patch tokens, or SA-1B's JSON beside each image (default: "
                  "%(default)s)")
         add("--mask-backbone", default="vit_small_patch16_224.dino",
-            help="timm name of the backbone whose patch tokens are clustered (default: %(default)s)")
+            help="timm name of the backbone whose tokens are clustered (default: %(default)s)")
         add("--mask-weights", metavar="FILE",
             help="its local weights file, or random (default: timm's download)")
         add("--clusters", type=int, default=16, help="masks by K-means (default: %(default)s)")
@@ -321,32 +508,18 @@ class PixelCLIP(Method):
         return cls(encoder, text, args.network_size).begin_training(args)
 
     @classmethod
-    def rebuild(cls, config):
-        backbone = config["backbone"]
-        return cls(*load_clip(backbone["name"], backbone["weights"]), config["size"])
+    def pretrained(cls, which):
+        model = cls(*load_clip(*split_name(which or DEFAULT_CLIP)))
+        model.trained_with = model.backbone.trained_with
+        return model
 
     def config(self):
         return {"backbone": self.backbone.config, "size": self.size}
 
     @classmethod
-    def pretrained(cls, which):
-        return cls(*load_clip(*split_name(which or DEFAULT_CLIP)))
-
-    def begin_training(self, args):
-        """Add what only training needs. args: the flags above. Returns self."""
-        self.settings = args
-        self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
-        self.decoder = Decoder(*args.decoder_channels)
-        tokens, free = prompt_tokens(args.prompt, args.free_tokens)
-        self.register_buffer("tokens", tokens, persistent=False)
-        self.register_buffer("free", free, persistent=False)
-        table = self.text.tower.token_embedding.weight                      # (vocabulary, width)
-        words = torch.randint(len(table) - 10, (args.pseudo_classes, args.free_tokens))
-        self.prompts = nn.Parameter(table[words].clone())                   # (C, J, width)
-        if args.masks == "kmeans":
-            self.mask_generator = MaskGenerator(args.mask_backbone, args.mask_weights,
-                                                args.clusters, args.mask_grid)
-        return self
+    def rebuild(cls, config):
+        backbone = config["backbone"]
+        return cls(*load_clip(backbone["name"], backbone["weights"]), config["size"])
 
     def state(self):
         """What is trained and the teacher's copy of it, and all of a CLIP with random weights."""
@@ -364,186 +537,3 @@ class PixelCLIP(Method):
             raise ValueError(f"the weights of {found['name']} ({found['weights']}) are not those "
                              f"that {path} was trained from; pass --backbone-weights FILE with the "
                              "right ones")
-
-    # Data
-
-    @classmethod
-    def sampler(cls, args):
-        grid = args.mask_grid if args.masks == "files" else None
-        return partial(cls.sample, size=args.image_size, short_side=args.resize,
-                       colours=args.colours, grid=grid)
-
-    @staticmethod
-    def sample(pair, size, rng, short_side=1024, colours=1.0, grid=None):
-        """Two views of the same square, uint8 (3, size, size): weak, and strong, which has a black
-        rectangle. And grid is None: a seed for `MaskGenerator`; else masks (M, grid, grid) int8 of
-        the image's file, without that rectangle."""
-        image = pair.image()
-        left, top, side = crop_box(*image.size, size, short_side, rng)
-        box = (left, top, min(left + side, image.width), min(top + side, image.height))
-        flip = rng.random() < 0.5
-        weak = image.resize((size, size), Image.BILINEAR, box=box)
-        weak = ssd_colours(weak, rng, colours)
-        if flip:
-            weak = weak.transpose(Image.FLIP_LEFT_RIGHT)
-        strong = to_pixels(strong_colours(weak, rng, colours))
-        rows, columns = rectangle(size, rng)
-        strong[:, rows, columns] = 0
-        views = {"weak": to_pixels(weak), "strong": strong}
-        if grid is None:
-            return {**views, "seed": torch.tensor(rng.integers(2 ** 62))}
-        if pair.path is None:
-            raise ValueError("--masks files needs image files, with a JSON of masks beside each")
-        seen = np.arange(grid) * size // grid       # the views' pixels that the grid takes
-        x = (seen + 0.5) * side / size
-        masks = masks_at(pair.masks(), (left + (side - x if flip else x)) / image.width,
-                         (top + (seen + 0.5) * side / size) / image.height)
-        hidden = np.isin(seen, np.r_[rows])[:, None] & np.isin(seen, np.r_[columns])
-        masks = masks & ~hidden
-        return {**views, "masks": torch.from_numpy(masks[masks.any(axis=(1, 2))].astype(np.int8))}
-
-    # Training
-
-    def features(self, batch):
-        """masks (B, M, G, G), where they are not read from files."""
-        if "masks" in batch:
-            return batch
-        batch = dict(batch)
-        with self.autocast():
-            masks = self.mask_generator(batch["weak"], batch.pop("seed"))
-        return {**batch, "masks": masks}
-
-    def groups(self):
-        """Three learning rates; weight decay on all but the layers that normalise."""
-        norms = {id(p) for module in self.modules() if isinstance(module, (nn.LayerNorm, nn.GroupNorm))
-                 for p in module.parameters()}
-        rates = {"decoder": 1.0, "backbone": self.settings.visual_rate,
-                 "prompts": self.settings.prompt_rate}
-        found = {}
-        for name, p in self.trained().items():
-            key = (rates[name.partition(".")[0]], 0.0 if id(p) in norms else 1.0)
-            found.setdefault(key, []).append(p)
-        return [{"params": params, "rate": rate, "decay": decay}
-                for (rate, decay), params in found.items()]
-
-    @staticmethod
-    def learning_rate(step, steps, peak, warmup, final):
-        """Cosine from peak to final x peak, from the first step on. step counts from 0."""
-        return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-    def network_input(self, pixels, size=None):
-        """uint8 (B, 3, H, W) -> normalised float32, resized to size (a number or a pair)."""
-        images = (pixels / 255 - self.backbone.mean) / self.backbone.std
-        size = size or self.size
-        return F.interpolate(images, size, mode="bilinear", align_corners=False)
-
-    def pseudo_classes(self):
-        """Unit-norm text embeddings (C, D) of the prompts (section 4)."""
-        C = len(self.prompts)
-        embedded = self.text.tower.token_embedding(self.tokens).expand(C, -1, -1)   # (C, 77, width)
-        embedded = embedded.index_copy(1, self.free, self.prompts)
-        return self.text(self.tokens.expand(C, -1), embedded)[0]
-
-    @torch.no_grad()
-    def assign_masks(self, weak, masks, classes, chunk):
-        """Pseudo-class of each mask, (B, M), -1 for one that is dropped (sections 5 and 6).
-
-        weak: uint8 (B, 3, H, W). masks: (B, M, G, G) bool. classes: (C, D). chunk: images at a
-        time.
-        """
-        pooled = []
-        for pixels, own in zip(weak.split(chunk), masks.split(chunk)):
-            with self.autocast():
-                features = self.teacher(self.network_input(pixels)).float()         # (b, h, w, D)
-            weights = pooling_weights(own, *features.shape[1:3])                    # (b, M, h, w)
-            pooled.append(torch.einsum("bmhw,bhwd->bmd", weights, features))
-        pooled = F.normalize(torch.cat(pooled), dim=-1)                             # (B, M, D)
-        kept = masks.sum(dim=(-2, -1)) >= LEAST_CELLS                               # (B, M)
-        share = sinkhorn(self.backbone.SHARPNESS * pooled[kept] @ classes.T)        # (R, C)
-        ids = torch.full(kept.shape, -1, device=kept.device)
-        ids[kept] = share.argmax(dim=1)
-        return ids
-
-    def logits(self, strong, classes):
-        """The student's answer (b, C, G, G): maps of cosines through the decoder (section 7)."""
-        with self.autocast():
-            features = F.normalize(self.backbone(self.network_input(strong)).float(), dim=-1)
-            maps = torch.einsum("bhwd,cd->bchw", features, classes)
-            refined = self.decoder(maps.flatten(0, 1)[:, None]).float()             # (b * C, 1, ...)
-        G = self.settings.mask_grid
-        refined = refined[:, 0].unflatten(0, maps.shape[:2])                        # (b, C, 80, 80)
-        return F.interpolate(refined, (G, G), mode="bilinear", align_corners=False)
-
-    def backward(self, batch, scale, chunk=None):
-        """The pseudo-classes are embedded once; images then come in chunks, each with a backward of
-        its own, whose gradients for the pseudo-classes are added up."""
-        B = len(batch["weak"])
-        chunk = min(chunk or B, B)
-        masks = batch["masks"] > 0                                                  # -1 is padding
-        with self.autocast():
-            classes = self.pseudo_classes()                                         # (C, D)
-        ids = self.assign_masks(batch["weak"], masks, classes, chunk)               # (B, M)
-        C = len(classes)
-        counts = torch.bincount(ids[ids >= 0], minlength=C)
-        counts = sum_over_processes(counts)                                         # (C,)
-        covered = (masks & (ids >= 0)[..., None, None]).any(dim=1)                  # (B, G, G)
-        pixels = sum_over_processes(covered.sum()).clamp(min=1)
-        drop_paths = [module for module in self.backbone.modules() if isinstance(module, DropPath)]
-        draws = global_rows(lambda rows: torch.rand(rows, len(drop_paths)), B).to(classes.device)
-        received = classes.detach().requires_grad_()
-        loss = 0
-        for rows in torch.arange(B).split(chunk):
-            for module, drawn in zip(drop_paths, draws[rows].T):
-                module.draws = drawn
-            targets = union_of_masks(masks[rows], ids[rows], C)                     # (b, C, G, G)
-            part = pixel_loss(self.logits(batch["strong"][rows], received), targets)
-            part = sum_over_processes(part) / (pixels * C)
-            scale(part).backward()
-            loss = loss + part.detach()
-        for module in drop_paths:
-            module.draws = None
-        classes.backward(received.grad)
-        return {"loss": loss, "masks": counts.sum(), "used": (counts > 0).sum()}
-
-    def after_step(self, step, steps):
-        moving_average(self.teacher, self.backbone, 1 - self.settings.ema)
-
-    # Inference
-
-    def prepare(self, protocol):
-        self.input = protocol["input"]
-
-    def embed_classes(self, classes, templates=("{}",), batch=256, **options):
-        """See `Method.embed_classes`. A prompt's embedding is the state at its end token."""
-        def embed(prompts):
-            texts = [before + name + after for before, name, after in prompts]
-            tokens = torch.stack([tokenize(text) for text in texts])                # (P, 77)
-            return self.text(tokens.to(self.backbone.mean.device))[0]
-
-        return prompt_ensemble(classes, templates, embed, batch)
-
-    @torch.no_grad()
-    def patch_scores(self, pixels, class_embeddings):
-        """Cosines (B, C, 64, 64) of the enlarged features and classes (section 9); see `Method`."""
-        size = pixels.shape[-2:]
-        if self.input == "native":
-            images = self.network_input(pixels, size)
-            images = F.pad(images, (0, -size[1] % self.backbone.stride,
-                                    0, -size[0] % self.backbone.stride))
-            size = images.shape[-2:]
-        else:
-            images = self.network_input(pixels)
-        features = self.backbone(images).permute(0, 3, 1, 2)                        # (B, D, h, w)
-        cells = [max(TEST_CELLS, side) for side in features.shape[-2:]]
-        # Enlarged before they are normalised: the other way round gives other directions.
-        features = F.interpolate(features, cells, mode="bilinear", align_corners=False)
-        features = F.normalize(features, dim=1)
-        scores = best_synonym(features.flatten(2).transpose(1, 2), class_embeddings)
-        return scores.unflatten(-1, cells), size
-
-    @torch.no_grad()
-    def image_scores(self, pixels, class_embeddings):
-        """Cosines (B, C) of CLIP's own embedding of the whole image and classes."""
-        images = self.network_input(pixels, self.backbone.image_size)
-        pooled = F.normalize(self.backbone.pooled(images), dim=-1)                  # (B, D)
-        return best_synonym(pooled[:, None], class_embeddings)[..., 0]
