@@ -190,12 +190,12 @@ def create_clip(name, weights):
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise FileNotFoundError(f"{name} has no weights {weights!r}; expected {name}/WEIGHTS with "
                                 f"{', '.join(tags)}, or a local file")
+    path = download(name, weights, known) if known and not is_file else weights
     # Weights that OpenAI trained need its approximation of GELU, whatever the model's name says.
     activation = known.get("quick_gelu", config.get("quick_gelu", False))
     clip = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, activation)
     encoder = dense_encoder(name, clip.visual)
     if weights != "random":
-        path = weights if is_file else download(name, weights, known)
         try:
             open_clip.load_checkpoint(clip, path)
         except Exception as error:                  # whatever a file of another kind makes it raise

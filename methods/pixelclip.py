@@ -206,6 +206,7 @@ def load_clip(name, weights):
         values = torch.tensor(statistics[key]).view(3, 1, 1)
         encoder.register_buffer(key, values, persistent=False)
     tensors = {**encoder.state_dict(), **text.state_dict(prefix="text.")}
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("block.")}  # new
     encoder.config = {"name": name, "weights": weights, "sha256": backbones.sha256(tensors)}
     return encoder, text
 

@@ -180,7 +180,7 @@ def test_it_scores_and_segments(whole, folder, tmp_path, capsys):
 
 
 def test_a_model_that_needs_no_training(folder, photo, tmp_path, fails):
-    """--checkpoint NAME:which is scored like a checkpoint; one of the toy world is refused on photos."""
+    """--checkpoint NAME:which is scored like a file; made for the toy world, it refuses photos."""
     chosen = ["--checkpoint", "words:4", "--device", "cpu", "--output"]
     path = tmp_path / "result.json"
     eval.main(["--dataset", str(folder), "--without", "background", *chosen, str(path)])
