@@ -19,7 +19,8 @@ VOCABULARY = 49408
 # Dense encoders: normalised images (B, 3, H, W), H and W multiples of `stride`, to (B, h, w, D),
 # not normalised. `pooled` is CLIP's own embedding (B, D) of images of `image_size`. What each has:
 # TRAINED, words in the names of the parameters that PixelCLIP trains; SHARPNESS, its factor on
-# cosines; drops, how many random numbers (B, drops) in 0..1 stochastic depth takes per image.
+# cosines; cells, the side of the grid in training; drops, how many random numbers of an image
+# stochastic depth takes, draws (B, drops) in 0..1.
 
 def position_table(table, old, new):
     """A ViT's positions for another grid: bicubic; the class token's row stays as it is.
@@ -48,6 +49,7 @@ class DenseViT(nn.Module):
     """visual: a ViT of open_clip. Its last block takes `value_path`."""
     TRAINED = ("attn", "position")
     SHARPNESS = 100.0
+    cells = 20
     drops = 0
 
     def __init__(self, visual):
@@ -99,6 +101,7 @@ class DenseConvNeXt(nn.Module):
     place of their mean."""
     TRAINED = ("",)
     SHARPNESS = 1.0
+    cells = 20
 
     def __init__(self, visual):
         super().__init__()
@@ -108,7 +111,7 @@ class DenseConvNeXt(nn.Module):
         self.drop_paths = []                        # plain list: they belong to their blocks
         for stage in visual.trunk.stages:
             for block in stage.blocks:
-                if hasattr(block.drop_path, "drop_prob"):           # not the first: it drops nothing
+                if hasattr(block.drop_path, "drop_prob"):           # the first drops nothing
                     block.drop_path = DropPath(block.drop_path.drop_prob)
                     self.drop_paths.append(block.drop_path)
         self.drops = len(self.drop_paths)
@@ -130,6 +133,7 @@ class DenseToy(nn.Module):
     """
     TRAINED = ("block.",)
     SHARPNESS = 100.0
+    cells = 16
     drops = 0
     image_size = (128, 128)
 
@@ -182,8 +186,8 @@ def create_clip(name, weights):
                          "open_clip.list_models(), such as ViT-B-16-quickgelu/openai")
     text = config["text_cfg"]
     if (text.get("context_length"), text.get("vocab_size")) != (CONTEXT_LENGTH, VOCABULARY):
-        raise ValueError(f"{name}: expected CLIP's own text tower, with {VOCABULARY:,} tokens and a "
-                         f"context of {CONTEXT_LENGTH}")
+        raise ValueError(f"{name}: expected CLIP's own text tower, with {VOCABULARY:,} tokens and "
+                         f"a context of {CONTEXT_LENGTH}")
     known = open_clip.get_pretrained_cfg(name, weights)
     is_file = Path(weights).is_file()
     if not (known or is_file or weights == "random"):

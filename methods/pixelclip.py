@@ -24,7 +24,7 @@ from torch import nn
 
 from concepts import tokenize
 from machinery import backbones
-from machinery.checkpoint import load_model, model_file
+from machinery.checkpoint import load_model, model_file, read_checkpoint
 from machinery.clip import DenseToy, create_clip
 from machinery.clustering import kmeans
 from machinery.images import to_pixels
@@ -35,8 +35,7 @@ from machinery.views import (masks_at, random_rectangle, random_square, strong_c
 from model import TextEncoder, best_synonym, prompt_ensemble
 
 DEFAULT_CLIP = "ViT-B-16-quickgelu/openai"
-CELLS = 20                                          # a side, of the dense features
-TEST_CELLS = 64                                     # the same, enlarged at test time
+TEST_CELLS = 64                                     # a side, of the enlarged features at test time
 LEAST_CELLS = 2                                     # of a mask that is kept
 SINKHORN_ROUNDS = 3
 KMEANS_STEPS = 100
@@ -189,16 +188,14 @@ def load_clip(name, weights):
     if name == "toy":
         model = load_model(weights)
         if model.name != "simzss" or model.backbone.config["name"] != "toy":
-            raise ValueError(f"{weights} is no SimZSS of the toy world; expected that, or a CLIP of "
-                             f"open_clip as MODEL/WEIGHTS, such as {DEFAULT_CLIP}")
+            raise ValueError(f"{weights} is no SimZSS of the toy world; expected that, or a CLIP "
+                             f"of open_clip as MODEL/WEIGHTS, such as {DEFAULT_CLIP}")
         encoder = DenseToy(model.backbone.trunk)
         text = model.text
         statistics = model.backbone.config
-        encoder.trained_with = model.trained_with
     else:
         encoder, tower, statistics = create_clip(name, weights)
         text = ClipText(tower)
-        encoder.trained_with = {}
     text.requires_grad_(False)
     for parameter_name, parameter in encoder.named_parameters():
         parameter.requires_grad_(any(word in parameter_name for word in encoder.TRAINED))
@@ -206,7 +203,8 @@ def load_clip(name, weights):
         values = torch.tensor(statistics[key]).view(3, 1, 1)
         encoder.register_buffer(key, values, persistent=False)
     tensors = {**encoder.state_dict(), **text.state_dict(prefix="text.")}
-    tensors = {key: value for key, value in tensors.items() if not key.startswith("block.")}  # new
+    # The toy's block begins anew each time, so it is not what a checkpoint's CLIP is known by.
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("block.")}
     encoder.config = {"name": name, "weights": weights, "sha256": backbones.sha256(tensors)}
     return encoder, text
 
@@ -217,30 +215,31 @@ def load_clip(name, weights):
 class PixelCLIP(Method):
     """A dense CLIP; `begin_training` adds teacher, decoder, prompts and mask generator.
 
-    encoder, text: of `load_clip`. size: pixels a side of the network's input; None = 20 cells.
+    encoder, text: of `load_clip`. size: pixels a side of the network's input; None = as published.
     """
 
     name = "pixelclip"
     RECIPE = {"image_size": 640, "batch": 48, "steps": 10_000, "base_rate": 2e-4 * 256 / 48,
               "warmup": 0.0, "final_rate": 0.5, "weight_decay": 1e-4, "beta2": 0.999, "eps": 1e-8,
               "clip": 0.01, "precision": "fp32"}
-    TOY = {"clip_model": "runs/toy-clip", "network_size": 128, "mask_backbone": "toy",
-           "clusters": 8, "mask_grid": 32, "resize": 128, "colours": 0.2, "pseudo_classes": 16,
-           "free_tokens": 2, "prompt": "a {}", "decoder_channels": [8, 4], "ema": 0.99, "batch": 8,
-           "steps": 200, "base_rate": 2e-3 * 256 / 8, "visual_rate": 0.05, "prompt_rate": 1.0,
+    TOY = {"clip_model": "runs/toy-clip", "mask_backbone": "toy", "clusters": 8, "mask_grid": 32,
+           "resize": 128, "colours": 0.2, "pseudo_classes": 16, "free_tokens": 2, "prompt": "a {}",
+           "decoder_channels": [8, 4], "ema": 0.99, "batch": 8, "steps": 200,
+           "base_rate": 2e-3 * 256 / 8, "visual_rate": 0.05, "prompt_rate": 1.0,
            "templates": "plain", "output": "runs/toy-pixelclip"}
     PROTOCOL = {"templates": "pixelclip", "short_side": 640, "window": 2048, "stride": 2048,
                 "input": "squash"}
     NEEDS_CAPTIONS = False
     NEEDS_CONCEPTS = False
     HAS_CHUNKS = True
+    CONFIG = ("backbone", "size")
     TRAINING_ONLY = ("teacher.", "decoder.", "prompts")
 
     def __init__(self, encoder, text, size=None):
         super().__init__()
         self.backbone = encoder                     # the student
         self.text = text
-        self.size = size or CELLS * encoder.stride
+        self.size = size or encoder.cells * encoder.stride
         if self.size % encoder.stride:
             raise ValueError(f"--network-size is {size}; expected a multiple of this CLIP's "
                              f"{encoder.stride} pixels a cell")
@@ -374,10 +373,10 @@ class PixelCLIP(Method):
         with self.autocast():
             features = self.backbone(self.network_input(strong), draws)             # (b, h, w, D)
             features = F.normalize(features.float(), dim=-1)
-            maps = torch.einsum("bhwd,cd->bchw", features, classes)
-            refined = self.decoder(maps.flatten(0, 1)[:, None]).float()             # (b * C, 1, ...)
+            maps = torch.einsum("bhwd,cd->bchw", features, classes)                 # (b, C, h, w)
+            refined = self.decoder(maps.flatten(0, 1)[:, None])
         G = self.settings.mask_grid
-        refined = refined[:, 0].unflatten(0, maps.shape[:2])                        # (b, C, 80, 80)
+        refined = refined.float()[:, 0].unflatten(0, maps.shape[:2])                # (b, C, 4h, 4w)
         return F.interpolate(refined, (G, G), mode="bilinear", align_corners=False)
 
     def backward(self, batch, scale, chunk=None):
@@ -457,7 +456,8 @@ class PixelCLIP(Method):
             help="open_clip's names of a CLIP, a ViT or ConvNeXt, and of its weights; MODEL/FILE, "
                  "MODEL/random, or a SimZSS checkpoint of the toy world (default: %(default)s)")
         add("--network-size", type=int,
-            help="pixels a side of the network's input (default: 20 cells, 320 for a ViT-B/16)")
+            help="pixels a side of the network's input (default: 20 cells, 320 for a ViT-B/16 and "
+                 "640 for a ConvNeXt)")
         add("--masks", choices=["kmeans", "files"], default="kmeans",
             help="K-means over patch tokens, or SA-1B's JSON beside each image (default: "
                  "%(default)s)")
@@ -497,6 +497,10 @@ class PixelCLIP(Method):
             if getattr(args, name) is not None and getattr(args, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a "
                                  "positive number")
+        first = PixelCLIP.TOY["clip_model"]
+        if args.clip_model == first and not Path(first).exists():
+            raise FileNotFoundError(f"no {first}, the CLIP of the toy world; train it first: "
+                                    f"python train.py --train-data toy --lambda 0 --output {first}")
         if args.prompt.count("{}") != 1:
             raise ValueError(f"--prompt is {args.prompt!r}; expected one {{}} in it")
         if args.warmup:
@@ -510,8 +514,10 @@ class PixelCLIP(Method):
 
     @classmethod
     def pretrained(cls, which):
-        model = cls(*load_clip(*split_name(which or DEFAULT_CLIP)))
-        model.trained_with = model.backbone.trained_with
+        name, weights = split_name(which or DEFAULT_CLIP)
+        model = cls(*load_clip(name, weights))
+        if name == "toy":
+            model.trained_with = read_checkpoint(weights)[0]["training"]
         return model
 
     def config(self):

@@ -18,14 +18,14 @@ from PIL import Image
 import eval
 import segment
 import train
-from concepts import tokenize
-from machinery.checkpoint import load_model
-from machinery.clip import create_clip, position_table, value_path
+from conftest import PROTOCOL
+from conftest import tiny as simzss_of_the_toy
+from machinery.checkpoint import load_model, save_model
+from machinery.clip import position_table, value_path
 from machinery.method import Pair
-from machinery.parallel import join_processes, sum_over_processes
+from machinery.parallel import join_processes
 from machinery.resume import states
 from machinery.run import Run
-from methods import pixelclip
 from methods.pixelclip import (Decoder, MaskGenerator, PixelCLIP, load_clip, pixel_loss,
                                pooling_weights, prompt_tokens, sinkhorn, union_of_masks)
 from processes import Processes
@@ -47,7 +47,8 @@ def tiny_clip(tmp_path_factory):
     are not of its kind."""
     folder = tmp_path_factory.mktemp("configs")
     resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}
-    for name, change in (("tiny", {}), ("wide", {"embed_dim": 24}), ("resnet", {"vision_cfg": resnet})):
+    changes = {"tiny": {}, "wide": {"embed_dim": 24}, "resnet": {"vision_cfg": resnet}}
+    for name, change in changes.items():
         (folder / f"{name}.json").write_text(json.dumps({**TINY, **change}))
     open_clip.add_model_config(folder)
     yield
@@ -718,13 +719,16 @@ def test_masks_of_files_train(tmp_path):
     assert 4 <= read_log(tmp_path / "run")[0]["masks"] <= 8
 
 
-def test_the_toy_world(checkpoint, tmp_path):
-    """A SimZSS of the toy world is its CLIP: training starts exactly at that model, whose checkpoint
-    is named, and --checkpoint clip:FILE scores it by its own protocol."""
+def test_the_toy_world(photos, tmp_path, fails):
+    """A SimZSS of the toy world is its CLIP: training starts exactly at that model. --checkpoint
+    clip:FILE scores that before any training, by its own protocol, and refuses photos."""
+    checkpoint = tmp_path / "model.safetensors"
+    save_model(checkpoint, simzss_of_the_toy(), {"protocol": PROTOCOL, "train_data": "toy"})
     model = PixelCLIP.pretrained(str(checkpoint))
     simzss = load_model(checkpoint)
     pixels = some_batch()["weak"]
     patches = simzss.backbone(simzss.backbone.normalise(pixels))[1]
+    assert model.size == 128                        # as its scenes are; here they are smaller
     model.size = 64
     features = F.normalize(model.backbone(model.network_input(pixels)), dim=-1)
     torch.testing.assert_close(features.flatten(1, 2), patches)
@@ -737,6 +741,8 @@ def test_the_toy_world(checkpoint, tmp_path):
     eval.main(["--dataset", "toy", "--limit", "1", "--checkpoint", f"clip:{checkpoint}",
                "--output", str(tmp_path / "result.json")])
     assert json.loads((tmp_path / "result.json").read_text())["protocol"]["short_side"] == 64
+    fails(segment.main, [photos / "0.png", "--classes", "cat", "--checkpoint",
+                         f"clip:{checkpoint}"], "was trained on the drawn scenes of the toy world")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -766,11 +772,13 @@ def test_a_file_of_another_clip(weights, photos, tmp_path, fails):
 
 @pytest.mark.parametrize("flags, words", [
     (["--clusters", "0"], "--clusters is 0"),
+    (["--clip-model", "runs/toy-clip"], "python train.py --train-data toy --lambda 0 --output"),
     (["--prompt", "a photo"], "expected one {} in it"),
     (["--warmup", "0.1"], "schedule has none"),
     (["--network-size", "50"], "--network-size is 50; expected a multiple"),
     (["--image-size", "60"], "--image-size is 60; expected a multiple"),
     (["--mask-backbone", "vit_small_patch16_224.dino"], "pass --mask-weights FILE")])
-def test_flags_that_cannot_be(tmp_path, fails, flags, words):
+def test_flags_that_cannot_be(tmp_path, monkeypatch, fails, flags, words):
     """Each is refused in one line, before training."""
+    monkeypatch.chdir(tmp_path)
     fails(train.main, [*RUN, "--output", tmp_path, *flags], words)
