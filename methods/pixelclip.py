@@ -108,7 +108,7 @@ def prompt_tokens(prompt, count):
 # The parts
 
 class ClipText(TextEncoder):
-    """CLIP's own text tower, of open_clip."""
+    """CLIP's own text tower, of open_clip, read as ours is."""
 
     def __init__(self, tower):
         nn.Module.__init__(self)
@@ -174,8 +174,9 @@ class MaskGenerator(nn.Module):
 
 def split_name(which):
     """"MODEL/WEIGHTS", or a checkpoint of SimZSS on the toy world -> (name, weights)."""
-    if Path(which).exists():
-        return "toy", str(model_file(which).resolve())
+    path = model_file(which)
+    if path.suffix == ".safetensors" and path.is_file():
+        return "toy", str(path.resolve())
     name, _, weights = which.partition("/")
     return name, str(Path(weights).resolve()) if Path(weights).is_file() else weights
 

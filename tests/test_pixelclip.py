@@ -753,6 +753,7 @@ def test_the_toy_world(photos, tmp_path, fails):
     ("clip:ViT-B-16/openai", "could not be downloaded"),
     ("clip:ViT-B-17/openai", "unknown CLIP 'ViT-B-17'"),
     ("clip:ViT-B-16", "ViT-B-16 has no weights ''"),
+    ("clip:weights.pt", "expected MODEL/WEIGHTS"),
     ("clip:ViT-B-16/magic", "openai"),
     ("clip:ViT-B-16-SigLIP/webli", "expected CLIP's own text tower"),
     ("clip:resnet/random", "no dense features")])
