@@ -109,8 +109,7 @@ def create_trunk(name, source, options, flag="--backbone-weights"):
     """A timm model without its head that takes images of any size where it can.
 
     source: "pretrained", "random" or a local weights file. Opens nothing else: name and options may
-    come from a checkpoint. flag: names the source in errors. Raises ValueError, or
-    FileNotFoundError for a missing download.
+    come from a checkpoint. flag: its name in errors. Raises ValueError, FileNotFoundError.
     """
     if name == "toy":
         if source != "pretrained" or options:
