@@ -265,7 +265,8 @@ def score_classification(args, model, protocol):
               f" images, {len(dataset.classes)} classes, {result['images_per_second']} images/s)")
         write_result(path, {"dataset": args.dataset, "folder": full_name(args.dataset),
                             "names": args.names, **result,
-                            "protocol": {**used, "size": dataset.size}, **model.checkpoint_file,
+                            "protocol": {**used, "size": dataset.size},
+                            **getattr(model, "checkpoint_file", {}),
                             "backbone": model.config().get("backbone"), **made_with()})
         print(f"written to {path}")
 

@@ -105,11 +105,11 @@ def from_config(config):
 # --------------------------------------------------------------------------------------------------
 # timm models
 
-def create_trunk(name, source, options):
+def create_trunk(name, source, options, flag="--backbone-weights"):
     """A timm model without its head that takes images of any size where it can.
 
     source: "pretrained", "random" or a local weights file. Opens nothing else: name and options may
-    come from a checkpoint. Raises ValueError, or FileNotFoundError for a missing download.
+    come from a checkpoint. flag: its name in errors. Raises ValueError, FileNotFoundError.
     """
     if name == "toy":
         if source != "pretrained" or options:
@@ -136,20 +136,20 @@ def create_trunk(name, source, options):
     except OSError as error:
         raise FileNotFoundError(
             f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). "
-            "Connect to the network once, or pass --backbone-weights FILE with a local copy (or "
-            "--backbone-weights random for a trial that cannot give useful masks).") from None
+            f"Connect to the network once, or pass {flag} FILE with a local copy (or {flag} "
+            "random for a trial that cannot give useful masks).") from None
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"unknown backbone {name!r} with options {options}: {error}") from None
     finally:
         hub_log.setLevel(level)
     if source not in ("pretrained", "random"):
-        load_trunk(trunk, source)
+        load_trunk(trunk, source, flag)
     return trunk
 
 
-def load_trunk(trunk, path):
+def load_trunk(trunk, path, flag):
     """Load a local weights file strictly; only the classifier, which is not used, may be left."""
-    state = read_tensors(path, "--backbone-weights")
+    state = read_tensors(path, flag)
     # timm's own function that reads the key names of the original releases
     convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
     try:

@@ -18,8 +18,9 @@ from torch import nn
 METHODS = {
     "simzss": "model.SimZSS",
     "ovsegmentor": "methods.ovsegmentor.OVSegmentor",
+    "pixelclip": "methods.pixelclip.PixelCLIP",
 }
-PRETRAINED = {}                                     # --checkpoint NAME[:which] -> its method
+PRETRAINED = {"clip": "pixelclip"}                  # --checkpoint NAME[:which] -> its method
 
 
 def find_method(name):

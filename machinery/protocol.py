@@ -61,7 +61,7 @@ def open_model(args):
     name, _, which = str(args.checkpoint).partition(":")
     if name in PRETRAINED:
         model = find_method(PRETRAINED[name]).pretrained(which).to(device).eval()
-        model.trained_with = {}
+        model.trained_with = getattr(model, "trained_with", {})
     else:
         path = model_file(args.checkpoint or newest_model())
         model = load_model(path, device, args.backbone_weights, args.backbone, args.image_token)
@@ -128,6 +128,7 @@ def refuse_toy_model(model, files):
         there = [file for file in files if os.path.isfile(file)]
         photo = next((file for file in there if not is_scene(file)), None)
         if photo is not None:
-            raise ValueError(f"{model.checkpoint_file['checkpoint']} was trained on the drawn "
-                             f"scenes of the toy world and means nothing on {photo}; train on "
-                             "captioned photos, or name another model with --checkpoint")
+            source = getattr(model, "checkpoint_file", {"checkpoint": "this model"})
+            raise ValueError(f"{source['checkpoint']} was trained on the drawn scenes of the toy "
+                             f"world and means nothing on {photo}; train on captioned photos, or "
+                             "name another model with --checkpoint")

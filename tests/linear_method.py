@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from concepts import tokenize
 from data import random_resized_crop
 from machinery.images import to_pixels
-from machinery.method import METHODS, Method, moving_average
+from machinery.method import METHODS, PRETRAINED, Method, moving_average
 from machinery.parallel import global_rows, sum_over_processes, world_size
 from model import VisionBackbone, best_synonym, global_loss, prompt_ensemble
 
 METHODS["linear"] = "linear_method.Linear"
+PRETRAINED["words"] = "linear"
 
 
 class Linear(Method):
@@ -56,6 +57,12 @@ class Linear(Method):
     @classmethod
     def rebuild(cls, config):
         return cls(**config)
+
+    @classmethod
+    def pretrained(cls, which):
+        model = cls(int(which))
+        model.trained_with = {"train_data": "toy"}
+        return model
 
     def config(self):
         return {"width": self.student.out_features}

@@ -566,7 +566,7 @@ def test_the_result_of_other_data_is_not_overwritten(checkpoint, folder, tmp_pat
     folder.rename(tmp_path / "other")
     monkeypatch.setattr(eval, "evaluate", lambda *args: pytest.fail("scored in vain"))
     fails(eval.main, ["--dataset", tmp_path / "other", "--checkpoint", checkpoint,
-                      "--output", output], output, "./folder", tmp_path / "other", "--output")
+                      "--output", output], output, folder, tmp_path / "other", "--output")
     assert output.read_bytes() == before
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import safetensors
 import torch
+from PIL import Image
 
 import eval
 import linear_method
@@ -46,6 +47,13 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("linear") / "whole"
     run(folder, "--save-minutes", "0")
     return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """File of an image that is no toy scene."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
 
 
 def test_a_method_is_found_by_its_name():
@@ -177,6 +185,17 @@ def test_it_scores_and_segments(whole, folder, tmp_path, capsys):
     segment.main([str(folder / "images" / "photo0.png"), "--classes", "cow, grass", "--checkpoint",
                   str(whole), "--output", str(tmp_path)])
     assert json.loads((tmp_path / "photo0.json").read_text())["names"] == ["cow", "grass"]
+
+
+def test_a_model_that_needs_no_training(folder, photo, tmp_path, fails):
+    """--checkpoint NAME:which is scored like a file; made for the toy world, it refuses photos."""
+    chosen = ["--checkpoint", "words:4", "--device", "cpu", "--output"]
+    path = tmp_path / "result.json"
+    eval.main(["--dataset", str(folder), "--without", "background", *chosen, str(path)])
+    result = json.loads(path.read_text())
+    assert result["method"] == "linear" and "checkpoint" not in result
+    fails(segment.main, [photo, "--classes", "cow", *chosen, tmp_path], "this model was trained on "
+          "the drawn scenes", photo)
 
 
 def test_what_it_does_not_offer_is_refused(whole, folder, tmp_path, fails):

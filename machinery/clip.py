@@ -1,0 +1,225 @@
+"""CLIP's image encoders with an embedding at every position, of any ViT or ConvNeXt of open_clip.
+
+A CLIP is trained to embed whole images. Its last layers, applied to each position by itself, give
+an embedding of every patch in the space of its text encoder, without any training
+(docs/methods.md, PixelCLIP, section 3).
+"""
+import logging
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CONTEXT_LENGTH = 77                                 # of CLIP's own text tower
+VOCABULARY = 49408
+
+
+# --------------------------------------------------------------------------------------------------
+# Dense encoders: normalised images (B, 3, H, W), H and W multiples of `stride`, to (B, h, w, D),
+# not normalised. `pooled` is CLIP's own embedding (B, D) of images of `image_size`. What each has:
+# TRAINED, words in the names of the parameters that PixelCLIP trains; SHARPNESS, its factor on
+# cosines; cells, the side of the grid in training; drops, how many random numbers of an image
+# stochastic depth takes, draws (B, drops) in 0..1.
+
+def position_table(table, old, new):
+    """A ViT's positions for another grid: bicubic; the class token's row stays as it is.
+
+    table: (1 + H * W, width) for the grid old = (H, W). Returns (1 + h * w, width), new = (h, w).
+    """
+    grid = table[1:].T.unflatten(-1, old)[None]                             # (1, width, H, W)
+    grid = F.interpolate(grid, new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], grid[0].flatten(1).T])
+
+
+def value_path(block, x):
+    """A transformer block without queries and keys: no position sees any other.
+
+    block: of open_clip. x: (B, 1 + N, width), class token first. The residual is the *class token*
+    at every position, not the position's own token. Returns (B, 1 + N, width).
+    """
+    width = x.shape[-1]
+    value = F.linear(block.ln_1(x), block.attn.in_proj_weight[-width:],
+                     block.attn.in_proj_bias[-width:])
+    x = x[:, :1] + block.ls_1(block.attn.out_proj(value))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+class DenseViT(nn.Module):
+    """visual: a ViT of open_clip. Its last block takes `value_path`."""
+    TRAINED = ("attn", "position")
+    SHARPNESS = 100.0
+    cells = 20
+    drops = 0
+
+    def __init__(self, visual):
+        super().__init__()
+        self.visual = visual
+        self.stride = visual.patch_size[0]
+        self.image_size = visual.image_size
+
+    def tokens(self, images):
+        """What enters the last block: (B, 1 + N, width), class token first."""
+        visual = self.visual
+        patches = visual.conv1(images)                                      # (B, width, h, w)
+        positions = position_table(visual.positional_embedding, visual.grid_size,
+                                   patches.shape[-2:])                      # (1 + N, width)
+        first = visual.class_embedding.expand(len(images), 1, -1)
+        x = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)   # (B, 1 + N, width)
+        x = visual.ln_pre(x + positions)
+        for block in visual.transformer.resblocks[:-1]:
+            x = block(x)
+        return x
+
+    def forward(self, images, draws=None):
+        x = value_path(self.visual.transformer.resblocks[-1], self.tokens(images))
+        x = self.visual.ln_post(x[:, 1:]) @ self.visual.proj                # (B, N, D)
+        return x.unflatten(1, [side // self.stride for side in images.shape[-2:]])
+
+    def pooled(self, images):
+        return self.visual(images)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth by given random numbers, so that a result depends neither on the number of
+    processes nor on how a batch is cut. draws: (B,) in 0..1; None = nothing is dropped."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+        self.draws = None
+
+    def forward(self, x):
+        if self.draws is None:
+            return x
+        kept = (self.draws >= self.rate).to(x.dtype) / (1 - self.rate)
+        return x * kept.view(-1, 1, 1, 1)
+
+
+class DenseConvNeXt(nn.Module):
+    """visual: a ConvNeXt of open_clip. Its last norm and projection are put on every position, in
+    place of their mean."""
+    TRAINED = ("",)
+    SHARPNESS = 1.0
+    cells = 20
+
+    def __init__(self, visual):
+        super().__init__()
+        self.visual = visual
+        self.stride = visual.trunk.feature_info[-1]["reduction"]
+        self.image_size = visual.image_size
+        self.drop_paths = []                        # plain list: they belong to their blocks
+        for stage in visual.trunk.stages:
+            for block in stage.blocks:
+                if hasattr(block.drop_path, "drop_prob"):           # the first drops nothing
+                    block.drop_path = DropPath(block.drop_path.drop_prob)
+                    self.drop_paths.append(block.drop_path)
+        self.drops = len(self.drop_paths)
+
+    def forward(self, images, draws=None):
+        for i, drop_path in enumerate(self.drop_paths):
+            drop_path.draws = None if draws is None else draws[:, i]
+        x = self.visual.trunk.forward_features(images)                      # (B, width, h, w)
+        return self.visual.head(self.visual.trunk.head.norm(x).permute(0, 2, 3, 1))
+
+    def pooled(self, images):
+        return self.visual(images)
+
+
+class DenseToy(nn.Module):
+    """The toy world's: hand-made patch tokens, then a residual block that begins as the identity.
+
+    trunk: ToyTrunk.
+    """
+    TRAINED = ("block.",)
+    SHARPNESS = 100.0
+    cells = 16
+    drops = 0
+    image_size = (128, 128)
+
+    def __init__(self, trunk):
+        super().__init__()
+        from open_clip.transformer import ResidualAttentionBlock
+        self.trunk = trunk
+        self.stride = trunk.patch_size[0]
+        self.block = ResidualAttentionBlock(trunk.num_features, 4)
+        for layer in (self.block.attn.out_proj, self.block.mlp.c_proj):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, images, draws=None):
+        x = self.block(self.trunk.forward_features(images)[:, 1:])          # (B, N, D)
+        return x.unflatten(1, [side // self.stride for side in images.shape[-2:]])
+
+    def pooled(self, images):
+        return self.trunk.forward_features(images)[:, 0]
+
+
+def dense_encoder(name, visual):
+    """`DenseViT` or `DenseConvNeXt` of open_clip's image encoder. Raises ValueError."""
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+    from timm.models.convnext import ConvNeXt
+    if isinstance(visual, VisionTransformer):
+        is_plain = isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock)
+        if is_plain and visual.attn_pool is None and visual.pool_type == "tok":
+            return DenseViT(visual)
+    elif isinstance(getattr(visual, "trunk", None), ConvNeXt):
+        return DenseConvNeXt(visual)
+    raise ValueError(f"{name} has no dense features here; expected a CLIP whose image encoder is a "
+                     "ViT with a class token, or a ConvNeXt")
+
+
+# --------------------------------------------------------------------------------------------------
+# Where they come from
+
+def create_clip(name, weights):
+    """(dense image encoder, open_clip's text tower, {"mean", "std"} of pixels) of a CLIP.
+
+    name: open_clip's. weights: its tag, which is downloaded once; a local file; or "random". Raises
+    ValueError for an unknown name, a model that is not of the kinds above, or a file that does not
+    fit; FileNotFoundError for missing weights.
+    """
+    import open_clip                                # slow, and most of the project does not need it
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ValueError(f"unknown CLIP {name!r}; expected MODEL/WEIGHTS with a model of "
+                         "open_clip.list_models(), such as ViT-B-16-quickgelu/openai")
+    text = config["text_cfg"]
+    if (text.get("context_length"), text.get("vocab_size")) != (CONTEXT_LENGTH, VOCABULARY):
+        raise ValueError(f"{name}: expected CLIP's own text tower, with {VOCABULARY:,} tokens and "
+                         f"a context of {CONTEXT_LENGTH}")
+    known = open_clip.get_pretrained_cfg(name, weights)
+    is_file = Path(weights).is_file()
+    if not (known or is_file or weights == "random"):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise FileNotFoundError(f"{name} has no weights {weights!r}; expected {name}/WEIGHTS with "
+                                f"{', '.join(tags)}, or a local file")
+    path = download(name, weights, known) if known and not is_file else weights
+    # Weights that OpenAI trained need its approximation of GELU, whatever the model's name says.
+    activation = known.get("quick_gelu", config.get("quick_gelu", False))
+    clip = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, activation)
+    encoder = dense_encoder(name, clip.visual)
+    if weights != "random":
+        try:
+            open_clip.load_checkpoint(clip, path)
+        except Exception as error:                  # whatever a file of another kind makes it raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} does not hold the weights of {name}: {reason}") from None
+    statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    return encoder, clip.text, {**statistics, **known}
+
+
+def download(name, weights, known):
+    """Path of open_clip's weights, downloaded unless they are there. Raises FileNotFoundError."""
+    import open_clip
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
+    hub_log.setLevel(logging.ERROR)                 # one line of ours in place of its retries
+    try:
+        return open_clip.download_pretrained(known)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"the weights {name}/{weights} could not be downloaded ({type(error).__name__}). "
+            f"Connect to the network once, or name a local copy: {name}/FILE") from None
+    finally:
+        hub_log.setLevel(level)

@@ -1,0 +1,785 @@
+"""PixelCLIP and the dense CLIP under it: each formula against numbers worked out by hand or against
+open_clip's own modules, and training that depends neither on processes nor on interruptions."""
+import copy
+import json
+import math
+import os
+import signal
+from functools import partial
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.factory import _rescan_model_configs
+from PIL import Image
+
+import eval
+import segment
+import train
+from conftest import PROTOCOL
+from conftest import tiny as simzss_of_the_toy
+from machinery.checkpoint import load_model, save_model
+from machinery.clip import position_table, value_path
+from machinery.method import Pair
+from machinery.parallel import join_processes
+from machinery.resume import states
+from machinery.run import Run
+from methods.pixelclip import (Decoder, MaskGenerator, PixelCLIP, load_clip, pixel_loss,
+                               pooling_weights, prompt_tokens, sinkhorn, union_of_masks)
+from processes import Processes
+from test_benchmarks import encode_runs
+
+TINY = {"embed_dim": 16, "quick_gelu": True,
+        "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 32, "head_width": 16,
+                       "layers": 3},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2,
+                     "layers": 1}}
+FLAGS = ["--method", "pixelclip", "--network-size", "64", "--image-size", "64", "--resize", "80",
+         "--mask-backbone", "toy", "--clusters", "4", "--mask-grid", "32", "--pseudo-classes", "8",
+         "--free-tokens", "2", "--decoder-channels", "8", "4", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_clip(tmp_path_factory):
+    """A CLIP of open_clip that is small enough for tests: a grid of 4 x 4, D = 16. And two that
+    are not of its kind."""
+    folder = tmp_path_factory.mktemp("configs")
+    resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}
+    changes = {"tiny": {}, "wide": {"embed_dim": 24}, "resnet": {"vision_cfg": resnet}}
+    for name, change in changes.items():
+        (folder / f"{name}.json").write_text(json.dumps({**TINY, **change}))
+    open_clip.add_model_config(folder)
+    yield
+    open_clip.factory._MODEL_CONFIG_PATHS.remove(folder)
+    _rescan_model_configs()
+
+
+def tiny(*more, seed=0, clip="tiny/random"):
+    """PixelCLIP on the tiny CLIP, ready to train."""
+    torch.manual_seed(seed)
+    args = train.parse_args([*FLAGS, "--clip-model", clip, *more])
+    model = PixelCLIP.build(args, None)
+    for p in model.backbone.parameters():           # biases of zero would hide mistakes
+        p.data += 0.05 * torch.randn_like(p)
+    model.teacher.load_state_dict(model.backbone.state_dict())
+    return model
+
+
+def some_batch(B=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(256, (2, B, 3, 8, 8), generator=generator)
+    weak, strong = F.interpolate(blocks.flatten(0, 1).float(), 64).byte().unflatten(0, (2, B))
+    return {"weak": weak, "strong": strong, "seed": torch.arange(B)}
+
+
+def backward(model, batch, chunk=None):
+    """Losses and gradients, by name."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    losses = model.backward(model.features(batch), lambda loss: loss, chunk)
+    return losses, {name: p.grad.clone() for name, p in model.trained().items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Dense CLIP
+
+@pytest.fixture(scope="module")
+def vit_b():
+    torch.manual_seed(0)
+    return load_clip("ViT-B-16-quickgelu", "random")
+
+
+@torch.no_grad()
+def test_vit_b_is_open_clips_up_to_the_last_block(vit_b):
+    """On CLIP's own size, the last block as it was gives open_clip's embedding: patches, positions
+    and blocks 1-11 are its. At 320 pixels the features are (20, 20, 512)."""
+    encoder, _ = vit_b
+    images = torch.randn(1, 3, 224, 224)
+    visual = encoder.visual
+    x = visual.transformer.resblocks[-1](encoder.tokens(images))
+    torch.testing.assert_close(visual.ln_post(x[:, 0]) @ visual.proj, visual(images))
+    assert encoder(torch.randn(1, 3, 320, 320)).shape == (1, 20, 20, 512)
+
+
+def test_what_is_trained(vit_b):
+    """Of ViT-B/16 49 tensors with 28,499,712 of 86,192,640 values: all attention and the positions.
+    The decoder has 118,145."""
+    encoder, text = vit_b
+    trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    assert len(trained) == 49
+    assert sum(p.numel() for p in trained.values()) == 28_499_712
+    assert sum(p.numel() for p in encoder.parameters()) == 86_192_640
+    assert not any(p.requires_grad for p in text.parameters())
+    assert sum(p.numel() for p in Decoder(64, 32).parameters()) == 118_145
+
+
+@torch.no_grad()
+def test_class_embeddings_are_open_clips(vit_b):
+    """A class's embedding is the mean of open_clip's own text embeddings of its prompts."""
+    model = PixelCLIP(*vit_b)
+    texts = ["a photo of a cat.", "art of the cat."]
+    own = model.text.tower(open_clip.get_tokenizer("ViT-B-16")(texts))
+    expected = F.normalize(F.normalize(own, dim=-1).mean(dim=0), dim=-1)
+    found = model.embed_classes(["cat", ["dog", "hound"]], ["a photo of a {}.", "art of the {}."])
+    assert found.shape == (2, 2, 512)
+    torch.testing.assert_close(found[0], expected.expand(2, -1))
+
+
+@torch.no_grad()
+def test_convnext_b_is_open_clips_at_every_position():
+    """ConvNeXt-B: each position is what open_clip's own head makes of it alone; all 88,221,824
+    values are trained; stochastic depth, of 35 blocks, drops only with given numbers."""
+    encoder, _ = load_clip("convnext_base_w_320", "random")
+    assert sum(p.numel() for p in encoder.parameters() if p.requires_grad) == 88_221_824
+    assert encoder.drops == 35
+    images = torch.randn(2, 3, 64, 64)
+    dense = encoder(images)
+    own = encoder.visual.trunk.forward_features(images)                     # (B, width, 2, 2)
+    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        alone = encoder.visual.trunk.forward_head(own[:, :, y:y + 1, x:x + 1])
+        torch.testing.assert_close(dense[:, y, x], encoder.visual.head(alone))
+    torch.testing.assert_close(encoder(images[:, :, :32, :32])[:, 0, 0],
+                               encoder.pooled(images[:, :, :32, :32]))
+    mixed = encoder(images, torch.stack([torch.zeros(35), torch.ones(35)]))
+    assert not torch.allclose(mixed[0], dense[0])   # as much is dropped as can be
+
+
+def test_positions_of_another_grid():
+    """On the table's own grid positions stay as they are, on another the class token's does; the
+    rest is bicubic: one at a single place, twice enlarged, gives the weights worked out by hand."""
+    table = torch.zeros(1 + 14 * 14, 1)
+    table[0] = 7
+    table[1 + 6 * 14 + 6] = 1
+    assert torch.equal(position_table(table, (14, 14), (14, 14)), table)
+    resized = position_table(table, (14, 14), (28, 28))
+    half = torch.tensor([-.03515625, -.10546875, .26171875, .87890625])
+    line = torch.cat([half, half.flip(0)])          # rows 9 to 16
+    expected = torch.zeros(28, 28)
+    expected[9:17, 9:17] = line[:, None] * line
+    assert resized[0] == 7
+    torch.testing.assert_close(resized[1:].view(28, 28), expected)
+
+
+def test_the_last_block_sees_one_position_and_the_class_token():
+    """Position i depends, bit by bit, on no other token's input, but on the class token's: its
+    residual. Each is open_clip's attention of a sequence of that token alone."""
+    block = tiny().backbone.visual.transformer.resblocks[-1]
+    x = torch.randn(2, 17, 32)
+    before = value_path(block, x)
+    changed = x.clone()
+    changed[:, 5] += 1
+    same = (value_path(block, changed) == before).all(dim=-1)                       # (2, 17)
+    assert not same[:, 5].any() and same[:, torch.arange(17) != 5].all()
+    changed = x.clone()
+    changed[:, 0] += 1
+    assert (value_path(block, changed) != before).any(dim=-1).all()
+    alone = block.attention(block.ln_1(x.flatten(0, 1)[:, None])).view_as(x)
+    u = x[:, :1] + alone
+    torch.testing.assert_close(before, u + block.mlp(block.ln_2(u)))
+
+
+def test_queries_and_keys_of_the_last_block_get_no_gradient():
+    """Of the last block's input projection, only the values' rows learn."""
+    encoder = tiny().backbone
+    encoder(torch.randn(1, 3, 64, 64)).square().sum().backward()
+    grad = encoder.visual.transformer.resblocks[-1].attn.in_proj_weight.grad
+    assert (grad[:64] == 0).all() and (grad[64:] != 0).any()
+
+
+@torch.no_grad()
+def test_features_are_enlarged_before_they_are_normalised():
+    """Scores are cosines of the enlarged raw features; the other order gives others. A factor on
+    the features changes nothing; the grid covers the whole window, whatever its shape."""
+    model = tiny().eval()
+    pixels = some_batch()["weak"][:, :, :48]                                # (4, 3, 48, 64)
+    classes = F.normalize(torch.randn(5, 16), dim=-1)
+    scores, covered = model.patch_scores(pixels, classes)
+    assert tuple(covered) == (48, 64) and scores.shape == (4, 5, 64, 64)
+    features = model.backbone(model.network_input(pixels)).permute(0, 3, 1, 2)
+    large = F.interpolate(features, (64, 64), mode="bilinear")
+    expected = torch.einsum("bdhw,cd->bchw", F.normalize(large, dim=1), classes)
+    torch.testing.assert_close(scores, expected)
+    other = F.interpolate(F.normalize(features, dim=1), (64, 64), mode="bilinear")
+    assert (torch.einsum("bdhw,cd->bchw", other, classes) - expected).abs().max() > 1e-3
+    model.backbone.visual.proj *= 3
+    torch.testing.assert_close(model.patch_scores(pixels, classes)[0], scores)
+
+
+@torch.no_grad()
+def test_native_input_keeps_the_window(monkeypatch):
+    """--protocol input=native: a window of whole cells goes through as it is, another is padded to
+    whole cells, and its grid covers the padding, too."""
+    model = tiny().eval()
+    model.prepare({"input": "native"})
+    classes = F.normalize(torch.randn(5, 16), dim=-1)
+    pixels = some_batch()["weak"]
+    whole, covered = model.patch_scores(pixels[..., :48], classes)
+    assert tuple(covered) == (64, 48)
+    part, covered = model.patch_scores(pixels[..., :40], classes)
+    assert tuple(covered) == (64, 48)
+    image = model.network_input(pixels[..., :40], (64, 40))
+    features = model.backbone(F.pad(image, (0, 8))).permute(0, 3, 1, 2)
+    features = F.normalize(F.interpolate(features, (64, 64), mode="bilinear"), dim=1)
+    torch.testing.assert_close(part, torch.einsum("bdhw,cd->bchw", features, classes))
+
+
+@torch.no_grad()
+def test_scores_of_whole_images_are_clips():
+    """`image_scores` are cosines with CLIP's own embedding of the image."""
+    model = tiny().eval()
+    pixels = some_batch()["weak"]
+    classes = F.normalize(torch.randn(5, 16), dim=-1)
+    own = model.backbone.visual((pixels / 255 - model.backbone.mean) / model.backbone.std)
+    torch.testing.assert_close(model.image_scores(pixels, classes),
+                               F.normalize(own, dim=-1) @ classes.T)
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
+def test_the_prompt_has_13_tokens():
+    """"A photo of a {} {} {} {} in the scene": its ids, the free tokens at positions 5 to 8."""
+    tokens, free = prompt_tokens("A photo of a {} in the scene", 4)
+    assert tokens[:14].tolist() == [49406, 320, 1125, 539, 320, 39025, 39025, 39025, 39025, 530,
+                                    518, 3562, 49407, 0]
+    assert free.tolist() == [5, 6, 7, 8]
+
+
+@torch.no_grad()
+def test_prompts_of_the_placeholder_are_the_plain_text():
+    """With the embedding of "{}" in all free places, a pseudo-class is the template itself, and
+    what stands behind the end token changes nothing."""
+    model = tiny()
+    model.prompts[:] = model.text.tower.token_embedding.weight[39025]
+    text = F.normalize(model.text.tower(model.tokens[None]), dim=-1)
+    torch.testing.assert_close(model.pseudo_classes(), text.expand(8, -1))
+    before = model.pseudo_classes()
+    model.tokens[12:] = torch.randint(49405, (65,))
+    assert torch.equal(model.pseudo_classes(), before)
+
+
+def test_prompts_begin_as_random_words():
+    """Each free token starts as the embedding of an entry of the vocabulary."""
+    model = tiny()
+    table = model.text.tower.token_embedding.weight
+    distance = torch.cdist(model.prompts.flatten(0, 1), table).min(dim=1).values
+    assert distance.max() < 1e-3 and len(model.prompts.flatten(0, 1).unique(dim=0)) == 16
+
+
+# --------------------------------------------------------------------------------------------------
+# Masks
+
+def test_masks_by_kmeans_are_a_partition_of_each_image_alone():
+    """Each cell belongs to one mask; an image's masks do not depend on the others of the batch; an
+    image of one colour is one mask."""
+    generator = MaskGenerator("toy", None, 4, 32)
+    batch = some_batch()
+    batch["weak"][3] = 90
+    masks = generator(batch["weak"], batch["seed"])                         # (4, 4, 32, 32)
+    assert (masks.sum(dim=1) == 1).all()
+    assert torch.equal(generator(batch["weak"][2:3], batch["seed"][2:3])[0], masks[2])
+    assert masks[0].any(dim=(1, 2)).all() and masks[3].any(dim=(1, 2)).sum() == 1
+
+
+def photo_with_mask(folder, side=200):
+    """A photo that is red where its first mask is, and the pair of it. The second mask is whole."""
+    mask = np.zeros((side, side + 40), bool)
+    mask[30:150, 50:] = True
+    mask[90:, :70] = True
+    colours = np.where(mask[..., None], (220, 20, 20), (20, 20, 220)).astype(np.uint8)
+    Image.fromarray(colours).save(folder / "photo.png")
+    annotations = [{"segmentation": {"size": list(part.shape), "counts": encode_runs(part)}}
+                   for part in (mask, np.ones_like(mask), np.zeros_like(mask))]
+    (folder / "photo.json").write_text(json.dumps({"annotations": annotations}))
+
+
+def test_masks_from_files_lie_where_they_are_seen(tmp_path):
+    """Crop and flip move masks and pixels alike; the black rectangle of the strong view is cut out
+    of them, and a mask without a cell is left out."""
+    from machinery.images import load_image, read_segments
+    photo_with_mask(tmp_path)
+    pair = Pair(image=lambda: load_image(tmp_path / "photo.png"), path=tmp_path / "photo.png",
+                masks=lambda: read_segments(tmp_path / "photo.json"))
+    flipped = set()
+    for seed in range(8):
+        sample = PixelCLIP.sample(pair, 64, np.random.default_rng(seed), 80, 0.0, 32)
+        masks = sample["masks"] > 0                                         # (2, 32, 32)
+        black = (sample["strong"] == 0).all(dim=0)[::2, ::2]
+        if len(masks) == 1:                         # the first lies outside the crop
+            continue
+        assert torch.equal(masks[1], ~black)
+        red = sample["weak"][0, ::2, ::2] > 120
+        wrong = (masks[0] != (red & ~black)).float().mean()
+        assert wrong < 0.05                         # mixed colours along the edge
+        flipped.add(bool(red[:, :8].float().mean() > red[:, -8:].float().mean()))
+        area = black.float().mean()
+        assert 0.005 < area < 0.27
+    assert flipped == {True, False}
+
+
+def test_a_pair_without_a_file_has_no_masks_from_files():
+    """Pairs from memory have no JSON beside them: one line says so."""
+    pair = Pair(image=lambda: Image.new("RGB", (80, 80)))
+    with pytest.raises(ValueError, match="--masks files needs image files"):
+        PixelCLIP.sample(pair, 64, np.random.default_rng(0), 80, 1.0, 32)
+
+
+def test_pooling_is_enlarging_and_averaging():
+    """The weights of cells are those of enlarging the features to the masks' grid and averaging
+    there, and sum to 1; by hand for 2 cells and 4; an empty mask has none."""
+    corner = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
+    corner[0, 0, 0, :2] = True
+    weights = pooling_weights(corner, 2, 2)
+    assert weights[0, 0].tolist() == [[0.875, 0.125], [0, 0]]
+    assert (weights[0, 1] == 0).all()
+    masks = torch.rand(2, 5, 32, 32) < 0.3
+    features = torch.randn(2, 4, 4, 16, dtype=torch.float32)
+    large = F.interpolate(features.permute(0, 3, 1, 2), (32, 32), mode="bilinear")
+    mean = torch.einsum("bmxy,bdxy->bmd", masks.float(), large) / masks.sum(dim=(2, 3))[..., None]
+    weights = pooling_weights(masks, 4, 4)
+    torch.testing.assert_close(torch.einsum("bmhw,bhwd->bmd", weights, features), mean,
+                               rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(weights.sum(dim=(2, 3)), torch.ones(2, 5))
+
+
+# --------------------------------------------------------------------------------------------------
+# Balanced assignment
+
+COSINES = torch.tensor([[.9, .1], [.8, .2], [.7, .4], [.6, .5]])
+
+
+@pytest.mark.parametrize("sharpness, first, ids", [
+    (1, [.586618, .537430, .462571, .413383], [0, 0, 1, 1]),
+    (10, [.986020, .905173, .322145, .060430], [0, 0, 1, 1]),
+    (100, [None, None, None, .018867], [0, 0, 0, 1])])
+def test_sinkhorn_by_hand(sharpness, first, ids):
+    """Four masks, two classes, three rounds; without balance all four would be of the first."""
+    share = sinkhorn(sharpness * COSINES)
+    for found, expected in zip(share[:, 0].tolist(), first):
+        assert expected is None or found == pytest.approx(expected, abs=1e-6)
+    assert share.argmax(dim=1).tolist() == ids
+    assert COSINES.argmax(dim=1).tolist() == [0, 0, 0, 0]
+
+
+def unit(rows, D=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, D, generator=generator) + 1, dim=-1)
+
+
+def test_classes_get_equal_shares():
+    """A mask's shares sum to 1. Those of a class come nearer to R / C with every round, and at
+    sharpness 1 at once. Plain softmax gives one class far more masks than Sinkhorn does."""
+    cosines = unit(900, 64) @ unit(64, 64, seed=1).T
+    deviation = []
+    for rounds in (1, 3, 10, 50):
+        share = sinkhorn(100 * cosines, rounds)
+        torch.testing.assert_close(share.sum(dim=1), torch.ones(900))
+        deviation.append((share.sum(dim=0) * 64 / 900 - 1).abs().max().item())
+    assert deviation == sorted(deviation, reverse=True) and deviation[-1] < 1e-3
+    assert (sinkhorn(cosines, 1).sum(dim=0) * 64 / 900 - 1).abs().max() < 1e-3
+    largest = [choice.bincount(minlength=64).max() for choice in
+               (cosines.argmax(dim=1), sinkhorn(100 * cosines).argmax(dim=1))]
+    assert largest[0] > 2 * largest[1]
+
+
+def test_what_sinkhorn_does_not_see():
+    """A constant on a mask's row changes nothing; one on a class's column does after 3 rounds, but
+    not once they have converged. With little sharpness the choice is the largest cosine less the
+    class's mean."""
+    cosines = unit(60) @ unit(8, seed=1).T
+    row = torch.randn(60, 1)
+    torch.testing.assert_close(sinkhorn(10 * cosines + row), sinkhorn(10 * cosines),
+                               rtol=1e-4, atol=1e-6)
+    column = torch.randn(8)
+    assert (sinkhorn(10 * cosines + column) - sinkhorn(10 * cosines)).abs().max() > 1e-3
+    torch.testing.assert_close(sinkhorn(10 * cosines + column, 500), sinkhorn(10 * cosines, 500),
+                               rtol=1e-3, atol=1e-5)
+    double = cosines.double()
+    assert torch.equal(sinkhorn(1e-4 * double).argmax(dim=1),
+                       (double - double.mean(dim=0)).argmax(dim=1))
+
+
+def shared_sinkhorn(scores, cuts, path):
+    processes = join_processes("cpu", 1)
+    own = scores.tensor_split(cuts)[processes.rank]
+    torch.save(sinkhorn(own), f"{path}{processes.rank}")
+    processes.leave()
+
+
+def test_sinkhorn_over_processes_is_one(tmp_path):
+    """Three processes with 37, 0 and 23 masks share them out as one with all 60 does; alone, each
+    would do otherwise."""
+    scores = 30 * unit(60) @ unit(8, seed=1).T
+    run = Processes(tmp_path, 3, shared_sinkhorn, scores, (37, 37), tmp_path / "share")
+    assert run.wait() == [0, 0, 0], run.output()
+    together = torch.cat([torch.load(tmp_path / f"share{rank}") for rank in range(3)])
+    torch.testing.assert_close(together, sinkhorn(scores), rtol=1e-5, atol=1e-6)
+    assert (sinkhorn(scores[:37]) - together[:37]).abs().max() > 0.01
+
+
+# --------------------------------------------------------------------------------------------------
+# Targets, decoder, loss
+
+def test_loss_by_hand():
+    """Two classes, four pixels, of which the last is under no mask; a pixel may be of two classes.
+    What is answered at uncovered pixels does not count. Zero logits give ln 2."""
+    logits = torch.tensor([[1.0, -1, 0, 2], [0, 1, -2, 0]]).view(1, 2, 2, 2)
+    masks = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]).bool().view(1, 3, 2, 2)
+    targets = union_of_masks(masks, torch.tensor([[0, 1, -1]]), 2)
+    assert targets.flatten(2).int().tolist() == [[[1, 1, 0, 0], [0, 1, 1, 0]]]
+    assert pixel_loss(logits, targets) / 6 == pytest.approx(0.908835, abs=1e-6)
+    logits[..., 1, 1] = 50
+    assert pixel_loss(logits, targets) / 6 == pytest.approx(0.908835, abs=1e-6)
+    assert pixel_loss(0 * logits, targets) / 6 == pytest.approx(math.log(2))
+
+
+def test_masks_of_one_class_are_united():
+    """Y is the OR of a class's masks, and says yes or no however many cover a pixel."""
+    masks = torch.rand(2, 9, 8, 8) < 0.3
+    ids = torch.randint(-1, 3, (2, 9))
+    found = union_of_masks(masks, ids, 3)
+    for b in range(2):
+        for j in range(3):
+            assert torch.equal(found[b, j], masks[b][ids[b] == j].any(dim=0))
+
+
+@torch.no_grad()
+def test_the_decoder_sees_one_class_at_a_time():
+    """Permuting classes permutes the logits, bit by bit; 20 cells become 80."""
+    decoder = Decoder(64, 32)
+    maps = torch.randn(6, 1, 20, 20)
+    order = torch.randperm(6)
+    refined = decoder(maps)
+    assert refined.shape == (6, 1, 80, 80)
+    assert torch.equal(decoder(maps[order]), refined[order])
+
+
+def test_small_masks_are_dropped():
+    """A mask of less than two cells gets no pseudo-class, and no image's factor on the teacher's
+    features changes any."""
+    model = tiny()
+    masks = torch.zeros(2, 3, 32, 32, dtype=torch.bool)
+    masks[:, 0, :9] = True
+    masks[:, 1, 10, 10] = True
+    weak = some_batch(2)["weak"]
+    classes = model.pseudo_classes()
+    ids = model.assign_masks(weak, masks, classes, 2)
+    assert (ids[:, 0] >= 0).all() and (ids[:, 1:] == -1).all()
+    masks = torch.rand(2, 9, 32, 32) < 0.3
+    before = model.assign_masks(weak, masks, classes, 2)
+    model.teacher.visual.proj *= 7
+    assert torch.equal(model.assign_masks(weak, masks, classes, 1), before)
+
+
+def test_what_learns_and_what_does_not():
+    """Gradient reaches decoder, prompts, attention and positions; not the text tower, the teacher
+    or the rest of the student. At the start the loss is near ln 2."""
+    model = tiny()
+    losses, gradients = backward(model, some_batch())
+    assert 0.4 < losses["loss"] < 1.2 and losses["masks"] == 16
+    assert {name.partition(".")[0] for name in gradients} == {"decoder", "prompts", "backbone"}
+    assert all((grad != 0).any() for grad in gradients.values())
+    others = [p for name, p in model.named_parameters() if name not in gradients]
+    assert all(p.grad is None for p in others)
+
+
+@pytest.mark.parametrize("clip", ["tiny", "convnext"])
+def test_chunks_are_exact(clip):
+    """--micro-batch: an image at a time gives the losses and gradients of the whole batch, with the
+    stochastic depth of a ConvNeXt, too."""
+    model = tiny()
+    if clip == "convnext":
+        model.backbone = tiny_convnext()
+        model.teacher = copy.deepcopy(model.backbone).requires_grad_(False)
+    whole, expected = backward(model, some_batch())
+    parts, found = backward(model, some_batch(), 1)
+    torch.testing.assert_close(parts["loss"], whole["loss"])
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6)
+    if clip == "convnext":
+        torch.manual_seed(6)                        # another draw of stochastic depth
+        other = model.backward(model.features(some_batch()), lambda loss: loss)
+        assert abs(other["loss"] - whole["loss"]) > 1e-6
+
+
+def tiny_convnext():
+    from machinery.clip import DenseConvNeXt
+    from open_clip.timm_model import TimmModel
+    visual = TimmModel("convnext_atto", 16, 64, pool="", proj="linear", drop_path=0.5,
+                       pretrained=False)
+    for p in visual.parameters():                   # blocks begin with a weight of almost 0
+        p.data += 0.1 * torch.randn_like(p)
+    encoder = DenseConvNeXt(visual)
+    encoder.register_buffer("mean", torch.full((3, 1, 1), 0.5))
+    encoder.register_buffer("std", torch.full((3, 1, 1), 0.5))
+    return encoder
+
+
+# --------------------------------------------------------------------------------------------------
+# Teacher and optimizer
+
+def test_the_teacher_follows():
+    """It starts as a copy; after n steps of a student that stands still, 0.999^n of the distance is
+    left."""
+    model = tiny("--ema", "0.999")
+    for slow, fast in zip(model.teacher.parameters(), model.backbone.parameters()):
+        assert torch.equal(slow, fast)
+    student = model.backbone.visual.positional_embedding
+    teacher = model.teacher.visual.positional_embedding
+    student.data += 1
+    for step in range(20):
+        model.after_step(step, 20)
+    torch.testing.assert_close(student - teacher, torch.full_like(student, 0.999 ** 20),
+                               rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rates():
+    """From the full rate to half of it by a cosine; three factors; no weight decay on layers that
+    normalise, on all else."""
+    factors = [PixelCLIP.learning_rate(t, 10_000, 1.0, 0.0, 0.5)
+               for t in (0, 2500, 5000, 7500, 10_000)]
+    assert factors == pytest.approx([1, 0.92678, 0.75, 0.57322, 0.5], abs=1e-5)
+    model = tiny()
+    args = model.settings
+    assert args.base_rate * 48 / 256 == pytest.approx(2e-4)
+    rates = {}
+    for group in model.groups():
+        rates.setdefault(group["rate"], set()).add(group["decay"])
+    assert rates == {1.0: {0.0, 1.0}, 0.01: {1.0}, 10.0: {1.0}}
+    without = [p for group in model.groups() if group["decay"] == 0 for p in group["params"]]
+    assert [len(p) for p in without] == [8] * 4 + [4] * 4       # GroupNorm of the decoder
+    assert sum(len(group["params"]) for group in model.groups()) == len(model.trained())
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+STEPS = 5
+RUN = [*FLAGS, "--train-data", "toy", "--clip-model", "tiny/random", "--epoch-pairs", "20",
+       "--batch", "4", "--steps", str(STEPS), "--eval-data", "none", "--ema", "0.9"]
+
+
+def run(folder, *more):
+    train.main([*RUN, "--output", str(folder), *more])
+
+
+def read_log(folder):
+    return [{key: value for key, value in json.loads(line).items()
+             if key not in ("pairs_per_second", "waited")}
+            for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def run_and_keep(folder, *more):
+    """`run`, with the teacher at its end beside the log."""
+    finish = Run.finish
+
+    def keep(self):
+        if self.processes.rank == 0:
+            torch.save(self.method.teacher.state_dict(), folder / "teacher.pt")
+        finish(self)
+    Run.finish = keep
+    try:
+        run(folder, *more)
+    finally:
+        Run.finish = finish
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_clip):
+    """Folder of an uninterrupted run in one process."""
+    folder = tmp_path_factory.mktemp("pixelclip") / "whole"
+    run_and_keep(folder)
+    return folder
+
+
+def test_two_processes_train_as_one(whole, tmp_path):
+    """Masks, assignment and every loss of two processes are those of one."""
+    two = Processes(tmp_path, 2, run, tmp_path / "two")
+    assert two.wait() == [0, 0], two.output()
+    log = read_log(tmp_path / "two")
+    for one, other in zip(read_log(whole), log, strict=True):
+        for key in ("loss", "masks", "used", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], rel=1e-3), (one["step"], key)
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def stopped(step, folder):
+    after_step = PixelCLIP.after_step
+
+    def stop(self, now, steps):
+        after_step(self, now, steps)
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+    PixelCLIP.after_step = stop
+    run(folder)
+
+
+def test_stopped_and_resumed_is_uninterrupted(whole, tmp_path):
+    """Losses, random numbers, weights and teacher of a resumed run are the uninterrupted one's, bit
+    by bit; in chunks of two the losses are the same, too."""
+    first = Processes(tmp_path, 1, partial(stopped, 2), tmp_path / "run")
+    assert first.wait() == [128 + signal.SIGTERM], first.output()
+    assert states(tmp_path / "run")
+    run_and_keep(tmp_path / "run", "--resume", "auto")
+    assert read_log(tmp_path / "run") == read_log(whole)
+    before = load_model(whole).checkpoint()
+    after = load_model(tmp_path / "run").checkpoint()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    teachers = [torch.load(folder / "teacher.pt") for folder in (whole, tmp_path / "run")]
+    assert all(torch.equal(teachers[1][name], value) for name, value in teachers[0].items())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of five photos, and nothing else."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, pixels in enumerate(some_batch(5)["weak"]):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((120, 90)).save(
+            folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """File with weights of the tiny CLIP, as open_clip writes them."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("weights") / "clip.pt"
+    clip = open_clip.create_model("tiny")
+    torch.save(clip.state_dict(), path)
+    return path
+
+
+def test_a_folder_of_photos_is_training_data(photos, weights, tmp_path, capsys):
+    """No captions are needed. The checkpoint of a CLIP from a file holds what was trained, nothing
+    else; it segments and classifies by its own protocol; without that file it says so."""
+    train.main([*FLAGS, "--train-data", str(photos), "--clip-model", f"tiny/{weights}", "--batch",
+                "4", "--steps", "2", "--output", str(tmp_path / "run")])
+    model = load_model(tmp_path / "run")
+    assert set(model.checkpoint()) == {f"backbone.{name}" for name, p
+                                       in model.backbone.named_parameters() if p.requires_grad}
+    segment.main([str(photos / "0.png"), "--classes", "cat, sofa", "--checkpoint",
+                  str(tmp_path / "run"), "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "0.json").read_text())
+    assert result["protocol"] == {"templates": "pixelclip", "short_side": 640, "window": 2048,
+                                  "stride": 2048, "input": "squash", "background": "none"}
+    assert "warning" not in capsys.readouterr().err
+    other = tmp_path / "other.pt"
+    torch.save(open_clip.create_model("tiny").state_dict(), other)
+    with pytest.raises(ValueError, match="are not those that .* was trained from"):
+        load_model(tmp_path / "run", backbone_weights=other)
+    assert torch.equal(load_model(tmp_path / "run", backbone_weights=weights).backbone.visual.proj,
+                       model.backbone.visual.proj)
+
+
+def test_a_clip_with_random_weights_is_kept_whole(whole, photos, tmp_path, capsys):
+    """It cannot be had again: the checkpoint holds all of it, and the user is warned."""
+    first = load_model(whole)
+    second = load_model(whole)
+    assert any(name.startswith("text.") for name in first.checkpoint())
+    assert torch.equal(first.embed_classes(["cat"]), second.embed_classes(["cat"]))
+    eval.main(["--dataset", "toy", "--limit", "2", "--checkpoint", str(whole)])
+    assert "random weights; its masks mean nothing" in capsys.readouterr().err
+
+
+def test_dense_clip_needs_no_training(photos, weights, tmp_path, capsys):
+    """--checkpoint clip:MODEL/FILE segments and classifies with CLIP as it is: the masks are those
+    of the features and texts of open_clip's model."""
+    segment.main([str(photos / "0.png"), "--classes", "cat, sofa", "--checkpoint",
+                  f"clip:tiny/{weights}", "--output", str(tmp_path), "--device", "cpu"])
+    mask = np.array(Image.open(tmp_path / "0_mask.png"))
+    clip = open_clip.create_model("tiny", pretrained=str(weights)).eval()
+    model = PixelCLIP.pretrained(f"tiny/{weights}")
+    with torch.no_grad():
+        templates = segment.read_templates("pixelclip")
+        texts = [template.replace("{}", name) for name in ("cat", "sofa")
+                 for template in templates]
+        own = F.normalize(clip.encode_text(open_clip.tokenize(texts)), dim=-1)
+        own = F.normalize(own.view(2, 8, 16).mean(dim=1), dim=-1)
+    assert len(templates) == 8
+    image = Image.open(photos / "0.png").convert("RGB")
+    again, _ = segment.segment_image(model, image, own, 2048, 2048, 640)
+    assert (again.numpy() == mask).mean() > 0.999
+    for name in ("cat", "dog"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        image.save(tmp_path / "classes" / name / "a.png")
+    eval.main(["--task", "classification", "--dataset", str(tmp_path / "classes"), "--checkpoint",
+               f"clip:tiny/{weights}", "--output", str(tmp_path / "top.json")])
+    assert json.loads((tmp_path / "top.json").read_text())["top1"] == 0.5
+
+
+def test_masks_of_files_train(tmp_path):
+    """--masks files: photos with SA-1B's JSON beside them, of different numbers of masks."""
+    for i in range(4):
+        (tmp_path / f"{i}").mkdir()
+        photo_with_mask(tmp_path / f"{i}", 90 + 30 * i)
+    train.main([*FLAGS, "--masks", "files", "--train-data", str(tmp_path), "--clip-model",
+                "tiny/random", "--batch", "4", "--steps", "2", "--output", str(tmp_path / "run")])
+    assert 4 <= read_log(tmp_path / "run")[0]["masks"] <= 8
+
+
+def test_the_toy_world(photos, tmp_path, fails):
+    """A SimZSS of the toy world is its CLIP: training starts exactly at that model. --checkpoint
+    clip:FILE scores that before any training, by its own protocol, and refuses photos."""
+    checkpoint = tmp_path / "model.safetensors"
+    save_model(checkpoint, simzss_of_the_toy(), {"protocol": PROTOCOL, "train_data": "toy"})
+    model = PixelCLIP.pretrained(str(checkpoint))
+    simzss = load_model(checkpoint)
+    pixels = some_batch()["weak"]
+    patches = simzss.backbone(simzss.backbone.normalise(pixels))[1]
+    assert model.size == 128                        # as its scenes are; here they are smaller
+    model.size = 64
+    features = F.normalize(model.backbone(model.network_input(pixels)), dim=-1)
+    torch.testing.assert_close(features.flatten(1, 2), patches)
+    torch.testing.assert_close(model.embed_classes(["cow"]), simzss.embed_classes(["cow"]))
+    train.main(["--method", "pixelclip", "--train-data", "toy", "--clip-model", str(checkpoint),
+                "--steps", "2", "--epoch-pairs", "20", "--eval-data", "none", "--device", "cpu",
+                "--output", str(tmp_path / "run")])
+    trained = load_model(tmp_path / "run")
+    assert all(name.startswith("backbone.block.") for name in trained.checkpoint())
+    eval.main(["--dataset", "toy", "--limit", "1", "--checkpoint", f"clip:{checkpoint}",
+               "--output", str(tmp_path / "result.json")])
+    assert json.loads((tmp_path / "result.json").read_text())["protocol"]["short_side"] == 64
+    fails(segment.main, [photos / "0.png", "--classes", "cat", "--checkpoint",
+                         f"clip:{checkpoint}"], "was trained on the drawn scenes of the toy world")
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+
+@pytest.mark.parametrize("clip, words", [
+    ("clip", "could not be downloaded"),
+    ("clip:ViT-B-16/openai", "could not be downloaded"),
+    ("clip:ViT-B-17/openai", "unknown CLIP 'ViT-B-17'"),
+    ("clip:ViT-B-16", "ViT-B-16 has no weights ''"),
+    ("clip:weights.pt", "expected MODEL/WEIGHTS"),
+    ("clip:ViT-B-16/magic", "openai"),
+    ("clip:ViT-B-16-SigLIP/webli", "expected CLIP's own text tower"),
+    ("clip:resnet/random", "no dense features")])
+def test_a_clip_that_cannot_be_had(photos, fails, clip, words):
+    """Without network, and for names that do not exist or have no dense features, one line says
+    what to do."""
+    fails(segment.main, [photos / "0.png", "--classes", "cat", "--checkpoint", clip], words)
+
+
+def test_a_file_of_another_clip(weights, photos, tmp_path, fails):
+    """Weights that do not fit are refused, and so is a checkpoint of another method."""
+    (tmp_path / "broken.pt").write_bytes(b"PK no weights")
+    for name in (f"wide/{weights}", f"tiny/{tmp_path / 'broken.pt'}"):
+        fails(segment.main, [photos / "0.png", "--classes", "cat", "--checkpoint", f"clip:{name}"],
+              "does not hold the weights of")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--clusters", "0"], "--clusters is 0"),
+    (["--clip-model", "runs/toy-clip"], "python train.py --train-data toy --lambda 0 --output"),
+    (["--prompt", "a photo"], "expected one {} in it"),
+    (["--warmup", "0.1"], "schedule has none"),
+    (["--network-size", "50"], "--network-size is 50; expected a multiple"),
+    (["--image-size", "60"], "--image-size is 60; expected a multiple"),
+    (["--mask-backbone", "vit_small_patch16_224.dino"], "pass --mask-weights FILE")])
+def test_flags_that_cannot_be(tmp_path, monkeypatch, fails, flags, words):
+    """Each is refused in one line, before training."""
+    monkeypatch.chdir(tmp_path)
+    fails(train.main, [*RUN, "--output", tmp_path, *flags], words)
