@@ -14,7 +14,8 @@ import model as model_file
 from concepts import ConceptBank, tokenize
 from conftest import ROOT, tiny
 from data import GlobalBatches, load_pairs
-from machinery.parallel import average_gradients, join_processes
+from machinery.parallel import (GlobalDropout, GlobalDropPath, average_gradients,
+                                join_processes)
 from model import SimZSS, class_weights, concept_loss, similarity_pool
 from processes import Processes
 from train import main
@@ -165,6 +166,36 @@ def test_encoding_twice_keeps_its_precision():
         found.append({name: p.grad for name, p in model.trained().items()})
     for name, gradient in found[0].items():
         assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm() > 0, name
+
+
+# --------------------------------------------------------------------------------------------------
+# Random numbers
+
+def dropped(layers, x, folder):
+    processes = join_processes("cpu", timeout_minutes=1)
+    rows = slice(processes.rank * len(x) // processes.world,
+                 (processes.rank + 1) * len(x) // processes.world)
+    torch.manual_seed(0)
+    torch.save([layer(x[rows]) for layer in layers], folder / f"{processes.rank}")
+    processes.leave()
+
+
+def test_dropout_of_the_global_batch(tmp_path):
+    """Two processes drop what one drops. Values are dropped at the given rate, by the path a row as
+    a whole, and the kept ones are scaled so that the mean stays; in evaluation nothing is."""
+    x = torch.ones(400, 5, 7)
+    layers = [GlobalDropout(0.3), GlobalDropPath(0.3)]
+    torch.manual_seed(0)
+    one = [layer(x) for layer in layers]
+    both = Processes(tmp_path, 2, dropped, layers, x, tmp_path)
+    assert both.wait() == [0, 0], both.output()
+    two = [torch.cat(rows) for rows in zip(*(torch.load(tmp_path / f"{i}") for i in range(2)))]
+    for layer, expected, found in zip(layers, one, two):
+        assert torch.equal(found, expected)
+        assert found.unique().tolist() == pytest.approx([0, 1 / 0.7])
+        assert (found == 0).float().mean() == pytest.approx(0.3, abs=0.05)
+        assert torch.equal(layer.eval()(x), x)
+    assert (two[1].flatten(1).std(dim=1) == 0).all() and (two[0].flatten(1).std(dim=1) > 0).all()
 
 
 # --------------------------------------------------------------------------------------------------
