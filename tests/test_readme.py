@@ -10,6 +10,7 @@ import eval
 import segment
 import train
 from conftest import ROOT
+from machinery.method import METHODS
 
 README = (ROOT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -27,10 +28,15 @@ def test_lines_of_the_guide_are_those_that_it_names():
 
 
 @pytest.mark.parametrize("script", [concepts, eval, segment, train])
-def test_flags_exist(script):
-    """Every flag in a command of the guide is one of its script."""
+def test_flags_exist(script, capsys):
+    """Every flag in a command of the guide is one of its script, of train.py with one of the
+    methods."""
     help = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True,
                           text=True).stdout
+    for name in METHODS if script is train else ():
+        with pytest.raises(SystemExit):
+            train.parse_args(["--method", name, "--help"])
+        help += capsys.readouterr().out
     known = set(re.findall(r"--[a-z][a-z-]*", help))
     pattern = rf"{script.__name__}\.py ([^`\n]*)"
     assert re.search(pattern, README)
