@@ -16,6 +16,7 @@ from torch import nn
 
 METHODS = {                                         # --method -> its class, imported on demand
     "simzss": "model.SimZSS",
+    "sseg": "methods.sseg.SSeg",
 }
 PRETRAINED = {}                                     # --checkpoint NAME[:which] -> its method
 
