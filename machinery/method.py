@@ -17,6 +17,7 @@ from torch import nn
 METHODS = {                                         # --method -> its class, imported on demand
     "simzss": "model.SimZSS",
     "sseg": "methods.sseg.SSeg",
+    "sseg-plus": "methods.sseg_plus.SSegPlus",
 }
 PRETRAINED = {}                                     # --checkpoint NAME[:which] -> its method
 
