@@ -24,122 +24,91 @@ from tqdm import tqdm
 
 from machinery import captions as caption_files
 from machinery import shards
-from machinery.classes import (BENCHMARKS, CLASSES, check_classes, normalise_name, read_classes,
-                               read_lines, split_names)
+from machinery.captions import CONTEXT_LENGTH
+from machinery.classes import (BENCHMARK_NAMES, CLASSES, check_classes, normalise_name,
+                               read_classes, read_lines, split_names)
 from machinery.errors import one_line_errors
 from machinery.workers import process_pool
 
 DEFAULT_PARSER = "en_core_web_trf"                  # the paper's; en_core_web_sm is the light one
-CACHE_VERSION = 2                                   # raise it when the same input gives other rows
+CACHE_VERSION = 2                                   # raise it when annotations change
 
 
 # --------------------------------------------------------------------------------------------------
-# The bank
+# From captions to concepts
 
-class ConceptBank:
-    """The concepts that training knows: C names, each perhaps with synonyms of the same concept.
+def noun_concepts(doc):
+    """Concepts of a parsed caption: [(concept, start_char, end_char)], one per noun chunk.
 
-    names: strings, or lists of synonyms; equal names count once. None = an open bank, to which
-    `annotate` adds every concept that it finds. excluded: names that stay out, with their plurals
-    and all synonyms that the bank has for them. source: of the names, for errors. `names[i]` is
-    concept i's first name. Raises ValueError where a name is empty or none is left.
+    "two wooden baseball bats" -> [("baseball bat", 11, 24)]. A concept is the root's lemma, with
+    the root's last `compound` child before it if there is one; adjectives and articles are dropped.
+    Its characters run from the compound to the end of the root. doc: a spaCy `Doc` with heads and
+    dependencies.
     """
-
-    def __init__(self, names, excluded=(), source="concept bank"):
-        self.open = names is None
-        self.excluded = {form for name in map(normalise_name, excluded)
-                         for form in (name, plural(name))}
-        classes = [[name] if isinstance(name, str) else list(name) for name in names or ()]
-        classes = merge_equal_names(classes)
-        if not self.open:
-            check_classes(classes, source)
-        classes = [synonyms for synonyms in classes if not any(map(self.excludes, synonyms))]
-        if not self.open:
-            check_classes(classes, "concept bank")
-        self.names = [normalise_name(synonyms[0]) for synonyms in classes]
-        self.ids = {normalise_name(name): i for i, synonyms in enumerate(classes)
-                    for name in synonyms}
-
-    @classmethod
-    def from_file(cls, path, excluded=()):
-        """A file with one concept per line, synonyms after commas."""
-        return cls([split_names(line) for line in read_lines(path)], excluded, path)
-
-    @classmethod
-    def default(cls, excluded=()):
-        """The union of the eight benchmarks' class names, as in the paper."""
-        files = [read_classes(CLASSES / f"{benchmark}.txt") for benchmark in BENCHMARKS]
-        names = [name for classes in files for synonyms in classes for name in synonyms]
-        return cls(dict.fromkeys(map(normalise_name, names)), excluded)
-
-    @classmethod
-    def by_name(cls, source=None, exclude=None):
-        """What --bank names: a file, None = the default, "none" = an open bank. exclude: a class
-        file."""
-        excluded = [name for names in read_classes(exclude) for name in names] if exclude else ()
-        if source == "none":
-            return cls(None, excluded)
-        return cls.from_file(source, excluded) if source else cls.default(excluded)
-
-    def __len__(self):
-        return len(self.names)
-
-    def excludes(self, name):
-        """Whether a name stays out, as it is or as the singular of a name that does."""
-        name = normalise_name(name)
-        return bool(name) and not self.excluded.isdisjoint((name, plural(name)))
-
-    def find(self, name):
-        """Bank id of a name, -1 if it is not in the bank."""
-        return self.ids.get(normalise_name(name), -1)
-
-    def add(self, name):
-        """Take a new name into an open bank. Returns its id, -1 if it is excluded."""
-        name = normalise_name(name)
-        if not name or self.excludes(name):
-            return -1
-        self.names.append(name)
-        self.ids[name] = len(self.ids)
-        return self.ids[name]
+    concepts = []
+    for chunk in doc.noun_chunks:
+        root = chunk.root
+        compounds = [child for child in root.lefts if child.dep_ == "compound"]
+        compound = compounds[-1:]                   # the last one, or none
+        words = [word.lower_ for word in compound] + [(root.lemma_ or root.text).lower()]
+        first = (compound or [root])[0]
+        concepts.append((" ".join(words), first.idx, root.idx + len(root)))
+    return concepts
 
 
-def merge_equal_names(classes):
-    """Join lists of synonyms that share a name, with one line of notice."""
-    merged = []
-    owner = {}                                      # normalised name -> its list in merged
-    repeated = []
-    for synonyms in classes:
-        known = [name for name in synonyms if normalise_name(name) in owner]
-        into = owner[normalise_name(known[0])] if known else []
-        if not known:
-            merged.append(into)
-        for name in synonyms:
-            if normalise_name(name) in owner:
-                repeated.append(name)
-            else:
-                into.append(name)
-                owner[normalise_name(name)] = into
-    if repeated:
-        print(f"concept bank: names that are there more than once count once: {len(repeated)}, "
-              f"such as {repeated[0]!r}", file=sys.stderr)
-    return merged
+def matched_concepts(doc):
+    """Concepts of a caption found by the built-in matcher, in the form of `noun_concepts`."""
+    return [(entity.ent_id_, entity.start_char, entity.end_char) for entity in doc.ents]
 
 
-IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children",
-             "mouse": "mice", "sheep": "sheep", "knife": "knives", "shelf": "shelves",
-             "leaf": "leaves", "foot": "feet", "goose": "geese"}
+def parse(captions, pipeline):
+    """Find the concepts of captions and the tokens that name them, whether in a bank or not.
+
+    Yields, caption by caption, [(concept, words as written, first token, end token)]; positions
+    count the start-of-text token as 0, and the end token is not included. An occurrence that does
+    not fit whole into the context is left out. pipeline: of spaCy, one that parses ("DEP"), or the
+    built-in matcher, which marks entities ("ENT_IOB"). Raises ValueError when it is neither.
+    """
+    captions, texts = itertools.tee(captions)
+    for caption, doc in zip(captions, pipeline.pipe(map(clean, texts))):
+        if doc.has_annotation("DEP"):
+            concepts = noun_concepts(doc)
+        elif doc.has_annotation("ENT_IOB"):
+            concepts = matched_concepts(doc)
+        else:
+            raise ValueError("the spaCy pipeline has no dependency parser; expected one like "
+                             "en_core_web_sm")
+        tokens = token_spans(caption) if concepts else ()
+        found = []
+        for concept, start, end in concepts:
+            positions = [i for i, (s, e) in enumerate(tokens, start=1) if s < end and e > start]
+            if positions and positions[-1] < CONTEXT_LENGTH - 1:
+                found.append((concept, doc.text[start:end], positions[0], positions[-1] + 1))
+        yield found
 
 
-def plural(name):
-    """English plural of a name's last word."""
-    *before, word = name.split()
-    if word in IRREGULAR:
-        word = IRREGULAR[word]
-    elif word.endswith("y") and word[-2:-1] not in "aeiou":
-        word = word[:-1] + "ies"
+def annotate(captions, bank, parser, processes=1, device="cpu"):
+    """Find the bank's concepts in captions and the tokens that name them.
+
+    captions: iterable of str. bank: ConceptBank; an open one grows. parser: spaCy pipeline, or name
+    for `load_parser` (a name, if processes > 1). device: of the parser processes. Yields, caption
+    by caption, [(bank id, first token, end token)], see `parse`.
+    """
+    if processes > 1:
+        found = parse_in_processes(captions, bank, parser, processes, device)
     else:
-        word += "es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s"
-    return " ".join([*before, word])
+        found = parse(captions, load_parser(parser, bank) if isinstance(parser, str) else parser)
+    for concepts in found:
+        rows = []
+        for concept, as_written, first, end in concepts:
+            id = bank.find(concept)
+            if id < 0 and bank.open:
+                id = bank.add(concept)
+            elif id < 0:                            # a bank may hold a plural: "clouds"
+                id = bank.find(as_written)
+            if id >= 0:
+                rows.append((id, first, end))
+        yield rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,8 +134,9 @@ def tokenize(caption):
 def token_spans(text):
     """Characters of each byte-pair token of a caption, in `clean(text)`: [(start, end)].
 
-    One span per token, without start and end tokens and without truncation. Tokens that share a
-    character, as the bytes of an emoji do, have overlapping spans.
+    "a surfboarder" -> [(0, 1), (2, 11), (11, 13)]. One span per token, without start and end tokens
+    and without truncation. Tokens that share a character, as the bytes of an emoji do, have
+    overlapping spans.
     """
     spans = []
     for match in tokenizer().pat.finditer(clean(text)):
@@ -190,29 +160,122 @@ def forget_words():
 
 
 # --------------------------------------------------------------------------------------------------
-# From captions to concepts
+# The bank
 
-def noun_concepts(doc):
-    """Concepts of a parsed caption: [(concept, start_char, end_char)], one per noun chunk.
+class ConceptBank:
+    """The concepts that training knows: C names, each perhaps with synonyms of the same concept.
 
-    doc: a spaCy `Doc` with heads and dependencies. A concept is the lemma of the chunk's root,
-    after the root's last `compound` child if it has one; its characters run from the compound to
-    the end of the root.
+    names: strings, or lists of synonyms; equal names count once. None = an open bank, to which
+    `annotate` adds every concept that it finds. excluded: names that stay out, with their plurals
+    and all synonyms that the bank has for them. source: of the names, for errors. `names[i]` is
+    concept i's first name. Raises ValueError where a name is empty or none is left.
     """
-    concepts = []
-    for chunk in doc.noun_chunks:
-        root = chunk.root
-        compound = [child for child in root.lefts if child.dep_ == "compound"][-1:]
-        words = [word.lower_ for word in compound] + [(root.lemma_ or root.text).lower()]
-        first = (compound or [root])[0]
-        concepts.append((" ".join(words), first.idx, root.idx + len(root)))
-    return concepts
+
+    def __init__(self, names, excluded=(), source="concept bank"):
+        self.open = names is None
+        self.excluded = {form for name in map(normalise_name, excluded)
+                         for form in (name, plural(name))}
+        lists = [[name] if isinstance(name, str) else list(name) for name in names or ()]
+        lists = merge_equal_names(lists)
+        if not self.open:
+            check_classes(lists, source)
+        lists = [synonyms for synonyms in lists if not any(map(self.excludes, synonyms))]
+        if not self.open:                           # all of them may be excluded
+            check_classes(lists, "concept bank")
+        self.names = [normalise_name(synonyms[0]) for synonyms in lists]
+        self.ids = {normalise_name(name): i for i, synonyms in enumerate(lists)
+                    for name in synonyms}
+
+    @classmethod
+    def from_file(cls, path, excluded=()):
+        """A file with one concept per line, synonyms after commas."""
+        return cls([split_names(line) for line in read_lines(path)], excluded, path)
+
+    @classmethod
+    def default(cls, excluded=()):
+        """The union of the eight benchmarks' class names, as in the paper."""
+        files = [read_classes(CLASSES / f"{benchmark}.txt") for benchmark in BENCHMARK_NAMES]
+        names = [name for classes in files for synonyms in classes for name in synonyms]
+        return cls(dict.fromkeys(map(normalise_name, names)), excluded)
+
+    @classmethod
+    def by_name(cls, source=None, exclude=None):
+        """What --bank names: a file, None = the default, "none" = an open bank. exclude: a class
+        file."""
+        excluded = [name for names in read_classes(exclude) for name in names] if exclude else ()
+        if source == "none":
+            return cls(None, excluded)
+        return cls.from_file(source, excluded) if source else cls.default(excluded)
+
+    def __len__(self):
+        return len(self.names)
+
+    def excludes(self, name):
+        """Whether a name or its plural is among the excluded names."""
+        name = normalise_name(name)
+        return bool(name) and not self.excluded.isdisjoint((name, plural(name)))
+
+    def find(self, name):
+        """Bank id of a name, -1 if it is not in the bank."""
+        return self.ids.get(normalise_name(name), -1)
+
+    def add(self, name):
+        """Take a name into an open bank. Returns its id, -1 if it is excluded."""
+        name = normalise_name(name)
+        if not name or self.excludes(name):
+            return -1
+        if name not in self.ids:
+            self.ids[name] = len(self.names)
+            self.names.append(name)
+        return self.ids[name]
 
 
-def matched_concepts(doc):
-    """Concepts of a caption found by the built-in matcher, in the form of `noun_concepts`."""
-    return [(entity.ent_id_, entity.start_char, entity.end_char) for entity in doc.ents]
+def merge_equal_names(lists):
+    """Lists of synonyms in which no name occurs twice, with one line of notice if some did.
 
+    A name belongs to the first list that has it. What else a later list holds joins that one.
+    """
+    merged = []
+    list_of = {}                                    # normalised name -> its list in merged
+    repeated = []
+    for synonyms in lists:
+        known = [name for name in synonyms if normalise_name(name) in list_of]
+        if known:
+            target = list_of[normalise_name(known[0])]
+        else:
+            target = []
+            merged.append(target)
+        for name in synonyms:
+            if normalise_name(name) in list_of:
+                repeated.append(name)
+            else:
+                target.append(name)
+                list_of[normalise_name(name)] = target
+    if repeated:
+        print(f"concept bank: names that are there more than once count once: {len(repeated)}, "
+              f"such as {repeated[0]!r}", file=sys.stderr)
+    return merged
+
+
+IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children",
+             "mouse": "mice", "sheep": "sheep", "knife": "knives", "shelf": "shelves",
+             "leaf": "leaves", "foot": "feet", "goose": "geese"}
+
+
+def plural(name):
+    """English plural of a name's last word."""
+    *before, word = name.split()
+    if word in IRREGULAR:
+        word = IRREGULAR[word]
+    elif word.endswith("y") and word[-2:-1] not in "aeiou":
+        word = word[:-1] + "ies"
+    else:
+        word += "es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s"
+    return " ".join([*before, word])
+
+
+# --------------------------------------------------------------------------------------------------
+# Parsers
 
 def load_parser(name, bank):
     """spaCy pipeline by name or folder; "match" = one that finds the bank's names and plurals.
@@ -242,53 +305,6 @@ def load_parser(name, bank):
             "folder with --parser, or use the built-in --parser match.") from None
 
 
-def parse(captions, pipeline):
-    """Find the concepts of captions and the tokens that name them, whether in a bank or not.
-
-    Yields, caption by caption, [(concept, words as written, first token, end token)]; positions
-    count the start-of-text token as 0. An occurrence that does not fit whole into the context is
-    left out. Raises ValueError when the pipeline neither parses nor matches.
-    """
-    captions, texts = itertools.tee(captions)
-    for caption, doc in zip(captions, pipeline.pipe(map(clean, texts))):
-        if doc.has_annotation("DEP"):
-            concepts = noun_concepts(doc)
-        elif doc.has_annotation("ENT_IOB"):
-            concepts = matched_concepts(doc)
-        else:
-            raise ValueError("the spaCy pipeline has no dependency parser; expected one like "
-                             "en_core_web_sm")
-        tokens = token_spans(caption) if concepts else ()
-        found = []
-        for concept, start, end in concepts:
-            positions = [i for i, (s, e) in enumerate(tokens, start=1) if s < end and e > start]
-            if positions and positions[-1] < tokenizer().context_length - 1:
-                found.append((concept, doc.text[start:end], positions[0], positions[-1] + 1))
-        yield found
-
-
-def annotate(captions, bank, parser, processes=1, device="cpu"):
-    """Find the bank's concepts in captions and the tokens that name them.
-
-    captions: iterable of str. bank: ConceptBank; an open one grows. parser: spaCy pipeline, or name
-    for `load_parser` (a name, if processes > 1). device: of the parser processes. Yields, caption
-    by caption, [(bank id, first token, end token)], see `parse`.
-    """
-    if processes > 1:
-        found = parse_in_processes(captions, bank, parser, processes, device)
-    else:
-        found = parse(captions, load_parser(parser, bank) if isinstance(parser, str) else parser)
-    for concepts in found:
-        rows = []
-        for concept, as_written, first, end in concepts:
-            id = bank.find(concept)
-            if id < 0:                              # a bank may hold a plural: "clouds"
-                id = bank.add(concept) if bank.open else bank.find(as_written)
-            if id >= 0:
-                rows.append((id, first, end))
-        yield rows
-
-
 # --------------------------------------------------------------------------------------------------
 # Files of captions
 
@@ -296,8 +312,9 @@ def load_annotations(path, captions, bank, parser, processes=1, device="cpu"):
     """Annotations of all captions, from the cache beside their file if it is valid, else made anew.
 
     path: captions file, its cache is `<path>.concepts.npz`; None = no cache. captions: list of str.
-    parser: name. Returns (offsets, rows), see machinery/captions.py. An open bank holds the names
-    afterwards; it serves one list of captions.
+    parser: name. Returns (offsets (captions + 1,), rows (occurrences, 3)) int32:
+    rows[offsets[i]:offsets[i + 1]] are the (bank id, first token, end token) of caption i. An open
+    bank holds the names afterwards; it is used for one file only.
     """
     _, pipeline = make_pipeline(bank, parser, device)
     key = annotation_key(captions, bank, pipeline)
@@ -431,7 +448,7 @@ def print_concepts(captions, annotated, counts, bank):
     for concept, times in counts.most_common(20):
         print(f"{times:8,}  {bank.names[concept]}")
     print("class names of the benchmarks: all, in the bank, found at least once in these captions")
-    for benchmark in BENCHMARKS:
+    for benchmark in BENCHMARK_NAMES:
         classes = read_classes(CLASSES / f"{benchmark}.txt")
         ids = [bank.find(name) for names in classes for name in names]
         known = [id for id in ids if id >= 0]

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from concepts import annotate, annotation_key, forget_words, load_annotations, load_parser
 from machinery.captions import ConceptIndex, find_images, read_captions
 from machinery.images import IMAGE_SUFFIXES, load_image, read_segments
-from machinery.loading import BatchStream, loader_batch
+from machinery.loading import BatchStream, loader_batch_size
 from machinery.method import Pair
 from machinery.shards import BAD, Shards, find_shards, read_sidecar
 from machinery.toy import toy_scene
@@ -105,9 +105,9 @@ class CaptionedImages(Dataset):
         return drawn and (self.pair(drawn[0]), drawn[1])
 
     def __getitem__(self, key):
-        position, number = key
+        position, wanted = key
         for bad in range(10):
-            i = (number + bad) % len(self)
+            i = (wanted + bad) % len(self)
             rng = np.random.default_rng((self.seed, position))
             try:
                 sample = self.sample(self.pair(i), rng=rng)
@@ -200,14 +200,14 @@ def open_shards(source, bank, parser, size, sample, seed=0, needs_concepts=True)
                                 f"yet, the first is {without[0]}; {command}, or train with "
                                 "--parser match")
     return Shards(paths, sample, collate, open_image,
-                  partial(read_concepts, annotator=annotator, concepts=len(bank)),
+                  partial(read_concepts, annotator=annotator, bank_size=len(bank)),
                   partial(match_concepts, bank=bank) if parser == "match" else None,
                   forget_words, seed)
 
 
-def read_concepts(path, annotator, concepts):
+def read_concepts(path, annotator, bank_size):
     """(offsets, rows) beside a tar; None where its concepts file is lost or broken."""
-    found = read_sidecar(path, annotator, concepts)
+    found = read_sidecar(path, annotator, bank_size)
     return found and found[:2]
 
 
@@ -229,10 +229,13 @@ class GlobalBatches(Sampler):
     """The run's batches, of which each process takes its own slice: the same pairs whatever the
     number of processes.
 
-    Passes follow one another without a gap, each a fresh shuffle of the data cut to pass_pairs; a
-    batch may hold the end of one pass and the start of the next. Yields lists of (position, pair),
-    from step `start` on; the process's slice of a step comes in lists of loader_batch pairs (None:
-    in one). only: use this many pairs of the data, drawn by the seed; a larger number adds to them.
+    A pass (epoch) is the data in a new random order, of which the first pass_pairs are taken.
+    Passes follow one another without a gap: a batch may hold the end of one and the start of the
+    next.
+
+    Yields lists of (position in the run, number of the pair), from step `start` on. The process's
+    slice of a step comes in lists of loader_batch pairs (None: in one). only: use so many pairs of
+    the data, drawn by the seed; with a larger number these stay, and others are added.
     """
 
     def __init__(self, length, batch, steps, pass_pairs, rank=0, world=1, seed=0, start=0,
@@ -250,34 +253,35 @@ class GlobalBatches(Sampler):
         return len(self.steps) * (self.local_batch // self.loader_batch)
 
     def __iter__(self):
-        shuffled = None                             # number of the pass that `order` is of
+        ordered_pass = None                         # the pass that `order` is of
         for step in self.steps:
             first = step * self.batch + self.rank * self.local_batch
             keys = []
             for position in range(first, first + self.local_batch):
-                number, place = divmod(position, self.pass_pairs)
-                if number != shuffled:
-                    order = np.random.default_rng((self.seed, number)).permutation(self.data)
-                    shuffled = number
+                pass_number, place = divmod(position, self.pass_pairs)
+                if pass_number != ordered_pass:
+                    rng = np.random.default_rng((self.seed, pass_number))
+                    order = rng.permutation(self.data)
+                    ordered_pass = pass_number
                 keys.append((position, int(order[place])))
             for i in range(0, self.local_batch, self.loader_batch):
                 yield keys[i:i + self.loader_batch]
 
 
-def open_stream(pairs, method, args, processes, steps, start=0, counts=None, states=None):
-    """`BatchStream` of this process from step `start` on.
+def open_stream(pairs, args, processes, steps, start=0, counts=None, states=None):
+    """`BatchStream` of this process from step `start` on: parts of its share of each batch.
 
     args: batch, micro_batch, epoch_pairs, pairs, workers, seed. counts: pairs left out before
     `start`, by reason. states: of shards, see `Shards.begin`.
     """
     local_batch = args.batch // processes.world
-    batches = (local_batch, loader_batch(local_batch, args.micro_batch))
-    common = (pairs, method.features, processes, batches, args.workers)
+    loader_batch = loader_batch_size(local_batch, args.micro_batch)
+    common = (pairs, processes, local_batch, loader_batch, args.workers)
     if isinstance(pairs, Shards):
-        states = pairs.begin(batches[1], processes.rank, processes.world, args.workers, states)
+        states = pairs.begin(loader_batch, processes.rank, processes.world, args.workers, states)
         return BatchStream(*common, states=states, batch_size=None)
     sampler = GlobalBatches(len(pairs), args.batch, steps, args.epoch_pairs, processes.rank,
-                            processes.world, args.seed, start, batches[1], args.pairs)
+                            processes.world, args.seed, start, loader_batch, args.pairs)
     bad_images = 0
     if counts and processes.rank == 0:              # those so far are counted once
         bad_images = counts[BAD.index("bad image")]

@@ -64,8 +64,9 @@ def confusion_matrix(prediction, target, num_classes, ignore_index=255):
 def scores(matrix):
     """IoU per class, mIoU, mAcc and aAcc, in 0..1, of a confusion matrix with truth in rows.
 
-    IoU = right / (truth + predicted - right). A class neither there nor predicted is nan and does
-    not count in the mean; one predicted but not there counts as 0 in mIoU, and not in mAcc.
+    IoU = right / (truth + predicted - right). A class that is neither there nor predicted has an
+    IoU of nan and does not count in the means. A class that is predicted but not there has an IoU
+    of 0, which counts in mIoU; it does not count in mAcc.
     """
     matrix = torch.as_tensor(matrix).double()
     right = matrix.diag()
@@ -78,6 +79,26 @@ def scores(matrix):
 
 # --------------------------------------------------------------------------------------------------
 # A model on a dataset
+
+def complete_protocol(dataset, protocol, is_sweep):
+    """The protocol with the dataset's choices, and its background where none is given."""
+    if is_sweep and getattr(dataset, "background_class", None) is None:
+        raise ValueError(f'--sweep-background: {dataset.name} has no class "background"')
+    default = THRESHOLD if is_sweep else getattr(dataset, "background", "none")
+    protocol = {"background": default, **protocol, **getattr(dataset, "choices", {})}
+    if is_sweep and not protocol["background"].startswith("threshold:"):
+        raise ValueError(f"--sweep-background is for threshold:T, found {protocol['background']}")
+    return protocol
+
+
+def describe(model, dataset, total, protocol):
+    """What a result says of the model and the data. total: images that were scored."""
+    expected = getattr(dataset, "count", None) or len(dataset)
+    return {"classes": [names[0] for names in dataset.classes], "images": total,
+            "partial": total != expected, "protocol": protocol,
+            **getattr(model, "checkpoint_file", {}), "method": getattr(model, "name", None),
+            "backbone": getattr(getattr(model, "backbone", None), "config", None)}
+
 
 def classes_to_predict(dataset, background):
     """Lists of names to embed, by the background rule; raises ValueError if the two do not fit.
@@ -102,24 +123,21 @@ def classes_to_predict(dataset, background):
 
 def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=0, thresholds=None,
              alone=False):
-    """Score a model. Returns (result, pictures).
+    """Score a model. Returns (result, shown).
 
-    model: anything with `embed_classes` and `patch_scores`, like SimZSS. dataset: `MaskedImages` or
-    alike. protocol: templates, short_side, window, stride, the method's own entries, and background
-    (default: the dataset's). batch: windows at a time. pictures: of how many images to return
-    (photo, truth, prediction). limit: score the first images only. thresholds: rising (K,) tensor;
-    adds "sweep", the mIoU with each as background threshold. With several processes each takes its
-    share of the images, and all return the same numbers; alone: this one takes all.
+    model: anything with `embed_classes` and `patch_scores`, like SimZSS. dataset: its items are
+    (name, RGB image, mask (H, W) of classes or IGNORE), and it has `name` and `classes`, see
+    machinery/benchmarks.py. protocol: templates, short_side, window, stride, the method's own
+    entries, and background (default: the dataset's). batch: windows at a time. pictures: number of
+    images of which `shown` has (photo, truth, prediction). limit: score the first images only.
+    thresholds: rising (K,) tensor; adds "sweep", the mIoU with each as background threshold. With
+    several processes each takes its share of the images, and all return the same numbers; alone:
+    this one takes all.
     """
     C = len(dataset.classes)
     background = getattr(dataset, "background_class", None)
-    if thresholds is not None and background is None:
-        raise ValueError(f'--sweep-background: {dataset.name} has no class "background"')
-    default = THRESHOLD if thresholds is not None else getattr(dataset, "background", "none")
-    protocol = {"background": default, **protocol, **getattr(dataset, "choices", {})}
+    protocol = complete_protocol(dataset, protocol, thresholds is not None)
     kind, threshold = parse_background(protocol["background"])
-    if thresholds is not None and kind != "threshold":
-        raise ValueError(f"--sweep-background is for threshold:T, found {protocol['background']}")
     classes = classes_to_predict(dataset, protocol["background"])
     embeddings = embed(model, classes, protocol, background)            # (C or C - 1, S, D)
 
@@ -149,13 +167,9 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
         raise ValueError(f"{dataset.name} has no pixel to score: all are ignored")
 
     seconds = time.time() - start
-    expected = getattr(dataset, "count", None) or len(dataset)
-    result = {**scores(matrix), "classes": [names[0] for names in dataset.classes],
-              "images": total, "partial": total != expected, "protocol": protocol,
-              **getattr(model, "checkpoint_file", {}), "method": getattr(model, "name", None),
-              "backbone": getattr(getattr(model, "backbone", None), "config", None),
+    result = {**scores(matrix), **describe(model, dataset, total, protocol), **made_with(),
               "seconds": round(seconds, 1), "images_per_second": round(total / seconds, 2),
-              "processes": 1 if alone else world_size(), **made_with()}
+              "processes": 1 if alone else world_size()}
     if sweep:
         if not alone:
             sum_counts(sweep.hits)

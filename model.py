@@ -6,13 +6,18 @@ the order of the paper: its formulas as functions of tensors, both towers, the w
 
 One legend of letters for every shape in this project:
 
-    B   images (= captions) in the batch          T   text tokens of a caption
+    B   images (= captions) in the batch          T   text tokens of a caption, cut to the longest
     N   patch tokens of an image, N = h * w       M   concepts found in a caption, padded with -1
     D   width of the shared space                 C   concepts in the bank, or classes at test time
-                                                  S   names (synonyms) of a class
+    P   prompts                                   S   names (synonyms) of a class
 
-The losses are those of the global batch: with several processes, sums and gathers run over all of
-them and carry gradient (machinery/parallel.py).
+D is the width of the vision backbone. The backbone has no trained projection: the text encoder
+projects into its space.
+
+"paper" and "release" in comments say where a choice comes from: the text, or the authors' code.
+"global" loss: of whole images; "local" loss: of regions. The global batch is that of all processes.
+The losses are those of the global batch: sums and gathers run over all processes and carry gradient
+(machinery/parallel.py).
 """
 import math
 import os
@@ -25,12 +30,12 @@ from torch import nn
 from concepts import tokenize
 from data import random_resized_crop
 from machinery import backbones
+from machinery.captions import CONTEXT_LENGTH
 from machinery.images import to_pixels
-from machinery.method import Method, best_synonym, prompt_ensemble
+from machinery.method import Method
 from machinery.parallel import gather_rows, rank, sum_over_processes
 
 DEFAULT_BACKBONE = "vit_base_patch14_reg4_dinov2.lvd142m"
-CONTEXT_LENGTH = 77                                 # CLIP's context, start and end token included
 TEXT_TOWERS = {384: (384, 6), 1024: (768, 12)}      # D -> (width, heads) of CLIP's tower
 DEFAULT_TEXT_TOWER = (512, 8)                       # for ViT-B's D, 768, and any other
 MAX_LOGIT_SCALE = 100.0                             # CLIP's bound on the learned 1 / temperature
@@ -44,8 +49,9 @@ GPU_BUCKET = 256                                    # a GPU needs more to be bus
 def concept_embeddings(tokens, spans):
     """g(c): text embedding of each concept occurrence, the sum of its token embeddings (section 6).
 
-    tokens: (B, T, D) unit-norm token embeddings. spans: (B, M, 2) int, token positions [start, end)
-    with the start-of-text token at 0; an empty span gives zeros. Returns (B, M, D), not normalised.
+    tokens: (B, T, D) unit-norm token embeddings, not ids. spans: (B, M, 2) int, token positions
+    [start, end) with the start-of-text token at 0. Padding, (-1, -1), is an empty span and gives
+    zeros. Returns (B, M, D), not normalised: an occurrence of more tokens weighs more in w_c.
     """
     position = torch.arange(tokens.shape[1], device=tokens.device)                  # (T,)
     inside = (position >= spans[..., :1]) & (position < spans[..., 1:])             # (B, M, T)
@@ -55,6 +61,7 @@ def concept_embeddings(tokens, spans):
 def class_weights(concepts, ids, bank_size, over="batch"):
     """w_c = normalize(sum of the occurrences of concept c), one weight per concept (section 6).
 
+    The weights are the classifier of the local loss. They are no parameters: a batch has its own.
     concepts: (B, M, D). ids: (B, M) int bank ids, -1 = padding. over: "batch" sums over the global
     batch, "process" over each process's pairs (the authors' release); counts are always global.
     Returns weights (C, D), unit-norm rows, zero for absent concepts; counts (C,), float.
@@ -94,7 +101,7 @@ def global_loss(image, text, logit_scale):
 
 
 def concept_loss(visual, ids, weights, counts, temperature, target="concept"):
-    """L_l: classify each visual concept among the concepts of the batch (section 8).
+    """L_l: classify each visual concept among the concepts of this batch (section 8).
 
     visual: (B, M, D), unit-norm. ids: (B, M) bank ids, -1 = padding. weights (C, D), counts (C,):
     of `class_weights`. temperature: tau_local. target: "concept", the occurrence's own id (paper),
@@ -107,8 +114,8 @@ def concept_loss(visual, ids, weights, counts, temperature, target="concept"):
     found = ids >= 0                                                                # (B, M)
     logits = visual[found] @ weights[present].T / temperature       # (occurrences, present)
     if len(logits) == 0:
-        # Another process may have occurrences. A plain 0 would have no gradient, this process would
-        # not take part in the backward all-reduce of the sums, and the other would wait for ever.
+        # Zero, but connected to the inputs: another process may have occurrences, and in backward
+        # it waits for this one to take part in the all-reduce.
         loss = visual.sum() * 0 + weights.sum() * 0
     else:
         column = present.cumsum(0) - 1                              # bank id -> column of logits
@@ -118,7 +125,7 @@ def concept_loss(visual, ids, weights, counts, temperature, target="concept"):
 
 
 # --------------------------------------------------------------------------------------------------
-# Vision tower, frozen
+# Vision backbone, frozen
 
 class VisionBackbone(nn.Module):
     """Any timm vision transformer or CNN by name, or "toy"; it never learns (section 3).
@@ -138,7 +145,7 @@ class VisionBackbone(nn.Module):
         if image_token not in ("class", "mean"):
             raise ValueError(f"image token must be 'class' or 'mean', found {image_token!r}")
         source = "random"
-        if pretrained or name == "toy":
+        if pretrained or name == "toy":             # the toy backbone is ready as it is
             source = "pretrained"
         if weights:
             source = str(Path(weights).resolve())   # found again from any folder
@@ -149,7 +156,7 @@ class VisionBackbone(nn.Module):
         has_token = name == "toy" or getattr(self.trunk, "cls_token", None) is not None
         self.uses_class_token = has_token and image_token == "class"
         self.denoiser = backbones.create_denoiser(self.width, denoiser) if denoiser else None
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False)           # frozen
         mean = mean or self.trunk.pretrained_cfg["mean"]
         std = std or self.trunk.pretrained_cfg["std"]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -170,7 +177,7 @@ class VisionBackbone(nn.Module):
         """images: normalised (B, 3, H, W) of any size, zero-padded right and bottom to patches.
 
         Returns class token (B, D) and patch tokens (B, N, D), float32 and unit-norm, and the grid
-        (h, w). The last patches may reach beyond the image; who enlarges the grid cuts that away.
+        (h, w). The last patches may reach beyond the image; segment.py cuts that away.
         """
         (ph, pw), (H, W) = self.patch_size, images.shape[-2:]
         images = F.pad(images, (0, -W % pw, 0, -H % ph))
@@ -224,7 +231,7 @@ class TextEncoder(nn.Module):
 
         tokens: (B, 77) int64, zeros after the end token, which has the highest id. embedded:
         (B, 77, width), the tokens' embeddings, if they are known already. Captions are cut to the
-        longest, T: attention is causal, so no state depends on the padding behind it.
+        longest, T: attention is causal, so no state depends on what follows, such as padding.
         """
         end = tokens.argmax(dim=-1)                                                 # (B,)
         T = int(end.max()) + 1
@@ -253,6 +260,44 @@ def buckets(tokens, size):
 
 
 # --------------------------------------------------------------------------------------------------
+# Class names and patches, at test time
+
+@torch.no_grad()
+def prompt_ensemble(classes, templates, embed, batch=256, normalise_each=True):
+    """Class names -> embeddings (C, S, D): the mean over all prompts of a name, unit-norm.
+
+    classes: C names, or C lists of names (synonyms). templates: prompts with one {} each. embed:
+    function from a list of (text before, name, text after) to (P, D). normalise_each: whether
+    prompts are normalised before the mean. A class with fewer than S names repeats its first, which
+    changes no maximum.
+    """
+    classes = [[names] if isinstance(names, str) else list(names) for names in classes]
+    names = [name for synonyms in classes for name in synonyms]
+    prompts = []
+    for name in names:
+        for template in templates:
+            before, _, after = template.partition("{}")
+            prompts.append((before, name, after))
+    embedded = torch.cat([embed(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
+    if normalise_each:
+        embedded = F.normalize(embedded, dim=-1)
+    mean = embedded.view(len(names), len(templates), -1).mean(dim=1)                # (names, D)
+    by_class = F.normalize(mean, dim=-1).split([len(synonyms) for synonyms in classes])
+    S = max(map(len, by_class))
+    return torch.stack([torch.cat([own, own[:1].expand(S - len(own), -1)]) for own in by_class])
+
+
+def best_synonym(features, class_embeddings):
+    """Similarity of features (B, N, D) to the best name of each class: (B, C, N).
+
+    class_embeddings: (C, D) or (C, S, D).
+    """
+    if class_embeddings.ndim == 2:
+        class_embeddings = class_embeddings[:, None]                                # (C, 1, D)
+    return torch.einsum("bnd,csd->bcsn", features, class_embeddings).amax(dim=2)
+
+
+# --------------------------------------------------------------------------------------------------
 # The whole
 
 class SimZSS(Method):
@@ -260,16 +305,18 @@ class SimZSS(Method):
 
     bank: names of the C concepts. local_weight: lambda. pool_temperature: tau_pool.
     local_temperature: tau_local. local_target: see `concept_loss`. pool_query: what pools the
-    patches, "class", the concept's class weight (release), or "caption", the occurrence's own
-    embedding, normalised (paper). weights_over: see `class_weights`.
+    patches, "class", the concept's class weight (release), or "caption", the embedding of the
+    concept's occurrence in this caption, normalised (paper). weights_over: see `class_weights`.
     """
 
+    # What the scripts ask for; machinery/method.py explains each
     name = "simzss"
-    PROTOCOL = {"class_embedding": "caption"}
+    PROTOCOL = {"class_embedding": "caption"}       # see `embed_classes`
     TOY = {"backbone": "toy", "text_width": 256, "text_layers": 1, "batch": 64, "epochs": 16,
            "base_rate": 0.012, "class_embedding": "concept", "output": "runs/toy"}
-    HAS_CHUNKS = True
-    FROZEN = ("backbone.",)
+    HAS_CHUNKS = True                               # see `backward`
+    CONFIG = ("backbone", "bank")
+    FROZEN = ("backbone.",)                         # not in states and checkpoints
 
     def __init__(self, backbone, text, bank=(), local_weight=0.05, pool_temperature=0.1,
                  local_temperature=0.07, local_target="concept", pool_query="class",
@@ -282,13 +329,161 @@ class SimZSS(Method):
         self.backbone = backbone
         self.text = text
         self.bank = list(bank)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))       # as a logarithm
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))   # its logarithm, as CLIP
         self.local_weight = local_weight
         self.pool_temperature = pool_temperature
         self.local_temperature = local_temperature
         self.local_target = local_target
         self.pool_query = pool_query
         self.weights_over = weights_over
+
+    # Training
+
+    @staticmethod
+    def sample(pair, size, rng):
+        """tokens (77,), concepts (M, 3) of (bank id, start, end), and pixels uint8 (3, size, size)
+        or the cached features."""
+        seen = pair.features
+        if seen is None:
+            seen = {"pixels": to_pixels(random_resized_crop(pair.image(), size, rng))}
+        return {**seen, "tokens": tokenize(pair.caption), "concepts": pair.concepts}
+
+    def features(self, batch):
+        """class_token (B, D) and patch_tokens (B, N, D) in place of pixels. train.py calls this on
+        each part of a batch that was loaded."""
+        if "pixels" not in batch:                   # cached features are there already
+            return batch
+        batch = dict(batch)
+        with self.autocast():                       # mixed precision, set by train.py
+            class_token, patch_tokens, _ = self.backbone(
+                self.backbone.normalise(batch.pop("pixels")))
+        return {**batch, "class_token": class_token, "patch_tokens": patch_tokens}
+
+    def feature_key(self):
+        return {name: value for name, value in self.backbone.config.items() if name != "weights"}
+
+    def encode_text(self, tokens, spans, embedded=None):
+        """tokens: (B, 77). spans: (B, M, 2). Returns captions (B, D) and occurrences (B, M, D)."""
+        caption, token_embeddings = self.text(tokens, embedded)             # (B, D), (B, T, D)
+        with torch.autocast(caption.device.type, enabled=False):
+            return caption, concept_embeddings(token_embeddings, spans)
+
+    def encode_text_in_buckets(self, tokens, spans, size):
+        """`encode_text` with up to size captions at a time, of similar length: the same, faster."""
+        if size >= len(tokens):
+            return self.encode_text(tokens, spans)
+        groups = buckets(tokens, size)
+        # Looked up once: the gradient of the embedding table is as large as the vocabulary.
+        embedded = self.text.tower.token_embedding(tokens)                  # (B, 77, width)
+        parts = [self.encode_text(tokens[rows], spans[rows], embedded[rows]) for rows in groups]
+        order = torch.cat(groups).argsort()
+        return tuple(torch.cat(part)[order] for part in zip(*parts))
+
+    def combine(self, class_token, patches, caption, concepts, ids):
+        """Both losses, in float32: loss = global + lambda * local, and what is logged beside them.
+
+        class_token, caption: (B, D). patches: (B, N, D). concepts: (B, M, D). ids: (B, M).
+        """
+        with torch.autocast(caption.device.type, enabled=False):
+            logit_scale = self.logit_scale.exp()
+            loss_global = global_loss(class_token, caption, logit_scale)
+            weights, counts = class_weights(concepts, ids, len(self.bank), self.weights_over)
+            if self.pool_query == "class":
+                queries = weights[ids.clamp(min=0)]     # (B, M, D); padding is dropped later
+            else:
+                queries = F.normalize(concepts, dim=-1)
+            visual = similarity_pool(queries, patches, self.pool_temperature)       # (B, M, D)
+            loss_local = concept_loss(visual, ids, weights, counts, self.local_temperature,
+                                      self.local_target)
+        return {"loss": loss_global + self.local_weight * loss_local, "global": loss_global,
+                "local": loss_local, "logit_scale": logit_scale, "concepts": counts.sum(),
+                "present": (counts > 0).sum()}
+
+    def backward(self, batch, scale, chunk=None):
+        """See `Method.backward`. scale: `GradScaler.scale`, or the identity.
+
+        chunk (--micro-batch) smaller than the batch means gradient caching: (1) encode all captions
+        without gradient; (2) compute the loss, and its gradient with respect to their embeddings;
+        (3) encode the captions again, bucket by bucket, and pass that gradient on. The gradients
+        are the same up to rounding, and memory holds the activations of one bucket only.
+        """
+        tokens = batch["tokens"]                                                    # (B, 77)
+        ids = batch["concepts"][..., 0]                                             # (B, M)
+        spans = batch["concepts"][..., 1:]                                          # (B, M, 2)
+        twice = chunk is not None and chunk < len(tokens)
+        size = GPU_BUCKET if tokens.is_cuda else BUCKET
+        if twice:
+            size = min(size, chunk)
+        with self.autocast(), torch.set_grad_enabled(not twice):
+            text = self.encode_text_in_buckets(tokens, spans, size)         # (B, D), (B, M, D)
+        if twice:
+            text = [embeddings.requires_grad_() for embeddings in text]
+        losses = self.combine(batch["class_token"].float(), batch["patch_tokens"].float(), *text,
+                              ids)
+        scale(losses["loss"]).backward()
+        if twice:
+            for rows in buckets(tokens, size):
+                # A new autocast context: the first one keeps casts that were made without gradient.
+                with self.autocast():
+                    again = self.encode_text(tokens[rows], spans[rows])
+                torch.autograd.backward(again, [embeddings.grad[rows] for embeddings in text])
+        return losses
+
+    def forward(self, images, tokens, ids, spans):
+        """All of the above in a row, to read and to test; train.py calls `features` and `backward`.
+
+        images: normalised (B, 3, H, W). tokens: (B, 77). ids: (B, M). spans: (B, M, 2). Returns the
+        dict of `combine`.
+        """
+        class_token, patches, _ = self.backbone(images)                     # (B, D), (B, N, D)
+        caption, concepts = self.encode_text(tokens, spans)                 # (B, D), (B, M, D)
+        return self.combine(class_token, patches, caption, concepts, ids)
+
+    def depends_on_processes(self):
+        return self.weights_over == "process"
+
+    @torch.no_grad()
+    def after_step(self, step, steps):
+        self.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
+
+    # Inference
+
+    def embed_classes(self, classes, templates=("{}",), class_embedding="caption", batch=256):
+        """See `Method.embed_classes`. class_embedding: "caption", the state at the prompt's end
+        token, or "concept", the sum of the name's own token embeddings, as in the local loss."""
+        device = self.logit_scale.device
+
+        def embed(prompts):
+            whole = [before + name + after for before, name, after in prompts]
+            tokens = torch.stack([tokenize(text) for text in whole]).to(device)     # (P, 77)
+            caption, states = self.text(tokens)                             # (P, D), (P, T, D)
+            if class_embedding == "caption":
+                return caption
+            # The end token's position is the number of tokens before it, and so the position of
+            # what would follow: the name begins where `before` ends.
+            spans = [[tokenize(before).argmax(), tokenize(before + name).argmax()]
+                     for before, name, _ in prompts]
+            spans = torch.tensor(spans, device=device)[:, None]                     # (P, 1, 2)
+            return concept_embeddings(states, spans)[:, 0]                          # (P, D)
+
+        return prompt_ensemble(classes, templates, embed, batch)
+
+    @torch.no_grad()
+    def patch_scores(self, pixels, class_embeddings):
+        """pixels: uint8 (B, 3, H, W). class_embeddings: (C, D) or (C, S, D). Returns cosine
+        similarities (B, C, h, w), and the size in pixels that the grid (h, w) covers."""
+        _, patches, (h, w) = self.backbone(self.backbone.normalise(pixels))         # (B, N, D)
+        scores = best_synonym(patches, class_embeddings)                            # (B, C, N)
+        ph, pw = self.backbone.patch_size
+        return scores.unflatten(-1, (h, w)), (h * ph, w * pw)
+
+    @torch.no_grad()
+    def image_scores(self, pixels, class_embeddings):
+        """Cosine similarities (B, C) of class tokens and classes."""
+        class_token = self.backbone(self.backbone.normalise(pixels))[0]             # (B, D)
+        return best_synonym(class_token[:, None], class_embeddings)[..., 0]
+
+    # Flags and files
 
     @staticmethod
     def add_flags(parser):
@@ -355,136 +550,3 @@ class SimZSS(Method):
 
     def check_frozen(self, config, path):
         backbones.check(self.backbone, config["backbone"], path)
-
-    # Training
-
-    @staticmethod
-    def sample(pair, size, rng):
-        """tokens (77,), concepts (M, 3) of (bank id, start, end), and pixels uint8 (3, size, size)
-        or the cached features."""
-        seen = pair.features
-        if seen is None:
-            seen = {"pixels": to_pixels(random_resized_crop(pair.image(), size, rng))}
-        return {**seen, "tokens": tokenize(pair.caption), "concepts": pair.concepts}
-
-    def features(self, batch):
-        """class_token (B, D) and patch_tokens (B, N, D) in place of pixels."""
-        if "pixels" not in batch:                   # cached features are there already
-            return batch
-        batch = dict(batch)
-        with self.autocast():
-            class_token, patch_tokens, _ = self.backbone(
-                self.backbone.normalise(batch.pop("pixels")))
-        return {**batch, "class_token": class_token, "patch_tokens": patch_tokens}
-
-    def feature_key(self):
-        return {name: value for name, value in self.backbone.config.items() if name != "weights"}
-
-    def forward(self, images, tokens, ids, spans):
-        """images: normalised (B, 3, H, W). tokens: (B, 77). ids: (B, M). spans: (B, M, 2).
-        Returns the dict of `combine`. In training, `backward` does the same in buckets."""
-        class_token, patches, _ = self.backbone(images)                     # (B, D), (B, N, D)
-        caption, concepts = self.encode_text(tokens, spans)                 # (B, D), (B, M, D)
-        return self.combine(class_token, patches, caption, concepts, ids)
-
-    def encode_text(self, tokens, spans, embedded=None):
-        """tokens: (B, 77). spans: (B, M, 2). Returns captions (B, D) and occurrences (B, M, D)."""
-        caption, token_embeddings = self.text(tokens, embedded)             # (B, D), (B, T, D)
-        with torch.autocast(caption.device.type, enabled=False):
-            return caption, concept_embeddings(token_embeddings, spans)
-
-    def encode_text_in_buckets(self, tokens, spans, size):
-        """`encode_text` with up to size captions at a time, of similar length: the same, faster."""
-        if size >= len(tokens):
-            return self.encode_text(tokens, spans)
-        groups = buckets(tokens, size)
-        # Looked up once: the gradient of the embedding table is as large as the vocabulary.
-        embedded = self.text.tower.token_embedding(tokens)                  # (B, 77, width)
-        parts = [self.encode_text(tokens[rows], spans[rows], embedded[rows]) for rows in groups]
-        order = torch.cat(groups).argsort()
-        return tuple(torch.cat(part)[order] for part in zip(*parts))
-
-    def combine(self, class_token, patches, caption, concepts, ids):
-        """Both losses, in float32: loss = global + lambda * local, and what is logged beside them.
-
-        class_token, caption: (B, D). patches: (B, N, D). concepts: (B, M, D). ids: (B, M).
-        """
-        with torch.autocast(caption.device.type, enabled=False):
-            scale = self.logit_scale.exp()
-            loss_global = global_loss(class_token, caption, scale)
-            weights, counts = class_weights(concepts, ids, len(self.bank), self.weights_over)
-            if self.pool_query == "class":
-                queries = weights[ids.clamp(min=0)]                                 # (B, M, D)
-            else:
-                queries = F.normalize(concepts, dim=-1)
-            visual = similarity_pool(queries, patches, self.pool_temperature)       # (B, M, D)
-            loss_local = concept_loss(visual, ids, weights, counts, self.local_temperature,
-                                      self.local_target)
-        return {"loss": loss_global + self.local_weight * loss_local, "global": loss_global,
-                "local": loss_local, "logit_scale": scale, "concepts": counts.sum(),
-                "present": (counts > 0).sum()}
-
-    def backward(self, batch, scale, chunk=None):
-        """With chunk, captions are encoded twice: first without gradient; then, once the gradient
-        with respect to their embeddings is known, again bucket by bucket. The gradients are the
-        same up to rounding, and memory holds the activations of one bucket only."""
-        tokens = batch["tokens"]                                                    # (B, 77)
-        ids = batch["concepts"][..., 0]                                             # (B, M)
-        spans = batch["concepts"][..., 1:]                                          # (B, M, 2)
-        twice = chunk is not None and chunk < len(tokens)
-        size = GPU_BUCKET if tokens.is_cuda else BUCKET
-        if twice:
-            size = min(size, chunk)
-        with self.autocast(), torch.set_grad_enabled(not twice):
-            text = self.encode_text_in_buckets(tokens, spans, size)         # (B, D), (B, M, D)
-        if twice:
-            text = [embeddings.requires_grad_() for embeddings in text]
-        losses = self.combine(batch["class_token"].float(), batch["patch_tokens"].float(), *text,
-                              ids)
-        scale(losses["loss"]).backward()
-        if twice:
-            for rows in buckets(tokens, size):
-                with self.autocast():               # anew: its cached casts have no gradient
-                    again = self.encode_text(tokens[rows], spans[rows])
-                torch.autograd.backward(again, [embeddings.grad[rows] for embeddings in text])
-        return losses
-
-    def depends_on_processes(self):
-        return self.weights_over == "process"
-
-    @torch.no_grad()
-    def after_step(self, step, steps):
-        self.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
-
-    # Inference
-
-    def embed_classes(self, classes, templates=("{}",), class_embedding="caption", batch=256):
-        """See `Method.embed_classes`. class_embedding: "caption", the state at the prompt's end
-        token, or "concept", the sum of the name's own token embeddings, as in the local loss."""
-        device = self.logit_scale.device
-
-        def embed(prompts):
-            whole = [before + name + after for before, name, after in prompts]
-            tokens = torch.stack([tokenize(text) for text in whole]).to(device)     # (P, 77)
-            caption, states = self.text(tokens)                             # (P, D), (P, T, D)
-            if class_embedding == "caption":
-                return caption
-            ends = [[tokenize(before).argmax(), tokenize(before + name).argmax()]
-                    for before, name, _ in prompts]         # the end token follows the text so far
-            return concept_embeddings(states, torch.tensor(ends, device=device)[:, None])[:, 0]
-
-        return prompt_ensemble(classes, templates, embed, batch)
-
-    @torch.no_grad()
-    def patch_scores(self, pixels, class_embeddings):
-        """Cosine similarities (B, C, h, w) of patch tokens and classes; see `Method`."""
-        _, patches, (h, w) = self.backbone(self.backbone.normalise(pixels))         # (B, N, D)
-        scores = best_synonym(patches, class_embeddings)                            # (B, C, N)
-        ph, pw = self.backbone.patch_size
-        return scores.unflatten(-1, (h, w)), (h * ph, w * pw)
-
-    @torch.no_grad()
-    def image_scores(self, pixels, class_embeddings):
-        """Cosine similarities (B, C) of class tokens and classes."""
-        class_token = self.backbone(self.backbone.normalise(pixels))[0]             # (B, D)
-        return best_synonym(class_token[:, None], class_embeddings)[..., 0]

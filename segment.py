@@ -30,15 +30,15 @@ from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
 from machinery.pictures import count_pixels, row_bands
 from machinery.protocol import SLIDING, add_model_flags, embed, open_model, refuse_toy_model
 
-LONG_SIDE = 2048                                    # the field's bound on very elongated images
+LONG_SIDE = 2048                                    # the usual bound, for very elongated images
 
 
 # --------------------------------------------------------------------------------------------------
 # From a photo to a mask
 
 def resized_size(height, width, short_side, long_side=LONG_SIDE):
-    """(height, width) by the field's rule: short side as asked for, long side at most long_side,
-    rounded half up."""
+    """(height, width) by the benchmarks' usual rule: short side as asked for, long side at most
+    long_side, rounded half up."""
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -62,8 +62,10 @@ def enlarge(maps, height, width, first=0, last=None):
 
 
 def resize(pixels, height, width):
-    """uint8 (3, H, W) -> uint8 (3, height, width), bilinear without anti-aliasing, as OpenCV does
-    it for the field, up to one grey level in about 12 % of the values."""
+    """uint8 (3, H, W) -> uint8 (3, height, width), bilinear without anti-aliasing.
+
+    So the benchmarks are resized, with OpenCV, up to one grey level in about 12 % of the values.
+    """
     if pixels.shape[-2:] == (height, width):
         return pixels
     bands = [enlarge(pixels, height, width, i, min(i + 32, height)) for i in range(0, height, 32)]
@@ -108,16 +110,17 @@ def score_maps(model, image, class_embeddings, window=448, stride=224, short_sid
         now = corners[:batch.size]
         crops = torch.stack([pixels[:, y:y + window, x:x + window] for y, x in now])
         try:
-            scores, covered = model.patch_scores(crops, class_embeddings)   # (windows, C, ...)
+            # (windows, C, rows, columns) of patches, and the pixels that they cover
+            scores, covered = model.patch_scores(crops, class_embeddings)
         except torch.OutOfMemoryError:
             if batch.size == 1:
                 raise
             batch.halve()
             continue
         ch, cw = crops.shape[-2:]
-        for (y, x), score in zip(now, scores):
-            score = F.interpolate(score[None], covered, mode="bilinear", align_corners=False)[0]
-            total[:, y:y + ch, x:x + cw] += score[:, :ch, :cw]              # padding is cut away
+        for (y, x), of_window in zip(now, scores):
+            of_window = F.interpolate(of_window[None], covered, mode="bilinear")[0]
+            total[:, y:y + ch, x:x + cw] += of_window[:, :ch, :cw]          # padding is cut away
             count[y:y + ch, x:x + cw] += 1
         corners = corners[len(now):]
     return total.div_(count)
@@ -145,7 +148,8 @@ def segment_image(model, image, class_embeddings, window=448, stride=224, short_
 # Background: what is none of the classes
 
 def parse_background(text):
-    """"none", "threshold:0.2", "own:0.9" or "prompt:sky, wall" -> (kind, None, number or words)."""
+    """"none" -> ("none", None); "threshold:0.2" -> ("threshold", 0.2), likewise "own:0.9";
+    "prompt:sky, wall" -> ("prompt", ["sky", "wall"]). Raises ValueError for anything else."""
     kind, _, value = text.partition(":")
     if kind == "none" and not value:
         return kind, None
@@ -204,16 +208,27 @@ def find_photos(names):
     return photos
 
 
+def class_names(classes, background):
+    """(names of the rows of the class embeddings, names of the mask's values).
+
+    background: "none", "prompt" (its words are the first class), "own" (the first row stands for
+    it), or "threshold" (it has no row).
+    """
+    names = [synonyms[0] for synonyms in classes]
+    if background == "none":
+        return names, names
+    if background == "prompt":
+        names = names[1:]
+    with_background = ["background", *names]
+    return (names if background == "threshold" else with_background), with_background
+
+
 def segment_file(model, protocol, photo, classes, embeddings, output, batch, views=()):
     """Segment one photo file and write its mask, overlay, views and JSON. Returns the JSON's
     content."""
     image = load_image(photo)
-    names = [synonyms[0] for synonyms in classes]
     kind, threshold = parse_background(protocol["background"])
-    if kind == "prompt":
-        names[0] = "background"
-    elif kind == "own":
-        names = ["background", *names]
+    scored, names = class_names(classes, kind)
     sliding = {**{key: protocol[key] for key in SLIDING}, "batch": batch}
     mask, score = segment_image(model, image, embeddings, **sliding)
     stem = Path(output) / Path(photo).stem
@@ -221,7 +236,7 @@ def segment_file(model, protocol, photo, classes, embeddings, output, batch, vie
              **{view: f"{stem}_{view}.png" for view in views}}
     if "similarity" in views:
         maps = score_maps(model, image, embeddings, **sliding).cpu().numpy()
-        pictures.similarity_view(image, names, maps).save(files["similarity"])
+        pictures.similarity_view(image, scored, maps).save(files["similarity"])
     if "pca" in views:
         size = model.trained_with.get("image_size", 224)
 
@@ -229,10 +244,9 @@ def segment_file(model, protocol, photo, classes, embeddings, output, batch, vie
             sides = resized_size(*pixels.shape[-2:], scale * size, scale * LONG_SIDE)
             return resize(pixels, *sides)
 
-        pictures.pca_view(model, image, names, embeddings, resized).save(files["pca"])
+        pictures.pca_view(model, image, scored, embeddings, resized).save(files["pca"])
     if kind == "threshold":
         mask = put_background(mask, score, threshold)
-        names = ["background", *names]
     mask = mask.numpy()
     pixels = count_pixels(mask, len(names))
     total = count_pixels(mask, len(names), score.numpy())

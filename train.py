@@ -23,7 +23,7 @@ from machinery.benchmarks import open_dataset
 from machinery.checkpoint import save_model         # for use from Python
 from machinery.errors import one_line_errors
 from machinery.features import open_cache
-from machinery.loading import loader_batch
+from machinery.loading import join, loader_batch_size
 from machinery.method import METHODS, find_method
 from machinery.parallel import (average_gradients, join_processes, pick_precision,
                                 sum_over_processes)
@@ -126,7 +126,7 @@ def train(args, processes):
         skipped = state.skipped
     agree_on(start, processes)
 
-    stream = open_stream(pairs, method, args, processes, steps, start, counts, positions)
+    stream = open_stream(pairs, args, processes, steps, start, counts, positions)
     run = Run(args, method, optimizer, scaler, stream, processes, config, pairs.name, output,
               start, skipped)
     print_run(run, pairs)
@@ -143,33 +143,36 @@ def run_steps(run, args, method, optimizer, scaler, stream):
     peak = args.base_rate * args.batch / 256
     with run:
         for step in run.steps:
-            # This process's share of the global batch, with the features of frozen networks
+            # This process's share of the global batch, loaded and sent through the frozen networks
+            # part by part
             seed_step(args.seed, step)
-            batch = next(stream)
+            batch = join(map(method.features, stream.parts()), stream.local_batch)
 
             # The learning rate of this step
             rate = schedule(step, steps, peak, args.warmup, args.final_rate)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate"]
+                group["lr"] = rate * group["rate"]          # a group may have a factor of its own
 
-            # The losses of the global batch, and their gradient
+            # The losses of the global batch, and their gradient: the mean over processes, because
+            # each holds the true gradient times the number of processes (machinery/parallel.py)
             optimizer.zero_grad()
             losses = method.backward(batch, scaler.scale, args.micro_batch)
             average_gradients(parameters)
             losses["grad_norm"] = gradient_norm(parameters, scaler, args.clip)
 
-            # The update; a step whose loss or gradient is not finite is skipped. float16 skips
-            # gradients that it cannot hold, and lowers their scale for the next step.
+            # The update. A step whose loss or gradient is not finite is skipped. In float16 a
+            # gradient may overflow though the loss is finite: the scaler then skips the step
+            # itself, and lowers its scale. That does not mean that the run is broken.
             values = {name: loss.item() for name, loss in losses.items()}   # waits for the device
             has_loss = math.isfinite(values["loss"])
-            finite = has_loss and math.isfinite(values["grad_norm"])
-            if finite or scaler.is_enabled() and has_loss:
+            is_finite = has_loss and math.isfinite(values["grad_norm"])
+            if is_finite or (has_loss and scaler.is_enabled()):
                 scaler.step(optimizer)
                 scaler.update()
             method.after_step(step, steps)
-            lowered = has_loss and scaler.get_scale() > 1
+            is_overflow = has_loss and scaler.get_scale() > 1
 
-            run.end_step(step, values, rate, finite, lowered, batch["key"])
+            run.end_step(step, values, rate, is_finite, is_overflow)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,7 +204,7 @@ def settings_of_run(args, method, pairs, processes, steps, pass_pairs, precision
     protocol = {name: getattr(args, name) for name in {**PROTOCOL, **method.PROTOCOL}}
     return {**vars(args), "protocol": protocol, "steps": steps, "pass_pairs": pass_pairs,
             "pairs": None if is_sharded else args.pairs or len(pairs),
-            "loader_batch": loader_batch(args.batch // processes.world, args.micro_batch)
+            "loader_batch": loader_batch_size(args.batch // processes.world, args.micro_batch)
                             if is_sharded else None,        # what `Shards.begin` depends on
             "world": processes.world if method.depends_on_processes() else None,
             "arithmetic": str(precision).removeprefix("torch."),
@@ -276,9 +279,33 @@ def parse_args(argv=None):
         parents=[first_flags()],
         description="Train SimZSS, or another method. The defaults are the method's recipe; "
                     "--train-data toy has smaller ones of its own.")
-    add = parser.add_argument_group("common").add_argument
-    add("--output", default=f"runs/{known.method}",
-        help="folder to write to (default: %(default)s)")
+    add_common_flags(parser.add_argument_group("common").add_argument)
+    add_recipe_flags(parser.add_argument_group("recipe").add_argument)
+    method.add_flags(parser)
+    add_test_flags(parser.add_argument_group("at test time").add_argument)
+    add_safety_flags(parser.add_argument_group("when something goes wrong").add_argument)
+    defaults = {**RECIPE, **PROTOCOL, "output": f"runs/{known.method}", **method.RECIPE,
+                **method.PROTOCOL}
+    if known.train_data == "toy":
+        defaults = {**defaults, **TOY, **method.TOY}
+    parser.set_defaults(**defaults)
+    return parser.parse_args(argv)
+
+
+def first_flags():
+    """The flags that the defaults of the others depend on."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument_group("what to train").add_argument
+    add("--method", choices=list(METHODS), default="simzss", help="(default: %(default)s)")
+    add("--train-data", default="data/coco/annotations/captions_train2017.json",
+        help="toy, a COCO captions JSON, a TSV / JSONL of (image, caption), or tar shards in "
+             'img2dataset\'s layout: a folder, or names such as "shards/{00000..00295}.tar" '
+             "(default: %(default)s)")
+    return parser
+
+
+def add_common_flags(add):
+    add("--output", help="folder to write to (default: %(default)s)")
     add("--images",
         help="folder of the images (default: COCO's place, or the captions file's folder)")
     add("--parser", default=DEFAULT_PARSER,
@@ -316,7 +343,8 @@ def parse_args(argv=None):
         help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
 
-    add = parser.add_argument_group("recipe").add_argument
+
+def add_recipe_flags(add):
     add("--pairs", type=int,
         help="train on so many of the pairs only, drawn by --seed (default: all)")
     add("--epoch-pairs", type=int, help="pairs of one pass, at most (default: %(default)s)")
@@ -327,11 +355,11 @@ def parse_args(argv=None):
     add("--beta1", type=float, help="AdamW (default: %(default)s)")
     add("--beta2", type=float, help="AdamW (default: %(default)s)")
     add("--eps", type=float, help="AdamW (default: %(default)s)")
-    add("--clip", type=float, help="bound on the norm of all gradients, 0 = none "
-                                   "(default: %(default)s)")
-    method.add_flags(parser)
+    add("--clip", type=float,
+        help="bound on the norm of all gradients, 0 = none (default: %(default)s)")
 
-    add = parser.add_argument_group("at test time").add_argument
+
+def add_test_flags(add):
     add("--eval-without", nargs="*", default=[],
         help="classes neither scored nor predicted, such as background")
     add("--eval-names",
@@ -341,7 +369,8 @@ def parse_args(argv=None):
     add("--window", type=int, help="pixels of the sliding window (default: %(default)s)")
     add("--stride", type=int, help="pixels between windows (default: %(default)s)")
 
-    add = parser.add_argument_group("when something goes wrong").add_argument
+
+def add_safety_flags(add):
     add("--max-bad", type=float, default=MAX_BAD,
         help="share of unreadable images that ends the run (default: %(default)s)")
     add("--save-minutes", type=float, default=10,
@@ -349,24 +378,6 @@ def parse_args(argv=None):
     add("--timeout-minutes", type=float, default=30,
         help="of waiting for another process in a step, after which the run ends "
              "(default: %(default)s)")
-
-    defaults = {**RECIPE, **PROTOCOL, **method.RECIPE, **method.PROTOCOL}
-    if known.train_data == "toy":
-        defaults = {**defaults, **TOY, **method.TOY}
-    parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
-
-
-def first_flags():
-    """The flags that the defaults of the others depend on."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add = parser.add_argument_group("what to train").add_argument
-    add("--method", choices=list(METHODS), default="simzss", help="(default: %(default)s)")
-    add("--train-data", default="data/coco/annotations/captions_train2017.json",
-        help="toy, a COCO captions JSON, a TSV / JSONL of (image, caption), or tar shards in "
-             'img2dataset\'s layout: a folder, or names such as "shards/{00000..00295}.tar" '
-             "(default: %(default)s)")
-    return parser
 
 
 def check_numbers(args, world):

@@ -7,7 +7,7 @@ import numpy as np
 from machinery.checkpoint import whole_file
 
 MAX_MISSING = 0.01                                  # share of missing images that is no mistake
-CONTEXT = 77                                        # tokens of a caption, start and end included
+CONTEXT_LENGTH = 77                                 # CLIP's: tokens, start and end included
 
 
 def read_captions(path):
@@ -96,8 +96,8 @@ def as_arrays(annotations):
     return offsets, np.array(rows, dtype=np.int32).reshape(-1, 3)
 
 
-def check_annotations(offsets, rows, concepts):
-    """Raise ValueError if arrays from a file cannot be annotations. concepts: size of the bank."""
+def check_annotations(offsets, rows, bank_size):
+    """Raise ValueError if arrays from a file cannot be annotations."""
     integers = offsets.dtype.kind in "iu" and rows.dtype.kind in "iu"
     shaped = offsets.ndim == 1 and rows.ndim == 2 and rows.shape[1] == 3
     if not integers or not shaped or not len(offsets):
@@ -106,9 +106,9 @@ def check_annotations(offsets, rows, concepts):
     if offsets[0] != 0 or offsets[-1] != len(rows) or (np.diff(offsets) < 0).any():
         raise ValueError("offsets do not rise from 0 to the number of rows")
     ids, first, end = rows.T
-    if len(rows) and not (0 <= ids.min() <= ids.max() < concepts):
-        raise ValueError(f"concept ids {ids.min()}..{ids.max()}, expected 0..{concepts - 1}")
-    if len(rows) and not (1 <= first.min() and (first < end).all() and end.max() < CONTEXT):
+    if len(rows) and not (0 <= ids.min() <= ids.max() < bank_size):
+        raise ValueError(f"concept ids {ids.min()}..{ids.max()}, expected 0..{bank_size - 1}")
+    if len(rows) and not (1 <= first.min() and (first < end).all() and end.max() < CONTEXT_LENGTH):
         raise ValueError("token positions that no caption has")
 
 
@@ -118,12 +118,12 @@ def save_arrays(path, **arrays):
         np.savez(file, **arrays)
 
 
-def read_cache(path, key, captions, concepts=None):
+def read_cache(path, key, captions, bank_size=None):
     """(offsets, rows, names of an open bank) of a cache file, or None if it is missing, broken or
     of something else.
 
-    key: of `save_cache`. captions: their number. concepts: size of the bank, None = as many as the
-    file names.
+    key: of `save_cache`. captions: their number. bank_size: None = as many concepts as the file
+    names.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -131,10 +131,10 @@ def read_cache(path, key, captions, concepts=None):
                 return None
             offsets = file["offsets"]
             rows = file["rows"]
-            names = [str(name) for name in file["names"]] if concepts is None else []
+            names = [str(name) for name in file["names"]] if bank_size is None else []
         if len(offsets) != captions + 1:
             raise ValueError(f"annotations of {len(offsets) - 1} captions, expected {captions}")
-        check_annotations(offsets, rows, len(names) if concepts is None else concepts)
+        check_annotations(offsets, rows, len(names) if bank_size is None else bank_size)
     except Exception:                               # a broken file raises almost anything
         return None
     return offsets, rows, names

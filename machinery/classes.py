@@ -3,8 +3,8 @@ from collections import Counter
 from pathlib import Path
 
 CLASSES = Path(__file__).parents[1] / "classes"
-BENCHMARKS = ("voc", "voc20", "context", "context59", "coco-object", "coco-stuff", "cityscapes",
-              "ade20k")
+BENCHMARK_NAMES = ("voc", "voc20", "context", "context59", "coco-object", "coco-stuff",
+                   "cityscapes", "ade20k")
 
 
 def normalise_name(name):

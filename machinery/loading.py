@@ -1,4 +1,4 @@
-"""From pairs to the batches of a process: data workers, frozen features, joining."""
+"""From pairs to the batches of a process: data workers, parts of a batch, joining."""
 import time
 
 import torch
@@ -11,22 +11,22 @@ LOADER_BATCH = 256                                  # pairs that a data worker l
 
 
 class BatchStream:
-    """This process's share of the global batches, with what frozen networks make of them.
+    """This process's share of the global batches, part by part.
 
-    pairs: data set. features: `Method.features`. processes: of this run. batches: (pairs of a
-    batch, pairs that are loaded and go through frozen networks at a time). workers: data workers.
-    states: of `Shards.begin`, None for single images. bad_images: unreadable ones so far. settings:
-    of the DataLoader.
+    pairs: data set. processes: of this run. local_batch: pairs of the share. loader_batch: pairs
+    that are loaded at a time, a part. workers: data workers. states: of `Shards.begin`, None for
+    single images. bad_images: unreadable ones so far. settings: of the DataLoader.
     """
 
-    def __init__(self, pairs, features, processes, batches, workers, states=None, bad_images=0,
-                 **settings):
-        self.features = features
+    def __init__(self, pairs, processes, local_batch, loader_batch, workers, states=None,
+                 bad_images=0, **settings):
         self.device = processes.device
-        self.local_batch, self.loader_batch = batches
+        self.local_batch = local_batch
+        self.loader_batch = loader_batch
         self.states = states
         self.bad_images = bad_images
-        self.waited = 0.0                           # seconds that the last batch was waited for
+        self.waited = 0.0                           # seconds that the last share was waited for
+        self.keys = []                              # of the last share's pairs
         self.loader = iter(DataLoader(pairs, num_workers=workers, **settings,
                                       pin_memory=processes.device_type == "cuda",
                                       worker_init_fn=start_data_worker))
@@ -39,46 +39,44 @@ class BatchStream:
         counts[BAD.index("bad image")] = self.bad_images
         return counts
 
-    def __next__(self):
-        """The next batch, tensors on the device; "key" stays on the CPU."""
+    def parts(self):
+        """The parts of the next share: dicts of tensors on the device."""
         self.waited = 0.0
-        return join((self.load() for _ in range(self.local_batch // self.loader_batch)),
-                    self.local_batch)
-
-    def load(self):
-        start = time.time()
-        batch = next(self.loader)
-        self.waited += time.time() - start
-        bad = batch.pop("bad")
-        state = batch.pop("state", None)
-        if state is None:
-            self.bad_images += bad
-        else:
-            self.states[state[0]] = state
-        key = batch.pop("key")
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        return {**self.features(batch), "key": key}
+        self.keys = []
+        for _ in range(self.local_batch // self.loader_batch):
+            start = time.time()
+            part = next(self.loader)
+            self.waited += time.time() - start
+            bad = part.pop("bad")
+            state = part.pop("state", None)
+            if state is None:
+                self.bad_images += bad
+            else:
+                self.states[state[0]] = state
+            self.keys.extend(part.pop("key"))
+            yield {name: value.to(self.device, non_blocking=True)
+                   for name, value in part.items()}
 
 
-def loader_batch(local_batch, micro_batch=None):
+def loader_batch_size(local_batch, micro_batch=None):
     """The largest divisor of local_batch that is at most micro_batch and LOADER_BATCH."""
     most = min(micro_batch or local_batch, local_batch, LOADER_BATCH)
     return max(size for size in range(1, most + 1) if local_batch % size == 0)
 
 
-def join(batches, rows):
-    """Batches of rows pairs in all -> one batch.
+def join(parts, rows):
+    """Parts of a batch -> the batch. rows: pairs of all parts.
 
     Each tensor is copied into place as it comes, so that the largest, the patch tokens, is never
     held twice. Second lengths that differ are padded with -1.
     """
     joined = {}
     first = 0
-    for batch in batches:
-        count = len(next(iter(batch.values())))
+    for part in parts:
+        count = len(next(iter(part.values())))
         if count == rows:
-            return batch
-        for name, value in batch.items():
+            return part
+        for name, value in part.items():
             if name not in joined:
                 joined[name] = value.new_empty(rows, *value.shape[1:])
             if value.ndim > 1 and value.shape[1] != joined[name].shape[1]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from machinery.checkpoint import fill, read_tensors, save_tensors, upgrade
+from machinery.method import find_method
 from machinery.shards import BAD
 
 # Settings that may differ when a run is resumed: they change no loss, or are compared otherwise
@@ -67,8 +68,11 @@ class State:
         self.scaler = header.get("scaler")
         numbers = [self.step, self.training["steps"], self.skipped, *self.counts]
         if not all(type(number) is int and number >= 0 for number in numbers) \
-                or len(self.counts) != len(BAD) or not isinstance(self.config, dict):
-            raise ValueError("step, steps, counts or config is missing or of another type")
+                or len(self.counts) != len(BAD):
+            raise ValueError("step, steps, skipped or counts are no counts")
+        missing = set(find_method(self.method).CONFIG) - set(self.config)
+        if missing:
+            raise ValueError(f"its settings lack {', '.join(sorted(missing))}")
 
     def check(self, config, method):
         """Raise ValueError if the run that wrote the state was another one than this.

@@ -75,7 +75,7 @@ class Log:
 def line_step(line):
     """Step of a line of the log; infinity for a line that is cut or broken."""
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
@@ -94,11 +94,11 @@ class FiniteWatch:
         self.skipped = skipped
         self.failures = []                          # steps in a row
 
-    def note(self, values, step, finite, is_harmless, samples):
-        """is_harmless: the step was skipped only to lower float16's loss scale. samples: () ->
-        names of the step's pairs. Raises ValueError after MAX_SKIPPED failures in a row."""
-        self.skipped += not finite
-        if finite or is_harmless:
+    def note(self, values, step, is_finite, is_overflow, samples):
+        """is_overflow: float16 could not hold the gradient, and its scale was lowered. samples: ()
+        -> names of the step's pairs. Raises ValueError after MAX_SKIPPED failures in a row."""
+        self.skipped += not is_finite
+        if is_finite or is_overflow:
             self.failures = []
             return
         self.failures.append({**values, "step": step, "samples": samples()})
@@ -165,14 +165,13 @@ class Run:
             self.log.file.close()
         self.signal_notes.__exit__(*error)
 
-    def end_step(self, step, values, rate, finite, is_harmless, keys):
+    def end_step(self, step, values, rate, is_finite, is_overflow):
         """Log a step; save, stop or end the run where that is due.
 
-        values: losses and grad_norm, floats. finite, is_harmless: see `FiniteWatch.note`. keys: of
-        the step's pairs.
+        values: losses and grad_norm, floats. is_finite, is_overflow: see `FiniteWatch.note`.
         """
-        self.watch.note(values, step, finite, is_harmless,
-                        lambda: [self.name_of(key) for key in keys])
+        self.watch.note(values, step, is_finite, is_overflow,
+                        lambda: [self.name_of(key) for key in self.stream.keys])
         # What all processes have to know of each other, in one message
         is_first = self.processes.rank == 0
         due = is_first and time.time() - self.saved >= 60 * self.args.save_minutes

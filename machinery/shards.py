@@ -3,6 +3,7 @@
 The files of a sample share their stem and follow one another in the tar: 000000012.jpg,
 000000012.txt, 000000012.json. Beside each tar `concepts.py --shards` writes NAME.concepts.npz.
 """
+import contextlib
 import io
 import json
 import os
@@ -71,6 +72,28 @@ def expand_ranges(name):
             for whole in expand_ranges(f"{before}{i:0{width}}{after}")]
 
 
+class BoundedFile(io.BufferedReader):
+    """A file that reads no more at once than it has, and never more than MAX_IMAGE bytes.
+
+    tarfile reads long names and pax headers of any size that a tar claims.
+    """
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path))
+        self.size = os.path.getsize(path)
+
+    def read(self, size=-1):
+        left = max(0, self.size - self.tell())
+        return super().read(min(left, MAX_IMAGE) if size < 0 else min(size, left, MAX_IMAGE))
+
+
+@contextlib.contextmanager
+def open_tar(path):
+    """An uncompressed tar. Raises tarfile.TarError or OSError."""
+    with BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        yield tar
+
+
 def read_samples(tar):
     """Samples of an open tar, in order: (stem, {suffix: TarInfo}). No file's content is read.
 
@@ -79,7 +102,7 @@ def read_samples(tar):
     """
     stem = None
     members = {}
-    while member := tar.next():
+    while member := next_member(tar):
         tar.members = []                            # tarfile would keep them all
         if member.isfile():
             name, suffix = os.path.splitext(member.name)
@@ -93,6 +116,15 @@ def read_samples(tar):
         raise tarfile.ReadError("the end of the tar is missing")
     if members:
         yield stem, members
+
+
+def next_member(tar):
+    """The tar's next header, None at its end. Raises tarfile.ReadError for whatever is wrong: a
+    header may claim a name of gigabytes, or numbers that are none."""
+    try:
+        return tar.next()
+    except (MemoryError, OverflowError, ValueError, EOFError, RecursionError) as error:
+        raise tarfile.ReadError(f"a broken header ({error!r})") from None
 
 
 def read_member(tar, member, most):
@@ -132,10 +164,10 @@ def sidecar_key(path, annotator):
     return f"{annotator} {status.st_size} {status.st_mtime_ns}"
 
 
-def read_sidecar(path, annotator, concepts):
+def read_sidecar(path, annotator, bank_size):
     """(offsets, rows, bad) of the concepts file beside a tar; None if it is missing or broken.
 
-    annotator: hash of bank and parser. concepts: size of the bank. Raises ValueError if the file is
+    annotator: hash of bank and parser. Raises ValueError if the file is
     of another bank, parser or tar.
     """
     sidecar = path.with_suffix(".concepts.npz")
@@ -146,7 +178,7 @@ def read_sidecar(path, annotator, concepts):
             rows = file["rows"]
             bad = file["bad"]
         if key == sidecar_key(path, annotator):
-            check_annotations(offsets, rows, concepts)
+            check_annotations(offsets, rows, bank_size)
             if bad.shape != (len(BAD),) or bad.dtype.kind not in "iu":
                 raise ValueError(f"counts of shape {bad.shape}")
     except Exception:                               # a broken file raises almost anything
@@ -157,7 +189,7 @@ def read_sidecar(path, annotator, concepts):
     return offsets, rows, bad
 
 
-def annotate_shard(path, annotator, concepts, annotate):
+def annotate_shard(path, annotator, bank_size, annotate):
     """Write the concepts file of a tar, unless a valid one is there.
 
     annotate: function from captions to the rows of each. Returns (captions annotated now, captions
@@ -165,7 +197,7 @@ def annotate_shard(path, annotator, concepts, annotate):
     """
     now = 0
     try:
-        made = read_sidecar(path, annotator, concepts)
+        made = read_sidecar(path, annotator, bank_size)
     except ValueError:
         made = None
     if made is None:
@@ -173,13 +205,13 @@ def annotate_shard(path, annotator, concepts, annotate):
         captions = []
         bad = np.zeros(len(BAD), np.int64)
         try:
-            with tarfile.open(path, "r:") as tar:
+            with open_tar(path) as tar:
                 for _, members in read_samples(tar):
                     caption, reason = read_caption(tar, members)
                     captions.append(caption)
                     if reason:
                         bad[BAD.index(reason)] += 1
-        except (tarfile.TarError, MemoryError, OverflowError):
+        except tarfile.TarError:
             captions.append(None)                   # stands for what was cut
             bad[BAD.index("cut tar")] += 1
         found = iter(annotate([caption for caption in captions if caption]))
@@ -334,13 +366,13 @@ class Shards(IterableDataset):
             yield "no concepts", None
             return
         try:
-            with tarfile.open(self.paths[shard], "r:") as tar:
+            with open_tar(self.paths[shard]) as tar:
                 for number, (_, members) in enumerate(read_samples(tar)):
                     if number >= state[SAMPLE] and number % parts == part:
                         state[SAMPLE] = number + 1
                         yield self.read_sample(tar, members, (state[EPOCH].item(), shard, number),
                                                concepts)
-        except (tarfile.TarError, OSError, MemoryError, OverflowError):
+        except (tarfile.TarError, OSError):
             if part == 0:                           # counted once, however many read it
                 yield "cut tar", None
 
@@ -383,7 +415,7 @@ class Shards(IterableDataset):
         drawn = ConceptIndex(*concepts).partner(key[2], rng)
         if drawn is None:
             return None
-        with tarfile.open(self.paths[key[1]], "r:") as tar:
+        with open_tar(self.paths[key[1]]) as tar:
             _, members = next(islice(read_samples(tar), drawn[0], None))
             reason, caption, image = self.open_sample(tar, members)
         if reason:

@@ -18,11 +18,15 @@ def cores_per_process():
 
 def end_with_parent():
     """End this process within seconds of the one that started it, even if that one was killed."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()       # None in a process of torchrun
+    parent_id = os.getppid()
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+        if parent:
+            parent.join()
+        else:
+            while os.getppid() == parent_id:
+                time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

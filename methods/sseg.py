@@ -25,9 +25,10 @@ from data import random_resized_crop
 from machinery import backbones
 from machinery.clustering import assign, kmeans
 from machinery.images import to_pixels
-from machinery.method import Method, best_synonym, prompt_ensemble
+from machinery.method import Method
 from machinery.parallel import GlobalDropout, GlobalDropPath, sum_over_processes
-from model import MAX_LOGIT_SCALE, TextEncoder, VisionBackbone, global_loss
+from model import (MAX_LOGIT_SCALE, TextEncoder, VisionBackbone, best_synonym, global_loss,
+                   prompt_ensemble)
 
 KMEANS_STEPS = 10                                   # of Lloyd's algorithm
 FLIPPED = 0.5                                       # share of the training crops

@@ -120,7 +120,7 @@ def step_rows(model, optimizer, captions, bank, rounds, batch=32, size=224):
 
     def stream(cache=None):
         pairs = CaptionedImages(images, captions, annotations, sample, size, cache=cache)
-        return open_stream(pairs, model, settings, Processes(0, 1, "cpu", "cpu"), steps=10 ** 6)
+        return open_stream(pairs, settings, Processes(0, 1, "cpu", "cpu"), steps=10 ** 6)
 
     def simzss(batch):
         model.backward(batch, lambda loss: loss)
@@ -132,7 +132,7 @@ def step_rows(model, optimizer, captions, bank, rounds, batch=32, size=224):
         global_loss(class_token, caption, model.logit_scale.exp()).backward()
 
     def step(pairs, backward=simzss):
-        loaded = next(pairs)
+        loaded = join(map(model.features, pairs.parts()), batch)
         optimizer.zero_grad()
         backward(loaded)
         optimizer.step()

@@ -16,7 +16,7 @@ from spacy.tokens import Doc
 from concepts import (ConceptBank, annotate, clean, load_annotations, load_parser, main,
                       noun_concepts, plural, token_spans, tokenize)
 from machinery.captions import read_captions
-from machinery.classes import BENCHMARKS, CLASSES, read_classes
+from machinery.classes import BENCHMARK_NAMES, CLASSES, read_classes
 
 TOKENIZER = SimpleTokenizer()
 ENGLISH = spacy.blank("en")
@@ -483,7 +483,7 @@ def test_missing_class_file(tmp_path):
 
 
 @pytest.mark.parametrize("benchmark, length",
-                         [*zip(BENCHMARKS, [21, 20, 60, 59, 81, 171, 19, 150], strict=True)])
+                         [*zip(BENCHMARK_NAMES, [21, 20, 60, 59, 81, 171, 19, 150], strict=True)])
 def test_class_files(benchmark, length):
     """The benchmarks have 21, 20, 60, 59, 81, 171, 19 and 150 classes. Those with background have
     it first."""
@@ -502,7 +502,7 @@ def test_class_files_that_differ_by_background(with_background, without):
 
 def test_default_bank():
     """The default bank holds every name of the eight class files once, and no other."""
-    lines = [line for benchmark in BENCHMARKS
+    lines = [line for benchmark in BENCHMARK_NAMES
              for line in (CLASSES / f"{benchmark}.txt").read_text().splitlines()]
     names = {" ".join(name.lower().replace("-", " ").split())
              for line in lines for name in line.split(",")}
@@ -810,7 +810,7 @@ def test_command_counts_the_benchmarks_names(tmp_path, monkeypatch, capsys, opti
                                     "2.jpg\ta dog on a sofa\n")
     main([str(tmp_path / "c.tsv"), "--parser", str(PIPELINE), *options])
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed[-8:]) == len(BENCHMARKS)
+    assert len(printed[-8:]) == len(BENCHMARK_NAMES)
     assert printed[-8].split() == ["21", *map(str, counts), "voc"]
 
 

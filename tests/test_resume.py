@@ -12,7 +12,6 @@ import torch
 
 import train
 from data import GlobalBatches
-from machinery.loading import BatchStream
 from machinery.checkpoint import load_model
 from machinery.resume import find_state, states
 from machinery.run import note_signals
@@ -311,12 +310,12 @@ def test_half_precision_goes_on_with_its_scale(tmp_path, monkeypatch):
 def poisoned(steps, folder, *more, ranks=(0, 1), gradients=False):
     """A run in which features (or gradients) of some steps are not finite in some of its
     processes."""
-    load = BatchStream.__next__
+    whole = train.join
     average = train.average_gradients
     seen = []                                       # the batches so far
 
-    def next_batch(stream):
-        batch = load(stream)
+    def next_batch(parts, rows):
+        batch = whole(parts, rows)
         seen.append(batch)
         if len(seen) - 1 in steps and not gradients and int(os.environ.get("RANK", 0)) in ranks:
             batch["class_token"][0, 0] = float("nan")
@@ -327,12 +326,12 @@ def poisoned(steps, folder, *more, ranks=(0, 1), gradients=False):
             parameters[1].grad[0] = float("inf")
         average(parameters)
 
-    BatchStream.__next__ = next_batch
+    train.join = next_batch
     train.average_gradients = average_gradients
     try:
         run(folder, *more)
     finally:
-        BatchStream.__next__ = load
+        train.join = whole
         train.average_gradients = average
 
 

@@ -516,8 +516,8 @@ def test_equal_tokens_have_equal_colours():
     """In the PCA view patch tokens that are equal have the same colour, at each scale. Class
     embeddings have a range of colours of their own, in which each has another colour, and in each
     channel the order of the patch tokens that they equal. The panels are 448 high and as wide as
-    the photo asks, and each class has a field with its name. The model sees the photo in tiles, and where tokens do not
-    depend on their neighbours the tiles' size does not matter."""
+    the photo asks, and each class has a field with its name. The model sees the photo in tiles, and
+    where tokens do not depend on their neighbours the tiles' size does not matter."""
     torch.manual_seed(0)
     table = torch.zeros(256, 12)
     table[[50, 100, 150, 200]] = F.normalize(torch.randn(4, 12), dim=-1)
