@@ -3,6 +3,7 @@
 Paper: Zihang Lai, "Exploring Simple Open-Vocabulary Semantic Segmentation", CVPR 2025, arXiv
 2401.12217. Its author published no code. docs/methods.md, S-Seg, has every formula, and says what
 is known and what is our choice; "section n" below is a section there. This file is in its order.
+The layers of the network are MaskFormer's, in machinery/maskformer.py.
 
     python train.py --method sseg --train-data toy
 
@@ -25,8 +26,10 @@ from data import random_resized_crop
 from machinery import backbones
 from machinery.clustering import assign, kmeans
 from machinery.images import to_pixels
+from machinery.maskformer import (STRIDE, PixelDecoder, SwinMaps, ToyMaps, TransformerDecoder,
+                                  mlp)
 from machinery.method import Method
-from machinery.parallel import GlobalDropout, GlobalDropPath, sum_over_processes
+from machinery.parallel import sum_over_processes
 from model import (MAX_LOGIT_SCALE, TextEncoder, VisionBackbone, best_synonym, global_loss,
                    prompt_ensemble)
 
@@ -34,7 +37,6 @@ KMEANS_STEPS = 10                                   # of Lloyd's algorithm
 FLIPPED = 0.5                                       # share of the training crops
 FOCAL_WEIGHT = 20.0                                 # in the loss and in the matching (section 5.1)
 DICE_WEIGHT = 1.0
-STRIDE = 32                                         # of the backbone's last map
 MERGES = ("soft", "fine", "hard")                   # see `merge_masks`
 
 
@@ -123,180 +125,7 @@ def mask_loss(logits, labels, clusters):
 
 
 # --------------------------------------------------------------------------------------------------
-# Backbone (section 4.2)
-
-class SwinMaps(nn.Module):
-    """A Swin Transformer from random initial values: images -> maps at strides 4, 8, 16, 32.
-
-    name: timm's. image_size: pixels of training images, which windows are laid out for. drop_path:
-    the last block's rate of stochastic depth. options: of timm.
-    """
-
-    def __init__(self, name, image_size, drop_path, **options):
-        super().__init__()
-        from timm.layers import DropPath
-        self.trunk = backbones.create_trunk(name, "random", {
-            "img_size": image_size, "strict_img_size": False, "drop_path_rate": drop_path,
-            **options})
-        self.trunk.norm = nn.Identity()             # for classification only
-        self.channels = [info["num_chs"] for info in self.trunk.feature_info]
-        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
-        for module in list(self.trunk.modules()):
-            for place, part in module.named_children():
-                if isinstance(part, DropPath):
-                    setattr(module, place, GlobalDropPath(part.drop_prob))
-
-    def forward(self, images):
-        """(B, 3, H, W) -> four maps (B, c, H / s, W / s)."""
-        maps = self.trunk.forward_intermediates(images, intermediates_only=True)
-        return [norm(map_.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-                for norm, map_ in zip(self.norms, maps)]
-
-
-class ToyMaps(nn.Module):
-    """Five convolutions of stride 2, for the toy world: maps at strides 4, 8, 16, 32."""
-    channels = [64, 64, 64, 64]
-
-    def __init__(self):
-        super().__init__()
-        widths = [3, 32, *self.channels]
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False),
-                          nn.GroupNorm(8, wide), nn.ReLU())
-            for narrow, wide in zip(widths, widths[1:]))
-
-    def forward(self, images):
-        maps = [images]
-        for stage in self.stages:
-            maps.append(stage(maps[-1]))
-        return maps[2:]
-
-
-# --------------------------------------------------------------------------------------------------
-# Pixel decoder (section 4.3)
-
-def conv_norm(inside, outside, size):
-    return nn.Sequential(nn.Conv2d(inside, outside, size, padding=size // 2, bias=False),
-                         nn.GroupNorm(32, outside))
-
-
-class PixelDecoder(nn.Module):
-    """From coarse to fine: each map is added to what came from above it. channels: of the maps."""
-
-    def __init__(self, channels, width):
-        super().__init__()
-        *fine, coarse = channels
-        self.first = conv_norm(coarse, width, 3)
-        self.lateral = nn.ModuleList(conv_norm(c, width, 1) for c in fine)
-        self.smooth = nn.ModuleList(conv_norm(width, width, 3) for _ in fine)
-        self.last = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, maps):
-        """Four maps, fine to coarse -> an embedding of each cell (B, d, H / 4, W / 4)."""
-        *fine, coarse = maps
-        y = self.first(coarse).relu()                                       # (B, d, H/32, W/32)
-        for map_, lateral, smooth in list(zip(fine, self.lateral, self.smooth))[::-1]:
-            y = lateral(map_) + F.interpolate(y, map_.shape[-2:], mode="nearest")
-            y = smooth(y).relu()
-        return self.last(y)
-
-
-# --------------------------------------------------------------------------------------------------
-# Transformer decoder and heads (sections 4.4 and 4.5)
-
-def sine_code(height, width, channels):
-    """Fixed code of each cell's place, (height * width, channels): rows in the first half of the
-    channels, columns in the second."""
-    half = channels // 2
-    i = torch.arange(half)
-    wavelength = 10000 ** (2 * (i // 2) / half)
-
-    def code(length):
-        t = 2 * math.pi * torch.arange(1, length + 1) / length
-        angle = t[:, None] / wavelength                                             # (length, half)
-        return torch.where(i % 2 == 0, angle.sin(), angle.cos())
-
-    rows = code(height)[:, None].expand(-1, width, -1)
-    columns = code(width)[None].expand(height, -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
-
-
-class Attention(nn.Module):
-    """Multi-head attention. Own code, because its dropout is drawn for the global batch."""
-
-    def __init__(self, width, heads, dropout):
-        super().__init__()
-        self.heads = heads
-        self.into = nn.Linear(width, 3 * width)     # queries, keys, values
-        self.out = nn.Linear(width, width)
-        self.dropout = GlobalDropout(dropout)
-
-    def forward(self, queries, keys, values):
-        """(B, n, d), (B, m, d), (B, m, d) -> (B, n, d)."""
-        weights = self.into.weight.chunk(3)
-        biases = self.into.bias.chunk(3)
-        q, k, v = (F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for x, weight, bias in zip((queries, keys, values), weights, biases))
-        attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)     # (B, heads, n, m)
-        mixed = self.dropout(attention) @ v                                 # (B, heads, n, d/heads)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention, two linear layers; normalised after each (post-norm)."""
-
-    def __init__(self, width, heads, ffn, dropout):
-        super().__init__()
-        self.self_attention = Attention(width, heads, dropout)
-        self.cross_attention = Attention(width, heads, dropout)
-        self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), GlobalDropout(dropout),
-                                 nn.Linear(ffn, width))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.dropout = GlobalDropout(dropout)
-
-    def forward(self, o, code, keys, memory):
-        """o: (B, Q, d). code: (Q, d), of the queries. keys, memory: (B, m, d)."""
-        attended = self.self_attention(o + code, o + code, o)
-        o = self.norms[0](o + self.dropout(attended))
-        attended = self.cross_attention(o + code, keys, memory)
-        o = self.norms[1](o + self.dropout(attended))
-        return self.norms[2](o + self.dropout(self.ffn(o)))
-
-
-class TransformerDecoder(nn.Module):
-    """Q learned queries look at the coarsest map. Returns what each layer makes of them."""
-
-    def __init__(self, channels, queries, width, layers, heads, ffn, dropout):
-        super().__init__()
-        self.memory = nn.Conv2d(channels, width, 1)
-        self.code = nn.Parameter(torch.randn(queries, width))
-        self.layers = nn.ModuleList(DecoderLayer(width, heads, ffn, dropout)
-                                    for _ in range(layers))
-        self.norm = nn.LayerNorm(width)             # one for all layers
-        for p in self.layers.parameters():
-            if p.ndim > 1:
-                nn.init.xavier_uniform_(p)
-
-    def forward(self, coarse):
-        """(B, c, H / 32, W / 32) -> (L, B, Q, d)."""
-        memory = self.memory(coarse)                                        # (B, d, H/32, W/32)
-        place = sine_code(*memory.shape[-2:], memory.shape[1]).to(memory)           # (m, d)
-        memory = memory.flatten(2).mT                                               # (B, m, d)
-        o = memory.new_zeros(len(memory), *self.code.shape)                         # (B, Q, d)
-        outputs = []
-        for layer in self.layers:
-            o = layer(o, self.code, memory + place, memory)
-            outputs.append(self.norm(o))
-        return torch.stack(outputs)
-
-
-def mlp(*widths):
-    """Linear layers with ReLU between them."""
-    layers = []
-    for inside, outside in zip(widths, widths[1:]):
-        layers += [nn.Linear(inside, outside), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
+# MaskFormer without its class head (sections 4.2 to 4.5)
 
 class MaskNetwork(nn.Module):
     """MaskFormer without its class head: an image -> Q masks, and a feature of each.
@@ -384,10 +213,10 @@ class SSeg(Method):
         "eps": 1e-8,                #                                                      ours
         "clip": 5.0,                #                                                      ours
     }
-    TOY = {"backbone": "toy", "student": "toy", "queries": 16, "decoder_width": 64,
+    TOY = {"backbone": "toy", "student": "toy", "queries": 16, "decoder_width": 32,
            "decoder_layers": 3, "decoder_heads": 4, "decoder_ffn": 128, "dropout": 0.0,
-           "joint_width": 64, "text_width": 128, "text_layers": 1,
-           "batch": 64, "epochs": 10, "base_rate": 4e-3, "templates": "plain",
+           "joint_width": 64, "text_width": 128, "text_layers": 1, "least_crop": 0.9,
+           "batch": 32, "epochs": 10, "base_rate": 0.012, "templates": "plain",
            "output": "runs/sseg-toy"}
     PROTOCOL = {"templates": "photo", "merge": "soft"}
     NEEDS_CONCEPTS = False
@@ -400,15 +229,13 @@ class SSeg(Method):
         self.teacher_config = teacher_config
         self.network = network
         self.text = text
+        self.joint_width = joint_width
         self.image_projector = mlp(network.config["width"], joint_width, joint_width)
         self.text_projector = mlp(text.config["width"], joint_width, joint_width)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))       # as a logarithm
         self.clusters = clusters
         self.deep_supervision = deep_supervision
         self.contrastive_weight = contrastive_weight
-        self.switches = {"joint_width": joint_width, "clusters": clusters,
-                         "deep_supervision": deep_supervision,
-                         "contrastive_weight": contrastive_weight}
         for name in ("mean", "std"):                # one tensor of pixels feeds both networks
             statistics = torch.tensor(teacher_config[name]).view(3, 1, 1)
             self.register_buffer(name, statistics, persistent=False)
@@ -480,11 +307,14 @@ class SSeg(Method):
     def rebuild(cls, config):
         """Without the teacher, which only training needs."""
         return cls(None, config["backbone"], MaskNetwork(**config["network"]),
-                   TextEncoder(**config["text"]), **config["switches"])
+                   TextEncoder(**config["text"]), **config["settings"])
 
     def config(self):
         return {"backbone": self.teacher_config, "network": self.network.config,
-                "text": self.text.config, "switches": self.switches}
+                "text": self.text.config,
+                "settings": {"joint_width": self.joint_width, "clusters": self.clusters,
+                             "deep_supervision": self.deep_supervision,
+                             "contrastive_weight": self.contrastive_weight}}
 
     # Training
 

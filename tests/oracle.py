@@ -23,7 +23,8 @@ from machinery.benchmarks import BENCHMARKS, IGNORE, open_dataset
 from machinery.checkpoint import load_model
 from machinery.errors import one_line_errors
 from machinery.images import to_pixels
-from methods.sseg import STRIDE, SSeg, pseudo_masks
+from machinery.maskformer import STRIDE
+from methods.sseg import SSeg, pseudo_masks
 from model import VisionBackbone
 from segment import resize, resized_size
 

@@ -14,16 +14,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval
+import oracle
 import segment
 import train
 from concepts import tokenize
 from machinery.checkpoint import load_model
+from machinery.maskformer import sine_code
 from machinery.method import Pair
 from machinery.parallel import average_gradients, join_processes
 from machinery.resume import states
 from machinery.toy import toy_scene
 from methods.sseg import (MaskNetwork, SSeg, dice_loss, focal_loss, mask_loss, match,
-                          matching_costs, merge_masks, sine_code)
+                          matching_costs, merge_masks)
 from model import TextEncoder, VisionBackbone, global_loss
 from processes import Processes
 
@@ -80,6 +82,7 @@ def test_crops_and_mirrors():
     assert 20 <= mirrored <= 40
     narrowest = math.sqrt(0.4 * 3 / 4)              # of a crop of the least area
     assert 255 * narrowest * 0.9 < min(spans) < 170 and max(spans) > 230
+
 
 def test_pseudo_masks_are_those_of_the_crop():
     """Labels 0..K-1 on the teacher's grid, alike for an image alone and in a batch; a mirrored
@@ -708,6 +711,21 @@ def test_the_scripts_use_it(whole, folder, tmp_path, fails):
                                                                           "grass"]
     fails(eval.main, [*command, "--without", "background", "--protocol", "merge=best"],
           "merge 'best'", "soft, fine, hard")
+
+
+def test_regions_are_named_by_their_majority():
+    """By hand: the class of most pixels that are scored; 255 is not counted, and a region of such
+    pixels alone is class 0."""
+    regions = torch.tensor([[0, 0, 1], [0, 1, 2]])
+    truth = torch.tensor([[2, 2, 3], [1, 255, 255]], dtype=torch.uint8)
+    assert oracle.named_by_truth(regions, truth, 4).tolist() == [[2, 2, 3], [2, 3, 0]]
+
+
+def test_the_oracle_of_a_run(whole, folder, capsys):
+    """tests/oracle.py prints the scores of a run's masks and of its teacher's clusters."""
+    oracle.main(["--dataset", str(folder), "--checkpoint", str(whole)])
+    masks, teacher = capsys.readouterr().out.splitlines()
+    assert masks.startswith("masks: oracle mIoU") and teacher.startswith("teacher: oracle mIoU")
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path, fails):
