@@ -366,6 +366,7 @@ def parse_batch(tool, captions):
 
 def parse_in_processes(captions, bank, parser, processes, device, batch=1000):
     """`parse` in several processes, in the order of the captions."""
+    make_pipeline(bank, parser, device)             # a parser that is missing is told here
     captions = list(captions)
     batches = [captions[i:i + batch] for i in range(0, len(captions), batch)]
     with process_pool(processes, make_pipeline, bank, parser, device) as run:

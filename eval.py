@@ -30,8 +30,8 @@ from machinery.parallel import own_indices, pick_device, rank, sum_counts, world
 from machinery.pictures import comparison
 from machinery.protocol import (SLIDING, add_model_flags, embed, open_model, refuse_toy_model,
                                 result_folder)
-from machinery.results import (ThresholdSweep, compare, made_with, print_result, scored_dataset,
-                               show_sweep, write_result)
+from machinery.results import (ThresholdSweep, compare, full_name, made_with, print_result,
+                               scored_dataset, show_sweep, write_result)
 from machinery.workers import cores_per_process, end_with_torchrun, start_data_worker
 from segment import WindowBatch, parse_background, put_background, segment_image
 
@@ -193,7 +193,8 @@ def score_dataset(args, name, dataset, model, protocol):
         comparison([row], result["classes"], row[0].width).save(folder / f"{i:04d}.png")
     if rank() == 0:
         print_result(result)
-        write_result(path, {"dataset": name, "training": getattr(model, "trained_with", {}),
+        write_result(path, {"dataset": name, "folder": full_name(name),
+                            "training": getattr(model, "trained_with", {}),
                             **result})
         print(f"written to {path}" + (f", pictures in {folder}" if shown else ""))
         if thresholds is not None:
@@ -215,18 +216,13 @@ def output_path(args, name):
         path = path / f"eval_{Path(name).resolve().name}{without}{first}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     other = scored_dataset(path)
-    if other and identity(other) != identity(name):
+    if other and other != full_name(name):
         raise ValueError(f"{path} holds the result of {other}; name another file for that of "
                          f"{name} with --output")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"nothing can be written to {path.parent}; name another place with "
                               "--output")
     return path
-
-
-def identity(dataset):
-    """A dataset's name; for a folder the same from wherever it is named."""
-    return dataset if dataset in BENCHMARKS else str(Path(dataset).resolve())
 
 
 def score_segmentation(args, model, protocol):
@@ -267,7 +263,8 @@ def score_classification(args, model, protocol):
         only = "only " if result["partial"] else ""
         print(f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   ({only}{result['images']}"
               f" images, {len(dataset.classes)} classes, {result['images_per_second']} images/s)")
-        write_result(path, {"dataset": args.dataset, "names": args.names, **result,
+        write_result(path, {"dataset": args.dataset, "folder": full_name(args.dataset),
+                            "names": args.names, **result,
                             "protocol": {**used, "size": dataset.size}, **model.checkpoint_file,
                             "backbone": model.config().get("backbone"), **made_with()})
         print(f"written to {path}")

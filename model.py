@@ -31,6 +31,7 @@ from concepts import tokenize
 from data import random_resized_crop
 from machinery import backbones
 from machinery.captions import CONTEXT_LENGTH
+from machinery.classes import read_templates
 from machinery.images import to_pixels
 from machinery.method import Method
 from machinery.parallel import gather_rows, rank, sum_over_processes
@@ -307,6 +308,8 @@ class SimZSS(Method):
     local_temperature: tau_local. local_target: see `concept_loss`. pool_query: what pools the
     patches, "class", the concept's class weight (release), or "caption", the embedding of the
     concept's occurrence in this caption, normalised (paper). weights_over: see `class_weights`.
+    prompt_weight: weight of a second local loss, for the end tokens of prompts (section 8).
+    prompts: its templates, see `read_templates`.
     """
 
     # What the scripts ask for; machinery/method.py explains each
@@ -320,7 +323,7 @@ class SimZSS(Method):
 
     def __init__(self, backbone, text, bank=(), local_weight=0.05, pool_temperature=0.1,
                  local_temperature=0.07, local_target="concept", pool_query="class",
-                 weights_over="batch"):
+                 weights_over="batch", prompt_weight=0.0, prompts="imagenet80"):
         if pool_query not in ("class", "caption"):
             raise ValueError(f"pool query must be 'class' or 'caption', found {pool_query!r}")
         if weights_over not in ("batch", "process"):
@@ -336,6 +339,8 @@ class SimZSS(Method):
         self.local_target = local_target
         self.pool_query = pool_query
         self.weights_over = weights_over
+        self.prompt_weight = prompt_weight
+        self.prompts = prompts
 
     # Training
 
@@ -351,8 +356,9 @@ class SimZSS(Method):
     def features(self, batch):
         """class_token (B, D) and patch_tokens (B, N, D) in place of pixels. train.py calls this on
         each part of a batch that was loaded."""
-        if "pixels" not in batch:                   # cached features are there already
-            return batch
+        if "pixels" not in batch:                   # cached, in float16
+            return {name: value.float() if value.is_floating_point() else value
+                    for name, value in batch.items()}
         batch = dict(batch)
         with self.autocast():                       # mixed precision, set by train.py
             class_token, patch_tokens, _ = self.backbone(
@@ -379,25 +385,54 @@ class SimZSS(Method):
         order = torch.cat(groups).argsort()
         return tuple(torch.cat(part)[order] for part in zip(*parts))
 
-    def combine(self, class_token, patches, caption, concepts, ids):
-        """Both losses, in float32: loss = global + lambda * local, and what is logged beside them.
+    def add_prompts(self, tokens, spans, ids):
+        """Append a prompt for each concept of these pairs, if `prompt_weight` asks for them.
 
-        class_token, caption: (B, D). patches: (B, N, D). concepts: (B, M, D). ids: (B, M).
+        A concept's template is drawn for the whole bank, alike in all processes. Returns tokens
+        (B + P, 77), spans (B + P, M, 2), padding for prompts, and the prompts' bank ids (P,).
         """
+        if not self.prompt_weight:
+            return tokens, spans, ids.new_empty(0)
+        present = ids[ids >= 0].unique()                                            # (P,)
+        templates = read_templates(self.prompts)
+        drawn = torch.randint(len(templates), (len(self.bank),)).tolist()
+        prompts = [templates[drawn[id]].replace("{}", self.bank[id]) for id in present.tolist()]
+        prompts = [tokenize(prompt).to(tokens.device)[None] for prompt in prompts]
+        padding = spans.new_full((len(present), *spans.shape[1:]), -1)
+        return torch.cat([tokens, *prompts]), torch.cat([spans, padding]), present
+
+    def local_loss(self, queries, patches, ids, weights, counts):
+        """L_l of queries (B, M, D): pool the patches, classify what was pooled."""
+        visual = similarity_pool(queries, patches, self.pool_temperature)           # (B, M, D)
+        return concept_loss(visual, ids, weights, counts, self.local_temperature,
+                            self.local_target)
+
+    def combine(self, class_token, patches, texts, concepts, ids, prompt_ids=()):
+        """All losses, in float32: loss = global + lambda * local, and what is logged beside them.
+
+        class_token: (B, D). patches: (B, N, D). texts: (B + P, D), captions, then prompts.
+        concepts: (B + P, M, D). ids: (B, M). prompt_ids: (P,).
+        """
+        caption, prompts = texts.split([len(ids), len(prompt_ids)])         # (B, D), (P, D)
+        concepts = concepts[:len(ids)]                                              # (B, M, D)
+        padded = ids.clamp(min=0)                       # padding is dropped in `concept_loss`
         with torch.autocast(caption.device.type, enabled=False):
             logit_scale = self.logit_scale.exp()
             loss_global = global_loss(class_token, caption, logit_scale)
             weights, counts = class_weights(concepts, ids, len(self.bank), self.weights_over)
-            if self.pool_query == "class":
-                queries = weights[ids.clamp(min=0)]     # (B, M, D); padding is dropped later
-            else:
+            queries = weights[padded]                                               # (B, M, D)
+            if self.pool_query == "caption":
                 queries = F.normalize(concepts, dim=-1)
-            visual = similarity_pool(queries, patches, self.pool_temperature)       # (B, M, D)
-            loss_local = concept_loss(visual, ids, weights, counts, self.local_temperature,
-                                      self.local_target)
-        return {"loss": loss_global + self.local_weight * loss_local, "global": loss_global,
-                "local": loss_local, "logit_scale": logit_scale, "concepts": counts.sum(),
-                "present": (counts > 0).sum()}
+            loss_local = self.local_loss(queries, patches, ids, weights, counts)
+            losses = {"loss": loss_global + self.local_weight * loss_local, "global": loss_global,
+                      "local": loss_local, "logit_scale": logit_scale, "concepts": counts.sum(),
+                      "present": (counts > 0).sum()}
+            if self.prompt_weight:                      # w_c is the end token of a prompt of c
+                weights, _ = class_weights(prompts[:, None], prompt_ids[:, None], len(self.bank),
+                                           self.weights_over)
+                losses["prompt"] = self.local_loss(weights[padded], patches, ids, weights, counts)
+                losses["loss"] = losses["loss"] + self.prompt_weight * losses["prompt"]
+        return losses
 
     def backward(self, batch, scale, chunk=None):
         """See `Method.backward`. scale: `GradScaler.scale`, or the identity.
@@ -411,6 +446,7 @@ class SimZSS(Method):
         ids = batch["concepts"][..., 0]                                             # (B, M)
         spans = batch["concepts"][..., 1:]                                          # (B, M, 2)
         twice = chunk is not None and chunk < len(tokens)
+        tokens, spans, prompt_ids = self.add_prompts(tokens, spans, ids)
         size = GPU_BUCKET if tokens.is_cuda else BUCKET
         if twice:
             size = min(size, chunk)
@@ -419,7 +455,7 @@ class SimZSS(Method):
         if twice:
             text = [embeddings.requires_grad_() for embeddings in text]
         losses = self.combine(batch["class_token"].float(), batch["patch_tokens"].float(), *text,
-                              ids)
+                              ids, prompt_ids)
         scale(losses["loss"]).backward()
         if twice:
             for rows in buckets(tokens, size):
@@ -436,8 +472,9 @@ class SimZSS(Method):
         dict of `combine`.
         """
         class_token, patches, _ = self.backbone(images)                     # (B, D), (B, N, D)
-        caption, concepts = self.encode_text(tokens, spans)                 # (B, D), (B, M, D)
-        return self.combine(class_token, patches, caption, concepts, ids)
+        tokens, spans, prompt_ids = self.add_prompts(tokens, spans, ids)
+        texts, concepts = self.encode_text(tokens, spans)       # (B + P, D), (B + P, M, D)
+        return self.combine(class_token, patches, texts, concepts, ids, prompt_ids)
 
     def depends_on_processes(self):
         return self.weights_over == "process"
@@ -451,6 +488,9 @@ class SimZSS(Method):
     def embed_classes(self, classes, templates=("{}",), class_embedding="caption", batch=256):
         """See `Method.embed_classes`. class_embedding: "caption", the state at the prompt's end
         token, or "concept", the sum of the name's own token embeddings, as in the local loss."""
+        if class_embedding not in ("caption", "concept"):
+            raise ValueError(f"class embedding must be 'caption' or 'concept', found "
+                             f"{class_embedding!r}")
         device = self.logit_scale.device
 
         def embed(prompts):
@@ -505,18 +545,24 @@ class SimZSS(Method):
         add("--weights-over", choices=["batch", "process"], default="batch",
             help="sum class weights over the global batch, or over each process's share of it "
                  "(release) (default: %(default)s)")
+        add("--prompt-weight", type=float, default=0.0,
+            help="weight of a second local loss, whose class weights are the end tokens of prompts "
+                 "(--templates): for --class-embedding caption (default: %(default)s)")
         add("--class-embedding", choices=["caption", "concept"], default="caption",
             help="at test time, embed a class by its prompt's end token, or by its name's tokens "
                  "as in the local loss (default: %(default)s)")
 
     @staticmethod
     def check_flags(args):
+        backbones.check_flags(args)
         for name in ("pool_temperature", "local_temperature"):
-            if getattr(args, name) <= 0:
+            if not getattr(args, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a "
                                  "positive number")
-        if args.local_weight < 0:
-            raise ValueError(f"--lambda is {args.local_weight}; expected 0 or a positive number")
+        for flag, weight in (("--lambda", args.local_weight),
+                             ("--prompt-weight", args.prompt_weight)):
+            if not weight >= 0:
+                raise ValueError(f"{flag} is {weight}; expected 0 or a positive number")
         if args.local_weight == 0 and args.class_embedding == "concept":
             if int(os.environ.get("RANK", 0)) == 0:
                 print("lambda = 0 trains no concept embeddings: at test time classes are embedded "
@@ -528,7 +574,8 @@ class SimZSS(Method):
         backbone = VisionBackbone(**backbones.from_flags(args))
         text = TextEncoder(backbone.width, args.text_width, args.text_heads, args.text_layers)
         return cls(backbone, text, bank.names, args.local_weight, args.pool_temperature,
-                   args.local_temperature, args.local_target, args.pool_query, args.weights_over)
+                   args.local_temperature, args.local_target, args.pool_query, args.weights_over,
+                   args.prompt_weight, args.templates)
 
     @classmethod
     def rebuild(cls, config):
@@ -538,7 +585,7 @@ class SimZSS(Method):
     def switches(self):
         """Keyword arguments of the constructor that are settings of the losses."""
         names = ("local_weight", "pool_temperature", "local_temperature", "local_target",
-                 "pool_query", "weights_over")
+                 "pool_query", "weights_over", "prompt_weight", "prompts")
         return {name: getattr(self, name) for name in names}
 
     def config(self):

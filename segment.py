@@ -13,6 +13,7 @@ the highest score wins.
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -155,7 +156,9 @@ def parse_background(text):
         return kind, None
     if kind in ("threshold", "own"):
         with contextlib.suppress(ValueError):
-            return kind, float(value)
+            threshold = float(value)
+            if math.isfinite(threshold):
+                return kind, threshold
     words = [word for word in split_names(value) if word]
     if kind == "prompt" and words:
         return kind, words

@@ -21,6 +21,7 @@ from data import load_pairs, open_stream
 from eval import evaluate
 from machinery.benchmarks import open_dataset
 from machinery.checkpoint import save_model         # for use from Python
+from machinery.classes import read_templates
 from machinery.errors import one_line_errors
 from machinery.features import open_cache
 from machinery.loading import join, loader_batch_size
@@ -82,7 +83,8 @@ def train(args, processes):
         raise ValueError(f"{output} holds an unfinished run ({states(output)[0].name}): go on with "
                          "--resume auto, name another folder with --output, or delete its state "
                          "files")
-    if args.eval_data != "none":                    # mistakes are found now, not at the end
+    read_templates(args.templates)                  # mistakes are found now, not at the end
+    if args.eval_data != "none":
         open_dataset(args.eval_data, args.eval_without, args.eval_names)
     torch.manual_seed(args.seed)                    # the same initial weights in all processes
 
@@ -106,7 +108,7 @@ def train(args, processes):
 
     # Optimizer
     groups = [{"params": group["params"], "weight_decay": args.weight_decay * group["decay"],
-               "rate": group["rate"]} for group in method.groups()]
+               "rate_factor": group["rate"]} for group in method.groups()]
     optimizer = torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=args.eps,
                                   fused=processes.device_type != "mps")
     scaler = torch.amp.GradScaler(processes.device_type, enabled=precision == torch.float16)
@@ -151,7 +153,7 @@ def run_steps(run, args, method, optimizer, scaler, stream):
             # The learning rate of this step
             rate = schedule(step, steps, peak, args.warmup, args.final_rate)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate"]          # a group may have a factor of its own
+                group["lr"] = rate * group["rate_factor"]          # a group may have a factor of its own
 
             # The losses of the global batch, and their gradient: the mean over processes, because
             # each holds the true gradient times the number of processes (machinery/parallel.py)
@@ -383,10 +385,19 @@ def add_safety_flags(add):
 def check_numbers(args, world):
     """Raise ValueError for numbers that cannot be."""
     for name in ("batch", "micro_batch", "epochs", "pairs", "epoch_pairs", "steps", "image_size",
-                 "text_layers"):
-        if getattr(args, name, None) is not None and getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a "
-                             "positive number")
+                 "base_rate"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:     # `not >` refuses nan, too
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected a positive number")
+    for name in ("weight_decay", "final_rate", "clip"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 0 or "
+                             "a positive number")
+    if not 0 <= args.warmup <= 1:
+        raise ValueError(f"--warmup is {args.warmup}; expected a share of the steps, 0 to 1")
+    if not 0 < args.stride <= args.window:
+        raise ValueError(f"--stride {args.stride}, --window {args.window}: expected a positive "
+                         "stride of at most the window, or pixels would be left out")
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} is the global batch; it must be a multiple of the "
                          f"{world} processes")

@@ -52,6 +52,16 @@ def add_text_flags(parser, layers=12):
     add("--text-layers", type=int, default=layers, help="its layers (default: %(default)s)")
 
 
+def check_flags(args):
+    """Raise ValueError for numbers of a backbone or text tower that cannot be."""
+    for name in ("text_width", "text_heads", "text_layers"):
+        value = getattr(args, name, None)           # not every method has all of them
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected a positive number")
+    if args.pixel_std and not min(args.pixel_std) > 0:
+        raise ValueError(f"--pixel-std {args.pixel_std}: expected positive numbers")
+
+
 def from_flags(args):
     """Keyword arguments of `VisionBackbone` from train.py's flags."""
     random = args.backbone_weights == "random"
@@ -88,8 +98,8 @@ def from_config(config):
     is_file = source not in ("pretrained", *STORED)
     return {"name": config["name"], "pretrained": source == "pretrained",
             "weights": source if is_file else None, "mean": config["mean"], "std": config["std"],
-            "denoiser": config.get("denoiser"), "image_token": config.get("image_token", "class"),
-            **config["options"]}
+            "denoiser": bool(config.get("denoiser")),
+            "image_token": config.get("image_token", "class"), **config["options"]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,7 +187,8 @@ def sha256(tensors):
 def check(backbone, saved, path):
     """Raise ValueError if a `VisionBackbone` is not the one of a checkpoint. saved: its config."""
     found = sha256(backbone.state_dict())
-    expected = saved.get("sha256", found)           # an authors' checkpoint knows no hash
+    # Only an authors' checkpoint knows no hash
+    expected = saved.get("sha256", found if saved["weights"] == "imported" else None)
     if found != expected:
         raise ValueError(f"the backbone's weights ({saved['weights']}) are not those that {path} "
                          "was trained with; pass --backbone-weights FILE with the right ones")

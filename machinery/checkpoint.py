@@ -18,11 +18,10 @@ from machinery.method import find_method
 
 FORMAT = "simzss-2"
 EMBEDDINGS = 1                                      # raise it when `embed_classes` changes values
-
-
-RENAMED = {"weight": "local_weight", "piece": "loader_batch"}     # settings of format 1
-# Settings that runs of format 1 did not have, with what they did.
-SINCE = {"method": "simzss", "final_rate": 0.0, "clip": 0.0, "image_token": "class"}
+RENAMED = {"weight": "local_weight", "piece": "loader_batch"}       # settings of format 1
+# Settings that older runs did not have, with what they did
+SINCE = {"method": "simzss", "final_rate": 0.0, "clip": 0.0, "image_token": "class",
+         "prompt_weight": 0.0}
 UMASK = os.umask(0o022)                             # it can only be read by setting it
 os.umask(UMASK)
 
@@ -123,8 +122,8 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
     The settings of its run are then in `model.trained_with`. backbone_weights: local file with the
     frozen backbone's weights, if not where training found it. For the authors' checkpoints (PyTorch
     files) only: backbone, timm's name of it, if its tensors do not tell; image_token, see
-    `VisionBackbone`. Opens no file but these, and what timm downloads for a registered name.
-    Raises FileNotFoundError for a missing file; ValueError for a file that is no checkpoint, is cut
+    `VisionBackbone`. Opens no file but these, the weights file that the checkpoint names for its
+    frozen network, and what timm downloads for a registered name. Raises FileNotFoundError for a missing file; ValueError for a file that is no checkpoint, is cut
     short, or whose backbone is another one.
     """
     path = model_file(path)
@@ -136,7 +135,7 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
     if is_pytorch:
         if backbone_weights:
             raise ValueError(f"{path} holds its backbone's weights; leave --backbone-weights out")
-        config, tensors, rename = release.read_checkpoint(path, backbone, image_token)
+        config, tensors, name_there = release.read_checkpoint(path, backbone, image_token)
         header = {"method": "simzss", "config": config, "training": {"imported": str(path)}}
         complaint = f"{path} is no checkpoint of the authors with this backbone"
     else:
@@ -144,7 +143,7 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
             raise ValueError(f"{path} names its backbone itself; backbone={backbone!r}, "
                              f"image_token={image_token!r} are for the authors' checkpoints")
         header, tensors = read_checkpoint(path)
-        rename = str                                # our own names: as they are
+        name_there = str                            # our own names: as they are
         complaint = f"{path} does not hold the tensors of its own settings"
 
     config = header["config"]
@@ -156,7 +155,7 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
         model = find_method(header["method"]).rebuild(config)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has incomplete settings ({error!r})") from None
-    fill({rename(name): value for name, value in model.checkpoint().items()}, tensors, complaint)
+    fill({name_there(name): value for name, value in model.checkpoint().items()}, tensors, complaint)
     model.check_frozen(config, path)
     model.trained_with = header["training"]
     return model.to(device).eval()
@@ -220,7 +219,7 @@ def file_sha256(path):
 def embed_classes(model, classes, templates, options):
     """`model.embed_classes`, kept under a name made of all that it depends on.
 
-    A model without `checkpoint` (path and sha256) is embedded anew each time.
+    A model without `checkpoint_file` (path and sha256) is embedded anew each time.
     """
     checkpoint = getattr(model, "checkpoint_file", None)
     if checkpoint is None:

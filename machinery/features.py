@@ -61,6 +61,7 @@ class FeatureCache:
         found = {}
         if file.exists():
             found = json.loads(file.read_text())
+            found = found if isinstance(found, dict) else {}
         if found != key:
             differ = [name for name in key if found.get(name) != key[name]]
             raise ValueError(f"{self.folder} holds the features of something else "
@@ -113,8 +114,12 @@ class FeatureCache:
         COCO has 1,849 files.
         """
         number, row = divmod(int(self.row[i]), self.images_per_file)
-        with safetensors.safe_open(self.file(number), "pt") as file:
-            found = {name: file.get_slice(name)[row].clone() for name in file.keys()}
+        try:
+            with safetensors.safe_open(self.file(number), "pt") as file:
+                found = {name: file.get_slice(name)[row].clone() for name in file.keys()}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self.file(number)} is broken ({error}); delete it, and run the "
+                             "same command again") from None
         if not found.pop("readable"):
             raise ValueError(f"{self.images[i]} was unreadable when the features were computed")
         return found

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-METHODS = {                                         # --method -> its class, imported on demand
+# --method -> its class, imported on demand. The one place where machinery knows files above it, by
+# their names only.
+METHODS = {
     "simzss": "model.SimZSS",
     "sseg": "methods.sseg.SSeg",
     "sseg-plus": "methods.sseg_plus.SSegPlus",
@@ -36,7 +38,7 @@ class Pair:
     image: () -> RGB PIL image; a large JPEG may come reduced, to no less than twice the training
     size; raises ValueError or OSError, upon which the next pair is taken instead. caption: str.
     concepts: (M, 3) int64, rows of (bank id, first token, end token). masks: () -> list of (H, W)
-    bool arrays of the whole image. partner: (rng) -> another Pair with a concept in common, and the
+    bool arrays of the whole image, from the JSON in SA-1B's format beside it. partner: (rng) -> another Pair with a concept in common, and the
     id of that concept; None where there is none. features: what `Method.features` made of the
     image, if --cache-features is on, else None. path: of the image file; None for one from memory
     or from a tar.
@@ -56,7 +58,7 @@ class Method(nn.Module):
     name = ""                   # its key in METHODS
     RECIPE = {}                 # train.py's flags: what differs from the defaults there
     TOY = {}                    # the same, with --train-data toy
-    PROTOCOL = {}               # segment.py's protocol: what differs from, or adds to, the defaults
+    PROTOCOL = {}               # machinery/protocol.py: what differs from, or adds to, PROTOCOL
     NEEDS_CAPTIONS = True       # False: a folder of images is training data
     NEEDS_CONCEPTS = True       # False: captions are not parsed
     HAS_CHUNKS = False          # True: `backward` computes --micro-batch pairs at a time, exactly

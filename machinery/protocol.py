@@ -59,7 +59,7 @@ def open_model(args):
         path = model_file(args.checkpoint or newest_model())
         model = load_model(path, device, args.backbone_weights, args.backbone, args.image_token)
         model.checkpoint_file = {"checkpoint": str(path), "checkpoint_sha256": file_sha256(path)}
-    if model.config().get("backbone", {}).get("weights") == "random":
+    if (model.config().get("backbone") or {}).get("weights") == "random":
         print("warning: this model's backbone has random weights; its masks mean nothing",
               file=sys.stderr)
     protocol = {**PROTOCOL, **model.PROTOCOL, **model.trained_with.get("protocol", {})}
@@ -70,6 +70,9 @@ def open_model(args):
             raise ValueError(f"--{key.replace('_', '-')}: {model.name} has no such setting; it has "
                              f"{', '.join(protocol)}")
         protocol[key] = value
+    for key in SLIDING:
+        if type(protocol[key]) is not int:
+            raise ValueError(f"{key} is {protocol[key]!r}; expected a number of pixels")
     return model, protocol
 
 

@@ -62,11 +62,18 @@ def write_result(path, result):
 
 
 def scored_dataset(path):
-    """The dataset that a result file is of; None if there is no such file."""
+    """The dataset that a result file is of, a folder by its full path; None if there is no such
+    file."""
     try:
-        return json.loads(path.read_text())["dataset"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        result = json.loads(path.read_text())
+        return result.get("folder") or full_name(result["dataset"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def full_name(dataset):
+    """A dataset's name; for a folder its full path."""
+    return str(Path(dataset).resolve()) if Path(dataset).is_dir() else dataset
 
 
 def read_result(path):

@@ -73,6 +73,8 @@ class State:
         missing = set(find_method(self.method).CONFIG) - set(self.config)
         if missing:
             raise ValueError(f"its settings lack {', '.join(sorted(missing))}")
+        if self.scaler is None and self.step != self.training["steps"]:
+            raise ValueError("it is a checkpoint of an unfinished run, not a state")
 
     def check(self, config, method):
         """Raise ValueError if the run that wrote the state was another one than this.
@@ -81,9 +83,9 @@ class State:
         """
         then = self.training
         now = json.loads(json.dumps(config))        # tuples become lists, as in the file
-        differ = [f"{'lambda' if name == 'local_weight' else name} was {then[name]}, is "
+        differ = [f"{'lambda' if name == 'local_weight' else name} was {then.get(name)}, is "
                   f"{now[name]}" for name in now
-                  if name not in MAY_DIFFER and name in then and then[name] != now[name]]
+                  if name not in MAY_DIFFER and then.get(name) != now[name]]
         model_now = json.loads(json.dumps(method.config()))
         differ += [f"the {part} differs" for part in ("bank", "backbone")
                    if contents(self.config.get(part)) != contents(model_now.get(part))]
@@ -94,16 +96,23 @@ class State:
 
     def restore(self, method, optimizer, scaler):
         """Put everything back in place."""
+        complaint = f"{self.path} does not hold the tensors of this run"
+        of_optimizer = {name: value for name, value in self.tensors.items()
+                        if name.startswith("optimizer.")}
         tensors = {name: value for name, value in self.tensors.items()
-                   if name != "shards" and not name.startswith("optimizer.")}
+                   if name != "shards" and name not in of_optimizer}
         is_finished = self.step == self.training["steps"]           # a checkpoint, no state
         expected = method.checkpoint() if is_finished else method.state()
-        fill(expected, tensors, f"{self.path} does not hold the tensors of this run")
-        for key, value in self.tensors.items():
-            if key.startswith("optimizer."):
-                _, kind, name = key.split(".", 2)
-                p = method.get_parameter(name)
-                optimizer.state[p][kind] = value.to(p.device)
+        fill(expected, tensors, complaint)
+        expected = {}                               # a parameter without a gradient has no state
+        for name, p in method.trained().items():
+            if f"optimizer.step.{name}" in of_optimizer:
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                      "exp_avg": torch.zeros_like(p),
+                                      "exp_avg_sq": torch.zeros_like(p)}
+                expected.update({f"optimizer.{kind}.{name}": value
+                                 for kind, value in optimizer.state[p].items()})
+        fill(expected, of_optimizer, complaint)
         if self.scaler:
             scaler.load_state_dict(self.scaler)
 

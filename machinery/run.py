@@ -146,14 +146,14 @@ class Run:
 
     def __enter__(self):
         is_first = self.processes.rank == 0
-        self.signal_notes = note_signals()
-        self.signals = self.signal_notes.__enter__()
         self.bar = tqdm(total=self.config["steps"], initial=self.steps.start, desc="training",
                         unit=" steps", disable=None if is_first else True)
         self.log = None
         if is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             self.log = Log(self.output / "log.jsonl", self.steps.start, self.bar)
+        self.signal_notes = note_signals()
+        self.signals = self.signal_notes.__enter__()
         self.started = time.time()
         self.saved = self.started
         self.step_began = self.started
@@ -223,13 +223,14 @@ class Run:
         sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
     def finish(self):
-        """Write the trained model. Nothing is left to go on with: the states are deleted."""
+        """Write the trained model. Nothing is left to go on with: the states are deleted, and what
+        a killed process left half-written."""
         if self.processes.rank > 0:
             return
         path = self.output / "model.safetensors"
         save_model(path, self.method, {**self.config, "step": self.config["steps"]})
-        for state in states(self.output):
-            state.unlink()
+        for left in (*states(self.output), *self.output.glob("*.partial")):
+            left.unlink()
         line = f"trained in {time.time() - self.started:.0f} s, {path}"
         if sum(self.counts):
             line += f"; left out: {bad_line(self.counts)}"

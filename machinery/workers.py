@@ -33,7 +33,8 @@ def end_with_parent():
 
 
 def end_with_torchrun():
-    """`end_with_parent`, if torchrun is the parent; other runs may outlive the shell."""
+    """`end_with_parent`, if torchrun is the parent; a run without torchrun may go on
+    when its shell is closed."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
 

@@ -639,6 +639,16 @@ def test_features_are_computed_once_by_one_process(tmp_path, backbone, monkeypat
     assert torch.equal(alone[0, 3]["patch_tokens"], every[0][0, 3]["patch_tokens"])
 
 
+def test_a_broken_feature_file_is_named(tmp_path, backbone):
+    """Features from a file that was cut short count as unreadable, and the error names the file."""
+    pairs = captioned([noise(0)], CAPTIONS[:1], size=32)
+    features = computed(pairs, backbone, tmp_path / "features")
+    path = tmp_path / "features" / "features-000000.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="features-000000.safetensors is broken .*delete it"):
+        features[0, 0]
+
+
 def test_features_on_a_full_disk(tmp_path, backbone, monkeypatch):
     """A disk that gets full while features are written ends in an error. What was written is kept,
     and the next run goes on from there."""

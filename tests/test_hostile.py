@@ -22,6 +22,7 @@ from PIL import Image, PngImagePlugin
 
 import concepts
 import eval
+import segment
 import train
 from conftest import ROOT, tiny
 from data import MAX_PIXELS
@@ -38,6 +39,25 @@ from test_fidelity import denoiser_state, release
 from test_shards import BANK, MATCH, opened, sample, write_tar
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc here")
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings at test time
+
+@pytest.mark.parametrize("setting, words", [
+    ("class_embedding=foo", "'caption' or 'concept', found 'foo'"),
+    ("window=448.0", "window is 448.0; expected a number of pixels"),
+    ("stride=null", "stride is None; expected a number of pixels")])
+def test_settings_at_test_time_are_checked(checkpoint, fails, setting, words):
+    """--protocol takes no value that means nothing."""
+    fails(eval.main, ["--dataset", "toy", "--checkpoint", checkpoint, "--device", "cpu",
+                      "--protocol", setting], words)
+
+
+def test_a_threshold_is_a_number(fails, checkpoint):
+    """A threshold that is no finite number would make every pixel background."""
+    fails(segment.main, ["photo.jpg", "--classes", "cat", "--background", "threshold:nan",
+                         "--checkpoint", checkpoint], "background 'threshold:nan'", "threshold:T")
 
 
 # --------------------------------------------------------------------------------------------------

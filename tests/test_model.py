@@ -16,6 +16,7 @@ from concepts import ConceptBank, annotate, token_spans, tokenize
 from conftest import BANK, tiny
 from machinery.backbones import SHAPE_OPTIONS
 from machinery.checkpoint import SINCE, load_model, save_model
+from machinery.classes import read_templates
 from model import (SimZSS, TextEncoder, VisionBackbone, class_weights, concept_embeddings,
                    concept_loss, global_loss, similarity_pool)
 
@@ -222,10 +223,10 @@ def test_losses_and_gradients_equal_a_slow_transcription(model, target, query):
 
 @pytest.mark.parametrize("switch", [
     {"pool_query": "caption"}, {"local_target": "argmax"}, {"pool_temperature": 0.3},
-    {"local_temperature": 0.3}, {"local_weight": 0.3}])
+    {"local_temperature": 0.3}, {"local_weight": 0.3}, {"prompt_weight": 0.3}])
 def test_a_switch_changes_what_it_is_for_and_nothing_else(model, switch):
-    """Each switch of the method changes the local loss, and lambda its weight; the global loss
-    stays bit-identical."""
+    """Each switch of the method changes the local loss, lambda its weight, and the prompts' weight
+    adds a loss; the global loss stays bit-identical."""
     batch = training_batch(model)
     before = model(*batch)
     for name, value in switch.items():
@@ -234,11 +235,29 @@ def test_a_switch_changes_what_it_is_for_and_nothing_else(model, switch):
     after = changed(*batch)
     assert torch.equal(after["global"], before["global"])
     assert after["concepts"] == before["concepts"]
-    assert torch.equal(after["local"], before["local"]) == ("local_weight" in switch)
+    assert torch.equal(after["local"], before["local"]) == bool(switch.keys() & {"local_weight", "prompt_weight"})
     assert not torch.equal(after["loss"], before["loss"])
     old = model.switches()
     new = changed.switches()
     assert {key for key in new if new[key] != old[key]} == set(switch)
+
+
+def test_the_loss_of_prompts_is_the_local_loss_of_classes_by_caption(model):
+    """With prompt_weight, the second local loss has for class weights what `embed_classes` makes of
+    the concepts at test time by their prompts' end tokens; gradient reaches the text encoder."""
+    images, tokens, ids, spans = training_batch(model)
+    model.prompt_weight = 0.5
+    model.prompts = "plain"
+    weights = model.embed_classes(model.bank, read_templates("plain"))[:, 0]        # (C, D)
+    _, patches, _ = model.backbone(images)
+    counts = torch.bincount(ids[ids >= 0], minlength=len(model.bank)).float()
+    visual = similarity_pool(weights[ids.clamp(min=0)], patches, model.pool_temperature)
+    expected = concept_loss(visual, ids, weights, counts, model.local_temperature)
+    losses = model(images, tokens, ids, spans)
+    same(losses["prompt"].detach(), expected)
+    same((losses["loss"] - losses["global"] - 0.05 * losses["local"]).detach(), 0.5 * expected)
+    losses["prompt"].backward()
+    assert all(p.grad.norm() > 0 for p in model.text.parameters())
 
 
 def test_with_one_occurrence_each_both_queries_are_the_same(model):

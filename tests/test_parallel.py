@@ -54,7 +54,9 @@ def losses_and_gradients(model, case, rank=0, world=1):
         batch["concepts"] = batch["concepts"][:, :M]
     model.local_target = target
     model.local_weight = 0.5
+    model.prompt_weight = 0.3 if target == "concept" else 0.0
     model.zero_grad()
+    torch.manual_seed(0)                            # prompts are drawn
     with patch.object(model_file, "BUCKET", bucket):
         losses = model.backward(batch, unscaled, chunk)
     average_gradients(list(model.trained().values()))
@@ -109,7 +111,7 @@ def found(tmp_path_factory):
 def test_one_batch_has_one_loss_however_it_is_split(found, ids, world, way):
     """1 x 8 = 2 x 4 = 4 x 2 pairs: losses, counts and gradients agree to 1e-5 in float32 in each
     process, also when some processes or all are without concepts, with captions in buckets, and
-    encoded twice, one by one."""
+    encoded twice, one by one; with prompts and without."""
     for target in ("concept", "argmax"):
         expected, gradients = found[1, 0, (ids, target, "at once")]
         assert (expected["local"] > 0) == (ids != "none anywhere")

@@ -274,9 +274,9 @@ def test_the_background_in_any_case(tmp_path, name):
     assert left.classes == [["cat"]] and left.background_class is None
 
 
-def test_results_do_not_overwrite_each_other(tmp_path, checkpoint, fails):
+def test_results_do_not_overwrite_each_other(tmp_path, checkpoint, fails, monkeypatch):
     """The name of a result tells what was left out, and another folder of the same name needs
-    another --output."""
+    another --output, also where both are named from where they lie."""
     a, b = (write_folder(tmp_path / part / "data", [[[0, 1], [2, 1]]]) for part in ("a", "b"))
     out = tmp_path / "out"
     run = ["--checkpoint", str(checkpoint), "--output", str(out), "--device", "cpu"]
@@ -287,6 +287,11 @@ def test_results_do_not_overwrite_each_other(tmp_path, checkpoint, fails):
     fails(eval.main, ["--dataset", b, "--background", "threshold:0.1", *run],
           "eval_data.json holds the result of", a, "--output")
     assert json.loads((out / "eval_data.json").read_text())["dataset"] == str(a)
+    monkeypatch.chdir(b.parent)
+    fails(eval.main, ["--dataset", "data", "--background", "threshold:0.1", *run],
+          "eval_data.json holds the result of", a, "--output")
+    monkeypatch.chdir(a.parent)
+    eval.main(["--dataset", "data", "--background", "threshold:0.1", *run])
 
 
 def test_the_default_background_is_told():

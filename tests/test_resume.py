@@ -221,6 +221,28 @@ def test_only_broken_states_end_the_run(tmp_path, fails):
           "nothing to go on from", "state-00000099")
 
 
+def test_only_a_state_of_this_run_is_gone_on_from(tmp_path, fails):
+    """The checkpoint of an unfinished run is no state. A state whose optimizer has a tensor of
+    another shape, one too few or one of a foreign name is refused, by the tensor's name."""
+    folder = tmp_path / "run"
+    interrupted(folder)
+    again = [*RUN, "--output", tmp_path / "again", "--resume"]
+    fails(train.main, [*again, folder / "model.safetensors"], "nothing to go on from",
+          "model.safetensors")
+    path = states(folder)[0]
+    with safetensors.safe_open(path, "pt") as file:
+        header = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    name = "optimizer.exp_avg.text.tower.text_projection"
+    other = {**tensors, name: tensors[name][:1]}
+    fewer = {key: value for key, value in tensors.items() if key != name}
+    more = {**tensors, "optimizer.exp_avg.dog": tensors[name].clone()}
+    for changed, words in ((other, f"misshapen: {name}"), (fewer, f"missing: {name}"),
+                           (more, "unexpected: optimizer.exp_avg.dog")):
+        safetensors.torch.save_file(changed, path, header)
+        fails(train.main, [*again, path], path, words)
+
+
 def test_an_unfinished_run_is_not_overwritten(reference, tmp_path, fails):
     """Without --resume an unfinished run in the output folder is left alone, and the error names
     what can be done. --resume FILE goes on from a given state, also in another folder. A finished
