@@ -266,7 +266,8 @@ class SSeg(Method):
             help="D, of image and text embeddings and of what is before them (default: "
                  "%(default)s)")
         add("--clusters", type=int, default=8,
-            help="K, the teacher's pseudo-masks of an image, at most (default: %(default)s)")
+            help="K, the teacher's pseudo-masks of an image; no more than --queries, because each "
+                 "gets its own (default: %(default)s)")
         add("--deep-supervision", choices=["mean", "sum", "last"], default="mean",
             help="mask loss of all decoder layers, averaged or summed, or of the last one "
                  "(default: %(default)s)")
@@ -281,14 +282,21 @@ class SSeg(Method):
 
     @staticmethod
     def check_flags(args):
+        backbones.check_flags(args)
+        bounds = {"decoder_width": (32, math.inf), "decoder_layers": (1, math.inf),
+                  "decoder_heads": (1, math.inf), "decoder_ffn": (1, math.inf),
+                  "joint_width": (1, math.inf), "clusters": (1, args.queries),
+                  "dropout": (0, 0.9), "drop_path": (0, 0.9), "least_crop": (0.01, 1),
+                  "contrastive_weight": (0, math.inf)}
+        for name, (least, most) in bounds.items():
+            if not least <= getattr(args, name) <= most:            # `not <=` refuses nan, too
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected "
+                                 f"{least} to {most}")
         if args.image_size % STRIDE:
             raise ValueError(f"--image-size {args.image_size}: expected a multiple of {STRIDE}")
         if args.decoder_width % 32 or args.decoder_width % args.decoder_heads:
             raise ValueError(f"--decoder-width {args.decoder_width}: expected a multiple of 32 and "
                              f"of the {args.decoder_heads} heads")
-        if not 1 <= args.clusters <= args.queries:
-            raise ValueError(f"--clusters {args.clusters}: expected at least one and no more than "
-                             f"the {args.queries} --queries, of which each has its own")
 
     @classmethod
     def build(cls, args, bank):

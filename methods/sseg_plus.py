@@ -179,8 +179,12 @@ class SSegPlus(Method):
                              "their label maps, --labels FOLDER, which segment.py writes")
         if args.denoiser or args.image_token != "class":
             raise ValueError("--denoiser and --image-token are for a frozen backbone")
-        if args.head_width % 32:
+        backbones.check_flags(args)
+        if args.head_width < 32 or args.head_width % 32:
             raise ValueError(f"--head-width {args.head_width}: expected a multiple of 32")
+        if not 0 < args.layer_decay <= 1:
+            raise ValueError(f"--layer-decay {args.layer_decay}: expected a share, more than 0 and "
+                             "at most 1")
 
     @classmethod
     def build(cls, args, bank):

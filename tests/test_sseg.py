@@ -733,7 +733,11 @@ def test_settings_that_cannot_be_are_refused(tmp_path, fails):
     for flags, words in [
             (["--image-size", "100"], ["--image-size 100", "multiple of 32"]),
             (["--decoder-width", "40"], ["--decoder-width 40", "multiple of 32"]),
-            (["--queries", "7"], ["--clusters 8", "7 --queries"]),
+            (["--queries", "7"], ["--clusters is 8", "1 to 7"]),
+            (["--decoder-layers", "0"], ["--decoder-layers is 0"]),
+            (["--dropout", "1"], ["--dropout is 1"]),
+            (["--least-crop", "nan"], ["--least-crop is nan"]),
+            (["--text-layers", "0"], ["--text-layers"]),
             (["--student", "resnet18"], ["resnet18"]),
             (["--backbone", "vit_tiny_patch14_224"], ["vit_tiny_patch14_224"])]:
         fails(train.main, ["--method", "sseg", *SMALL, *TOY, *flags, "--output", tmp_path], *words)

@@ -291,5 +291,6 @@ def test_what_it_needs_is_asked_for(scenes, labels, tmp_path, fails):
             (["--train-data", "toy", "--labels", labels], ["--train-data FOLDER"]),
             ([*images, "--labels", tmp_path], ["no label maps in", tmp_path]),
             ([*images, "--labels", labels, "--image-token", "mean"], ["frozen backbone"]),
+            ([*images, "--labels", labels, "--layer-decay", "0"], ["--layer-decay 0"]),
             ([*images, "--labels", labels, "--head-width", "40"], ["--head-width 40"])]:
         fails(train.main, [*RUN, *flags, "--output", tmp_path / "run"], *words)
