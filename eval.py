@@ -29,7 +29,7 @@ from machinery.errors import one_line_errors
 from machinery.parallel import own_indices, pick_device, rank, sum_counts, world_size
 from machinery.pictures import comparison
 from machinery.protocol import (SLIDING, add_model_flags, embed, open_model, refuse_toy_model,
-                                result_folder)
+                                result_folder, windows)
 from machinery.results import (ThresholdSweep, compare, full_name, made_with, print_result,
                                scored_dataset, show_sweep, write_result)
 from machinery.workers import cores_per_process, end_with_torchrun, start_data_worker
@@ -145,14 +145,14 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     mine = range(total) if alone else own_indices(total)
     matrix = torch.zeros(C, C, dtype=torch.int64)
     sweep = None if thresholds is None else ThresholdSweep(thresholds, C, background, IGNORE)
-    sliding = {**{key: protocol[key] for key in SLIDING}, "batch": WindowBatch(batch)}
+    settings = {**windows(protocol), "batch": WindowBatch(batch)}
     shown = []
     start = time.time()
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers,
                         worker_init_fn=start_data_worker)
     bar = tqdm(loader, desc="scoring", unit=" images", disable=None if mine.start == 0 else True)
     for i, (_, image, truth) in zip(mine, bar):
-        mask, score = segment_image(model, image, embeddings, **sliding)
+        mask, score = segment_image(model, image, embeddings, **settings)
         truth = torch.as_tensor(truth)
         if sweep:
             sweep.count(mask, score, truth)

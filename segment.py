@@ -29,7 +29,8 @@ from machinery.classes import check_classes, read_classes, read_templates, split
 from machinery.errors import one_line_errors
 from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
 from machinery.pictures import count_pixels, row_bands
-from machinery.protocol import SLIDING, add_model_flags, embed, open_model, refuse_toy_model
+from machinery.protocol import add_model_flags, embed, open_model, refuse_toy_model, windows
+from machinery.refine import refine
 
 LONG_SIDE = 2048                                    # the usual bound, for very elongated images
 
@@ -92,17 +93,12 @@ class WindowBatch:
                    "(--batch)", file=sys.stderr)
 
 
-def score_maps(model, image, class_embeddings, window=448, stride=224, short_side=448, batch=8):
-    """Score of every class at every pixel of the resized photo, averaged where windows overlap:
-    (C, h, w). Arguments: see `segment_image`."""
-    batch = batch if isinstance(batch, WindowBatch) else WindowBatch(batch)
-    if min(short_side, batch.size) < 1 or not 0 < stride <= window:
-        raise ValueError(f"short_side {short_side}, window {window}, stride {stride}, batch "
-                         f"{batch.size}: expected positive numbers, and a stride of at most the "
-                         "window, or pixels would be left out")
-    pixels = to_pixels(image)                                                       # (3, H, W)
-    h, w = resized_size(*pixels.shape[-2:], short_side)
-    pixels = resize(pixels, h, w).to(class_embeddings.device)
+def slide(model, pixels, class_embeddings, window, stride, batch):
+    """Score of every class at every pixel, averaged where windows overlap: (C, h, w).
+
+    pixels: uint8 (3, h, w), the resized photo. batch: WindowBatch.
+    """
+    h, w = pixels.shape[-2:]
     corners = [(y, x) for y in window_starts(h, window, stride)
                for x in window_starts(w, window, stride)]
     total = torch.zeros(len(class_embeddings), h, w, device=pixels.device)          # (C, h, w)
@@ -127,17 +123,45 @@ def score_maps(model, image, class_embeddings, window=448, stride=224, short_sid
     return total.div_(count)
 
 
+def score_maps(model, image, class_embeddings, window=448, stride=224, short_side=448, batch=8,
+               scales=(1,), refine_steps=0):
+    """Score of every class at every pixel of the resized photo: (C, h, w). Arguments: see
+    `segment_image`."""
+    batch = batch if isinstance(batch, WindowBatch) else WindowBatch(batch)
+    if min(short_side, batch.size, *scales) <= 0 or not 0 < stride <= window or refine_steps < 0:
+        raise ValueError(f"short_side {short_side}, scales {scales}, window {window}, stride "
+                         f"{stride}, batch {batch.size}, refine_steps {refine_steps}: expected "
+                         "positive numbers, and a stride of at most the window, or pixels would be "
+                         "left out")
+    photo = to_pixels(image)                                                        # (3, H, W)
+    size = resized_size(*photo.shape[-2:], short_side)                              # (h, w)
+    total = 0
+    for scale in scales:
+        scaled = resized_size(*photo.shape[-2:], scale * short_side, scale * LONG_SIDE)
+        pixels = resize(photo, *scaled).to(class_embeddings.device)
+        maps = slide(model, pixels, class_embeddings, window, stride, batch)
+        if scaled != size:
+            maps = F.interpolate(maps[None], size, mode="bilinear")[0]
+        total = total + maps / len(scales)                                          # (C, h, w)
+    if refine_steps:
+        total = refine(total, resize(photo, *size).to(total.device), refine_steps)
+    return total
+
+
 @torch.no_grad()
-def segment_image(model, image, class_embeddings, window=448, stride=224, short_side=448, batch=8):
+def segment_image(model, image, class_embeddings, window=448, stride=224, short_side=448, batch=8,
+                  scales=(1,), refine_steps=0):
     """Name every pixel of one photo.
 
     model: anything with `patch_scores`, like SimZSS. image: RGB PIL image or uint8 (H, W, 3) array.
     class_embeddings: (C, D) or (C, S, D). window, stride, short_side: pixels. batch: windows at a
-    time, a number or a `WindowBatch`. Returns (index mask (H, W), score (H, W) float32): the best
-    class and its score, CPU tensors.
+    time, a number or a `WindowBatch`. scales: of the short side; scores are averaged over them.
+    refine_steps: of `machinery.refine`, 0 = none. Returns (index mask (H, W), score (H, W)
+    float32): the best class and its score, CPU tensors.
     """
     W, H = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-    maps = score_maps(model, image, class_embeddings, window, stride, short_side, batch)
+    maps = score_maps(model, image, class_embeddings, window, stride, short_side, batch, scales,
+                      refine_steps)
     score = torch.empty(H, W)
     mask = torch.empty(H, W, dtype=torch.uint8 if len(maps) <= 256 else torch.int16)
     for band in row_bands(H, len(maps) * W):        # never C x H x W at the photo's own size
@@ -232,13 +256,13 @@ def segment_file(model, protocol, photo, classes, embeddings, output, batch, vie
     image = load_image(photo)
     kind, threshold = parse_background(protocol["background"])
     scored, names = class_names(classes, kind)
-    sliding = {**{key: protocol[key] for key in SLIDING}, "batch": batch}
-    mask, score = segment_image(model, image, embeddings, **sliding)
+    settings = {**windows(protocol), "batch": batch}
+    mask, score = segment_image(model, image, embeddings, **settings)
     stem = Path(output) / Path(photo).stem
     files = {"mask": f"{stem}_mask.png", "overlay": f"{stem}_overlay.png",
              **{view: f"{stem}_{view}.png" for view in views}}
     if "similarity" in views:
-        maps = score_maps(model, image, embeddings, **sliding).cpu().numpy()
+        maps = score_maps(model, image, embeddings, **settings).cpu().numpy()
         pictures.similarity_view(image, scored, maps).save(files["similarity"])
     if "pca" in views:
         size = model.trained_with.get("image_size", 224)

@@ -14,7 +14,8 @@ from machinery.parallel import pick_device
 from machinery.toy import is_scene
 
 PROTOCOL = {"templates": "imagenet80", "short_side": 448, "window": 448, "stride": 224}
-SLIDING = ("short_side", "window", "stride")        # what `segment_image` needs of a protocol
+SLIDING = ("short_side", "window", "stride")        # what `segment_image` needs of a protocol ...
+REFINING = ("scales", "refine_steps")               # ... and what it may get
 
 
 def add_model_flags(parser):
@@ -28,6 +29,12 @@ def add_model_flags(parser):
                                        "checkpoint's, 448 for photos)")
     add("--window", type=int, help="pixels of the sliding window (default: likewise, 448)")
     add("--stride", type=int, help="pixels from one window to the next (default: likewise, 224)")
+    add("--scales", type=float, nargs="+", metavar="S",
+        help="average the scores over several sizes of the photo, such as 1 1.5 times the short "
+             "side (default: 1)")
+    add("--refine-steps", type=int, metavar="N",
+        help="steps of pixel-adaptive refinement, which moves borders to those of the photo's "
+             "colours; 10 is usual (default: 0)")
     add("--class-embedding", choices=["caption", "concept"],
         help="SimZSS: embed a class by its prompt's end token or by its name's tokens (default: "
              "the checkpoint's)")
@@ -70,10 +77,19 @@ def open_model(args):
             raise ValueError(f"--{key.replace('_', '-')}: {model.name} has no such setting; it has "
                              f"{', '.join(protocol)}")
         protocol[key] = value
+    if args.scales:
+        protocol["scales"] = args.scales
+    if args.refine_steps:
+        protocol["refine_steps"] = args.refine_steps
     for key in SLIDING:
         if type(protocol[key]) is not int:
             raise ValueError(f"{key} is {protocol[key]!r}; expected a number of pixels")
     return model, protocol
+
+
+def windows(protocol):
+    """The settings of `segment_image` in a protocol."""
+    return {key: protocol[key] for key in (*SLIDING, *REFINING) if key in protocol}
 
 
 def result_folder(checkpoint):

@@ -2,8 +2,6 @@
 memory; and folders of one's own data that are not quite right."""
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 import eval
 import segment
-from conftest import ROOT
 from machinery import pictures
 from machinery.benchmarks import IGNORE, open_dataset, open_folder
 from machinery.check import check, check_warnings
@@ -137,34 +134,27 @@ def test_an_overlay_names_every_class_found():
     assert all((key == colour).all(axis=1).any() for colour in palette(2))
 
 
-PCA = """
-import resource, sys, torch
-sys.path[:0] = ["..", "."]
-from PIL import Image
-import numpy as np
-import segment
-from conftest import tiny
-model = tiny("test_vit").eval()
-photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (334, 500, 3), np.uint8))
-words = torch.nn.functional.normalize(torch.randn(3, 1, 64), dim=-1)
-def resized(pixels, scale):
-    sides = segment.resized_size(*pixels.shape[-2:], scale * 448, scale * 2048)
-    return segment.resize(pixels, *sides)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-from machinery.pictures import pca_view
-pca_view(model, photo, ["a", "b", "c"], words, resized)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
+def test_the_pca_view_needs_little_memory(model):
+    """However large the photo is drawn, the model sees no more of it than a tile at a time, and
+    each pixel exactly once for each of the two projections of the first size."""
+    seen = []
+    scores = model.patch_scores
 
+    def counting(pixels, directions):
+        seen.append((pixels.shape[-2:].numel(), directions.shape[0]))
+        return scores(pixels, directions)
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read in Linux's units")
-def test_the_pca_view_needs_little_memory():
-    """Eight times 448 pixels of a photo of 500 x 334 need less than 1.5 GB beside the model: the
-    photo goes through it in tiles."""
-    done = subprocess.run([sys.executable, "-c", PCA], cwd=ROOT / "tests", capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1500
+    model.patch_scores = counting
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    words = torch.nn.functional.normalize(torch.randn(3, 1, model.backbone.width), dim=-1)
+
+    def resized(pixels, scale):
+        size = segment.resized_size(*pixels.shape[-2:], scale * 32, scale * 2048)
+        return segment.resize(pixels, *size)
+
+    pictures.pca_view(model, photo, ["a", "b", "c"], words, resized, tile=40)
+    assert max(area for area, _ in seen) == 40 * 40
+    assert sum(area for area, _ in seen) == 32 * 48 * (1 + 1 + 4 + 16 + 64)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -294,12 +284,12 @@ def test_results_do_not_overwrite_each_other(tmp_path, checkpoint, fails, monkey
     eval.main(["--dataset", "data", "--background", "threshold:0.1", *run])
 
 
-def test_the_default_background_is_told():
+def test_the_default_background_is_told(capsys):
     """What stands for the background of a folder by default is said in --help."""
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "--help"], capture_output=True,
-                          text=True)
+    with pytest.raises(SystemExit):
+        eval.main(["--help"])
     assert "of a folder with a class background the names in its own line" in " ".join(
-        done.stdout.split())
+        capsys.readouterr().out.split())
 
 
 def test_segmenting_names_a_font(tmp_path, checkpoint, folder):

@@ -689,14 +689,15 @@ def test_photos_of_the_same_name_do_not_overwrite_each_other(checkpoint, tmp_pat
         assert len(list((tmp_path / "out").glob("*_mask.png"))) == 2
 
 
-@pytest.mark.parametrize("class_embedding", ["caption", "concept"])
-def test_segment_and_eval_give_the_identical_mask(checkpoint, folder, tmp_path, class_embedding):
+@pytest.mark.parametrize("more", [["--class-embedding", "caption"],
+                                  ["--class-embedding", "concept"],
+                                  ["--scales", "1", "1.5", "--refine-steps", "2"]])
+def test_segment_and_eval_give_the_identical_mask(checkpoint, folder, tmp_path, more):
     """Scored against segment.py's own masks, eval.py finds not one wrong pixel; of absent classes
     it says null."""
     names = folder / "classes.txt"
     names.write_text("\n".join(f"thing number {i}" for i in range(40)))
     photos = sorted((folder / "images").iterdir())
-    more = ["--class-embedding", class_embedding]
     run(checkpoint, tmp_path, *photos, "--classes", names, *more)
     seen = set()
     for photo in photos:

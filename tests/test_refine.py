@@ -1,0 +1,68 @@
+"""What may be switched on at test time: several sizes of a photo, refinement by its colours."""
+import torch
+import torch.nn.functional as F
+
+from machinery.refine import DISTANCES, neighbour_weights, neighbours, refine
+from segment import resized_size, score_maps
+
+
+def test_neighbours_are_the_eight_around_at_each_distance():
+    """A single 1 is seen from exactly those eight pixels for each distance that have it as a
+    neighbour; beyond the border the nearest pixel counts."""
+    maps = torch.zeros(1, 101, 101)
+    maps[0, 50, 50] = 1
+    seen = sum(neighbours(maps))[0]
+    expected = torch.zeros(101, 101)
+    for d in DISTANCES:
+        for y in (-d, 0, d):
+            for x in (-d, 0, d):
+                expected[50 + y, 50 + x] += (y, x) != (0, 0)
+    assert torch.equal(seen, expected) and len(list(neighbours(maps))) == 8 * len(DISTANCES)
+    corner = torch.zeros(1, 9, 9)
+    corner[0, 0, 0] = 1
+    assert sum(neighbours(corner))[0, 0, 0] == 3 * len(DISTANCES)
+
+
+def test_weights_by_hand():
+    """In a photo of one colour all 48 neighbours weigh the same. In a photo of two, the weight of a
+    neighbour of the other colour is exp(-d / 0.1) of one of the same, d being the difference over
+    the standard deviation, averaged over the channels."""
+    assert torch.allclose(neighbour_weights(torch.full((3, 5, 5), 99, dtype=torch.uint8)),
+                          torch.full((48, 5, 5), 1 / 48))
+    photo = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    photo[0, :, 4:] = 255                           # one channel of three differs
+    weights = neighbour_weights(photo)[:, 4, 3]     # just left of the border
+    other = torch.tensor([value[0, 4, 3] > 0 for value in neighbours(photo)])
+    share = torch.cat([other, torch.tensor([False])]).double()
+    ratio = torch.exp(-1 / share.std() / 3 / 0.1)
+    assert 0 < other.sum() < 48
+    assert torch.allclose(weights[other] / weights[~other][0], ratio.float(), rtol=1e-3)
+    assert torch.allclose(weights.sum(), torch.tensor(1.0))
+
+
+def test_a_border_moves_to_that_of_the_colours():
+    """Scores whose border lies four pixels beside that of the photo's colours are right after
+    refinement; scores alike everywhere stay, and a class depends on no other class."""
+    photo = torch.full((3, 32, 40), 40, dtype=torch.uint8)
+    photo[:, :, 20:] = 200
+    maps = torch.full((20, 32, 40), 0.25)
+    maps[0, :, :24] = 1.0
+    maps[1, :, 24:] = 1.0
+    refined = refine(maps, photo, 10)
+    assert (maps.argmax(dim=0)[0] == 1).sum() == 16
+    assert torch.equal(refined.argmax(dim=0), (torch.arange(40) >= 20).long().expand(32, 40))
+    assert torch.allclose(refined[2:], maps[2:])
+    assert torch.equal(refine(maps[:2], photo, 10), refined[:2])
+
+
+def test_scales_are_averaged(model):
+    """Scores of several sizes are the mean of the scores of each size, resized to the first."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (40, 56, 3), generator=generator, dtype=torch.uint8).numpy()
+    classes = F.normalize(torch.randn(3, model.backbone.width, generator=generator), dim=-1)
+    size = resized_size(40, 56, 32)
+    one, large = (score_maps(model, image, classes, 32, 16, side) for side in (32, 64))
+    found = score_maps(model, image, classes, 32, 16, 32, scales=(1, 2.0))
+    large = F.interpolate(large[None], size, mode="bilinear")[0]
+    assert torch.allclose(found, (one + large) / 2, atol=1e-6)
+    assert torch.equal(score_maps(model, image, classes, 32, 16, 32, scales=[1.0]), one)
