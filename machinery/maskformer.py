@@ -1,5 +1,5 @@
-"""The parts of MaskFormer, a network that turns an image into masks: backbones that give maps at four
-scales, a pixel decoder, a transformer decoder.
+"""The parts of MaskFormer, a network that turns an image into masks: backbones that give four maps,
+a pixel decoder, a transformer decoder.
 
 Cheng, Schwing, Kirillov, "Per-Pixel Classification is Not All You Need for Semantic Segmentation",
 2021. Letters: Q queries, each a mask; L layers; d width of both decoders; m cells of the coarsest
