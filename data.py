@@ -29,8 +29,9 @@ MAX_PIXELS = 2 ** 26                                # of a training image, decod
 # --------------------------------------------------------------------------------------------------
 # Images
 
-def random_resized_crop(image, size, rng, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)):
-    """Cut out a random part and resize it to size x size, bicubic (docs/method.md, section 3).
+def random_resized_crop(image, size, rng, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3),
+                        resample=Image.BICUBIC):
+    """Cut out a random part and resize it to size x size (docs/method.md, section 3).
 
     scale: range of the part's share of the area. ratio: range of its width / height. Where ten
     draws do not fit into the image, its largest central part within the ratios is taken.
@@ -50,7 +51,7 @@ def random_resized_crop(image, size, rng, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)
         h = min(H, round(W / ratio[0]))
         x = (W - w) // 2
         y = (H - h) // 2
-    return image.resize((size, size), Image.BICUBIC, box=(x, y, x + w, y + h))
+    return image.resize((size, size), resample, box=(x, y, x + w, y + h))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -291,6 +291,7 @@ def parse_args(argv=None):
     if known.train_data == "toy":
         defaults = {**defaults, **TOY, **method.TOY}
     parser.set_defaults(**defaults)
+    parser.set_defaults(**method.further_defaults(parser.parse_known_args(argv)[0]))
     return parser.parse_args(argv)
 
 

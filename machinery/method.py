@@ -19,6 +19,7 @@ METHODS = {
     "simzss": "model.SimZSS",
     "sseg": "methods.sseg.SSeg",
     "sseg-plus": "methods.sseg_plus.SSegPlus",
+    "ovsegmentor": "methods.ovsegmentor.OVSegmentor",
 }
 PRETRAINED = {}                                     # --checkpoint NAME[:which] -> its method
 
@@ -75,6 +76,12 @@ class Method(nn.Module):
     def add_flags(parser):
         """Add the method's own switches, its PROTOCOL's own entries among them, to train.py's
         argument parser."""
+
+    @staticmethod
+    def further_defaults(args):
+        """Defaults of train.py's flags that depend on other flags: a dict, on top of RECIPE and
+        TOY. args: the flags with the defaults so far."""
+        return {}
 
     @staticmethod
     def check_flags(args):

@@ -244,6 +244,14 @@ def test_crop_of_an_extreme_shape(size, box):
     assert all(drawn_box(*size, seed) == box for seed in range(5))
 
 
+def test_crop_is_resized_as_asked():
+    """The nearest pixel keeps black and white as they are; bicubic, the default, mixes them."""
+    image = Image.fromarray(np.where(noise(0) > 127, 255, 0).astype(np.uint8))
+    nearest = random_resized_crop(image, 32, np.random.default_rng(0), resample=Image.NEAREST)
+    mixed = random_resized_crop(image, 32, np.random.default_rng(0))
+    assert set(np.unique(nearest)) == {0, 255} and len(np.unique(mixed)) > 10
+
+
 def test_crop_depends_on_its_generator_alone():
     """The same generator gives the same crop, another generator another crop."""
     image = Image.fromarray(noise(0))

@@ -87,6 +87,14 @@ def test_its_recipe_is_used(whole):
     assert "class_embedding" not in trained_with["protocol"]
 
 
+def test_defaults_may_depend_on_flags(monkeypatch):
+    """A method may set defaults by other flags; what is given counts."""
+    monkeypatch.setattr(linear_method.Linear, "further_defaults",
+                        staticmethod(lambda args: {"epochs": 2 * args.linear_width}))
+    assert train.parse_args([*RUN, "--linear-width", "3"]).epochs == 6
+    assert train.parse_args([*RUN, "--linear-width", "3", "--epochs", "1"]).epochs == 1
+
+
 def test_two_processes_train_as_one(whole, tmp_path):
     """By torchrun in two processes every logged loss, and the buffer, are those of one process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
