@@ -104,35 +104,6 @@ class GlobalDropPath(GlobalDropout):
         return [1] * (x.ndim - 1)
 
 
-class GlobalDropout(nn.Module):
-    """Dropout, drawn for the global batch; see `global_rows`. rate: share of values set to 0."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
-    def drawn(self, x):
-        """Shape of what is drawn for a row of x."""
-        return x.shape[1:]
-
-    def forward(self, x):
-        """x: (B, ...), this process's rows of the global batch."""
-        if not self.training or self.rate == 0:
-            return x
-
-        def draw(rows):
-            kept = torch.empty(rows, *self.drawn(x), dtype=torch.bool, device=x.device)
-            return kept.bernoulli_(1 - self.rate)
-        return x * global_rows(draw, len(x)) / (1 - self.rate)
-
-
-class GlobalDropPath(GlobalDropout):
-    """Stochastic depth: whole rows are set to 0. To be put in place of timm's DropPath."""
-
-    def drawn(self, x):
-        return [1] * (x.ndim - 1)
-
-
 def average_gradients(parameters):
     """Mean of the gradients over processes, in one message; see `_SumOverProcesses`.
 
