@@ -28,11 +28,13 @@ def test_lines_of_the_guide_are_those_that_it_names():
 
 
 @pytest.mark.parametrize("script", [concepts, eval, segment, train])
-def test_flags_exist(script, capsys):
-    """Every flag in a command of the guide is one of its script, of train.py with one of the
-    methods."""
-    help = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True,
-                          text=True).stdout
+def test_flags_exist(script, capsys, tmp_path):
+    """--help works from any folder, and every flag in a command of the guide is one of its script,
+    of train.py with one of the methods."""
+    run = subprocess.run([sys.executable, script.__file__, "--help"], cwd=tmp_path,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    help = run.stdout
     for name in METHODS if script is train else ():
         with pytest.raises(SystemExit):
             train.parse_args(["--method", name, "--help"])
