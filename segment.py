@@ -1,6 +1,7 @@
 """Segment any photo with any words.
 
     python segment.py photo.jpg --classes "cat, sofa, potted plant"
+    python segment.py photos/ --classes classes.txt --output masks
 
 writes photo_mask.png (a class index per pixel, at the photo's own size), photo_overlay.png (with a
 legend of the classes found) and photo.json. `segment_image` is the one way from a photo to a mask,
@@ -26,7 +27,7 @@ from machinery import pictures
 from machinery.checkpoint import load_model, write_text     # load_model, read_templates: for you
 from machinery.classes import check_classes, read_classes, read_templates, split_names
 from machinery.errors import one_line_errors
-from machinery.images import load_image, to_pixels
+from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
 from machinery.pictures import count_pixels, row_bands
 from machinery.protocol import add_model_flags, embed, open_model, refuse_toy_model, windows
 from machinery.refine import refine
@@ -202,7 +203,7 @@ def put_background(mask, score, threshold, index=0):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Segment photos with the classes that you name.")
     add = parser.add_argument
-    add("photos", nargs="+", help="image files")
+    add("photos", nargs="+", help="image files, or folders of them")
     add("--classes", required=True,
         help='names separated by commas, "cat, sofa", or a file with one class per line, synonyms '
              "after commas")
@@ -216,6 +217,22 @@ def parse_args(argv=None):
     add("--output", default=".", help="folder to write to (default: the current one)")
     add_model_flags(parser)
     return parser.parse_args(argv)
+
+
+def find_photos(names):
+    """Files among names, and all images in the folders among them, sub-folders left out. Raises
+    FileNotFoundError for a folder without images."""
+    photos = []
+    for name in names:
+        found = [name]
+        if os.path.isdir(name):
+            found = sorted(str(file) for file in Path(name).iterdir()
+                           if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise FileNotFoundError(f"no images in the folder {name}; expected "
+                                    f"{', '.join(IMAGE_SUFFIXES)}")
+        photos += found
+    return photos
 
 
 def class_names(classes, background):
@@ -281,7 +298,8 @@ def main(argv=None):
         else:
             names = split_names(args.classes)
             classes = check_classes([[name] for name in names], "--classes")
-        if len({Path(photo).stem for photo in args.photos}) < len(args.photos):
+        photos = find_photos(args.photos)
+        if len({Path(photo).stem for photo in photos}) < len(photos):
             raise ValueError("two photos have the same name, so would their masks; segment them "
                              "into different --output folders")
         kind, words = parse_background(args.background)
@@ -290,12 +308,12 @@ def main(argv=None):
         if kind == "prompt":
             classes = check_classes([words, *classes], "--background and --classes")
         model, protocol = open_model(args)
-        refuse_toy_model(model, args.photos)
+        refuse_toy_model(model, photos)
         protocol["background"] = args.background
         embeddings = embed(model, classes, protocol, background=0)
         Path(args.output).mkdir(parents=True, exist_ok=True)
         batch = WindowBatch(args.batch)
-        for photo in tqdm(args.photos, unit=" photos", disable=len(args.photos) == 1 or None):
+        for photo in tqdm(photos, unit=" photos", disable=len(photos) == 1 or None):
             result = segment_file(model, protocol, photo, classes, embeddings, args.output, batch,
                                   args.view)
             largest = sorted(result["found"], key=lambda found: -found["share"])

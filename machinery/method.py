@@ -17,6 +17,8 @@ from torch import nn
 # their names only.
 METHODS = {
     "simzss": "model.SimZSS",
+    "sseg": "methods.sseg.SSeg",
+    "sseg-plus": "methods.sseg_plus.SSegPlus",
     "ovsegmentor": "methods.ovsegmentor.OVSegmentor",
     "pixelclip": "methods.pixelclip.PixelCLIP",
 }

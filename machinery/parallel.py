@@ -71,7 +71,8 @@ def global_rows(draw, rows):
     draw: function of a number of rows. All processes draw the same tensor, because their generators
     are seeded alike, so results do not depend on the number of processes.
     """
-    return draw(rows * world_size())[rank() * rows:(rank() + 1) * rows]
+    drawn = draw(rows * world_size())
+    return drawn[rank() * rows:(rank() + 1) * rows].clone()     # a view would keep all rows alive
 
 
 class GlobalDropout(nn.Module):

@@ -1,11 +1,20 @@
-"""The toy world: drawn scenes with captions and known masks, and a hand-made frozen backbone."""
+"""The toy world: drawn scenes with captions and known masks, and a hand-made frozen backbone.
+
+    python -m machinery.toy FOLDER --count 500
+
+writes scenes as a segmentation folder: images/, masks/, classes.txt.
+"""
+import argparse
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, PngImagePlugin
 from torch import nn
+
+from machinery.errors import one_line_errors
 
 TOY_SIZE = 128                                      # pixels a side
 STUFF = {"sky": ((150, 200, 250), "plain"), "sea": ((30, 90, 190), "waves"),
@@ -170,6 +179,19 @@ def is_scene(path):
         return False
 
 
+def write_scenes(folder, count, seed=0):
+    """Write a segmentation folder of scenes that are neither those of training nor those of
+    `ToyScenes`. Raises FileExistsError for a folder that is there already."""
+    folder = Path(folder)
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for [name] in TOY_CLASSES))
+    for i in range(count):
+        image, mask, _ = toy_scene(np.random.default_rng((seed, 2, i)))
+        save_scene(Image.fromarray(image), folder / "images" / f"scene{i:05d}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"scene{i:05d}.png")
+
+
 # --------------------------------------------------------------------------------------------------
 # Backbone
 
@@ -212,3 +234,18 @@ class ToyTrunk(nn.Module):
         glance = self.describe(F.interpolate(images, size, mode="area")).mean(1, keepdim=True)
         class_token = F.normalize(glance, dim=-1) + F.normalize(context, dim=-1)
         return torch.cat([class_token, patches + 0.3 * context], dim=1)             # (B, 1 + N, D)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Write toy scenes as a segmentation folder.")
+    add = parser.add_argument
+    add("folder", help="folder to make, with images/, masks/ and classes.txt")
+    add("--count", type=int, default=100, help="scenes (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    with one_line_errors("lower --count"):
+        write_scenes(args.folder, args.count, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader
 
 from concepts import ConceptBank, annotate, load_annotations, tokenize
 from data import CaptionedImages, GlobalBatches, collate, load_pairs, random_resized_crop
+from machinery import toy
+from machinery.benchmarks import open_dataset
 from machinery.captions import read_captions
 from machinery.features import FeatureCache
 from machinery.images import load_image, to_pixels
-from machinery.toy import PLURALS, STUFF, THINGS, TOY_CLASSES, ToyScenes, toy_scene
+from machinery.toy import PLURALS, STUFF, THINGS, TOY_CLASSES, ToyScenes, is_scene, toy_scene
 from model import SimZSS, TextEncoder, VisionBackbone
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
@@ -869,3 +871,19 @@ def test_toy_scenes_are_a_dataset():
     _, image, mask = ToyScenes(3)[2]
     assert (np.array(items[2][1]) == np.array(image)).all() and (items[2][2] == mask).all()
     assert items[0][1].mode == "RGB" and items[0][2].shape == items[0][1].size[::-1]
+
+
+def test_toy_scenes_as_a_folder(tmp_path, fails):
+    """The command writes scenes that eval.py reads as a segmentation folder, that are marked as toy
+    scenes, and that are neither those of training nor those that are scored; never over others."""
+    toy.main([str(tmp_path / "toy"), "--count", "3", "--seed", "1"])
+    dataset = open_dataset(str(tmp_path / "toy"))
+    assert len(dataset) == 3 and dataset.classes == TOY_CLASSES
+    others = [toy_scene(np.random.default_rng((1, part, i)))[0]
+              for part in (0, 1) for i in range(3)]
+    for i, (name, image, mask) in enumerate(dataset):
+        drawn, truth, _ = toy_scene(np.random.default_rng((1, 2, i)))
+        assert np.array_equal(image, drawn) and np.array_equal(mask, truth)
+        assert is_scene(tmp_path / "toy" / "images" / f"{name}.png")
+        assert not any(np.array_equal(image, other) for other in others)
+    fails(toy.main, [tmp_path / "toy"], "File exists")

@@ -652,6 +652,21 @@ def test_more_classes_than_a_byte_holds(checkpoint, tmp_path):
     assert np.unique(np.array(Image.open(tmp_path / "photo_mask.png"))).tolist() == found
 
 
+def test_a_folder_of_photos(checkpoint, tmp_path, fails):
+    """A folder stands for all images in it, sub-folders and other files left out; one without
+    images is refused."""
+    for name in ("b.png", "a.JPG", "below/c.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no photo")
+    run(checkpoint, tmp_path / "out", tmp_path / "photos", "--classes", NAMES)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*_mask.png")) == [
+        "a_mask.png", "b_mask.png"]
+    (tmp_path / "empty").mkdir()
+    fails(segment.main, [tmp_path / "empty", "--classes", NAMES, "--checkpoint", checkpoint],
+          "no images in the folder", "empty")
+
+
 def test_many_names_on_the_command_line(checkpoint, tmp_path):
     """A long list of names is a list of names, not a file that is not there."""
     Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")

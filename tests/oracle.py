@@ -1,0 +1,115 @@
+"""How good are an image's regions, whatever they are called: the oracle mIoU of S-Seg.
+
+    python tests/oracle.py --dataset toy --checkpoint runs/sseg-toy     # its masks, and its teacher
+    python tests/oracle.py --dataset voc                                # DINO's clusters alone
+
+Each region of an image is given the class, background included, that most of its scored pixels
+have; pixels are counted over the dataset. Regions: the largest mask of each pixel, of the whole
+image at the short side of the protocol, and the teacher's clusters (docs/methods.md, S-Seg,
+section 4.1).
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from eval import confusion_matrix, scores
+from machinery import backbones
+from machinery.benchmarks import BENCHMARKS, IGNORE, open_dataset
+from machinery.checkpoint import load_model
+from machinery.errors import one_line_errors
+from machinery.images import to_pixels
+from machinery.maskformer import STRIDE
+from methods.sseg import SSeg, pseudo_masks
+from model import VisionBackbone
+from segment import resize, resized_size
+
+
+def named_by_truth(regions, truth, classes):
+    """The majority class of each region. regions, truth: (H, W) int; truth is IGNORE where it is
+    not scored. A region without any scored pixel becomes class 0. Returns (H, W)."""
+    scored = truth != IGNORE
+    count = torch.zeros(int(regions.max()) + 1, classes, dtype=torch.int64)
+    count.index_put_((regions[scored], truth[scored].long()), torch.tensor(1), accumulate=True)
+    return count.argmax(dim=1)[regions]
+
+
+@torch.no_grad()
+def teacher_regions(teacher, pixels, clusters):
+    """Clusters of the teacher's tokens in each pixel: (H, W). pixels: uint8 (3, H, W)."""
+    _, tokens, grid = teacher(teacher.normalise(pixels[None]))
+    labels = pseudo_masks(tokens, grid, clusters)                                   # (1, h, w)
+    sides = [side * patch for side, patch in zip(grid, teacher.patch_size)]
+    labels = F.interpolate(labels[None].float(), sides, mode="nearest")[0, 0].long()
+    return labels[:pixels.shape[1], :pixels.shape[2]]
+
+
+@torch.no_grad()
+def mask_regions(model, pixels):
+    """The largest mask of each pixel: (H, W)."""
+    x = model.normalise(pixels[None])
+    H, W = x.shape[-2:]
+    x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
+    masks, _ = model.network(x)
+    masks = F.interpolate(masks[-1], x.shape[-2:], mode="bilinear", align_corners=False)
+    return masks[0].argmax(dim=0)[:H, :W]
+
+
+def oracle_scores(dataset, ways, short_side, limit=None):
+    """`eval.scores` of each way. ways: {name: function from pixels uint8 (3, H, W) to regions}."""
+    C = len(dataset.classes)
+    total = len(dataset) if limit is None else min(limit, len(dataset))
+    matrices = {name: torch.zeros(C, C, dtype=torch.int64) for name in ways}
+    for i in tqdm(range(total), unit=" images", disable=None):
+        _, image, truth = dataset[i]
+        truth = torch.as_tensor(truth)
+        pixels = to_pixels(image)
+        pixels = resize(pixels, *resized_size(*pixels.shape[-2:], short_side))
+        for name, regions_of in ways.items():
+            regions = regions_of(pixels)[None, None].float()
+            regions = F.interpolate(regions, truth.shape, mode="nearest")[0, 0].long()
+            matrices[name] += confusion_matrix(named_by_truth(regions, truth, C), truth, C, IGNORE)
+    return {name: scores(matrix) for name, matrix in matrices.items()}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Oracle mIoU of regions; see the docstring.")
+    add = parser.add_argument
+    add("--dataset", required=True, help=f"toy, {', '.join(BENCHMARKS)}, or a folder")
+    add("--data", default="data", help="folder that holds the benchmarks (default: %(default)s)")
+    add("--checkpoint", help="of --method sseg; default: the clusters of --backbone alone")
+    add("--short-side", type=int, help="pixels (default: the checkpoint's, or 448)")
+    add("--clusters", type=int, default=8, help="without a checkpoint (default: %(default)s)")
+    add("--limit", type=int, help="score the first N images only")
+    backbones.add_flags(parser, SSeg.RECIPE["backbone"])
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with one_line_errors("lower --short-side"):
+        dataset = open_dataset(args.dataset, root=args.data)
+        clusters = args.clusters
+        settings = backbones.from_flags(args)
+        short_side = 448
+        ways = {}
+        if args.checkpoint:
+            model = load_model(args.checkpoint)
+            clusters = model.clusters
+            settings = backbones.from_config(model.config()["backbone"])
+            short_side = model.trained_with["protocol"]["short_side"]
+            ways["masks"] = lambda pixels: mask_regions(model, pixels)
+        teacher = VisionBackbone(**settings)
+        ways["teacher"] = lambda pixels: teacher_regions(teacher, pixels, clusters)
+        found = oracle_scores(dataset, ways, args.short_side or short_side, args.limit)
+        for name, result in found.items():
+            print(f"{name}: oracle mIoU {result['mIoU']:.2%}   mAcc {result['mAcc']:.2%}   aAcc "
+                  f"{result['aAcc']:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,755 @@
+"""S-Seg: each formula by hand, what must not change a result, and all that the scripts offer."""
+import json
+import math
+import os
+import signal
+import tarfile
+from itertools import permutations
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import eval
+import oracle
+import segment
+import train
+from concepts import tokenize
+from machinery.checkpoint import load_model
+from machinery.maskformer import sine_code
+from machinery.method import Pair
+from machinery.parallel import average_gradients, join_processes
+from machinery.resume import states
+from machinery.toy import toy_scene
+from methods.sseg import (MaskNetwork, SSeg, dice_loss, focal_loss, mask_loss, match,
+                          matching_costs, merge_masks)
+from model import TextEncoder, VisionBackbone, global_loss
+from processes import Processes
+
+B = 4                                               # images
+Q = 6                                               # queries
+K = 3                                               # clusters
+SWIN = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 2}
+CAPTIONS = ["a cow", "two boats on the sea", "a kite under the wide blue sky", "snow"]
+
+
+def tiny(feature="query", dropout=0.0, student="swin_tiny_patch4_window7_224", **switches):
+    """A small S-Seg on the toy teacher, for images of 64 pixels."""
+    torch.manual_seed(0)
+    teacher = VisionBackbone("toy")
+    options = SWIN if student != "toy" else {}
+    network = MaskNetwork(student, 64, Q, 32, 2, 4, 48, dropout, dropout, feature, **options)
+    text = TextEncoder(None, width=32, heads=2, layers=1)
+    return SSeg(teacher, teacher.config, network, text, 16, K, **switches)
+
+
+def batch_of(model, captions=CAPTIONS, size=64):
+    """Toy scenes with captions, as `losses` gets them."""
+    scenes = [toy_scene(np.random.default_rng(i))[0][:size, :size] for i in range(len(captions))]
+    pixels = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2)
+    tokens = torch.stack([tokenize(caption) for caption in captions])
+    return model.features({"pixels": pixels, "tokens": tokens})
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.trained().items()}
+
+
+def is_zero(gradient):
+    return gradient is None or not gradient.any()
+
+
+# --------------------------------------------------------------------------------------------------
+# Data and pseudo-masks
+
+def test_crops_and_mirrors():
+    """A crop has at least the given share of the image, about half of the crops are mirrored, and
+    the generator alone decides both."""
+    ramp = np.broadcast_to(np.linspace(0, 255, 100, dtype=np.uint8)[None, :, None], (100, 100, 3))
+    pair = Pair(image=lambda: Image.fromarray(np.ascontiguousarray(ramp)), caption="a ramp")
+    mirrored = 0
+    spans = []
+    for seed in range(60):
+        one, two = (SSeg.sample(pair, 32, np.random.default_rng(seed), 0.4) for _ in range(2))
+        assert torch.equal(one["pixels"], two["pixels"])
+        row = one["pixels"][0, 16].int()
+        mirrored += int(row[0] > row[-1])
+        spans.append(int((row[-1] - row[0]).abs()))
+    assert torch.equal(one["tokens"], tokenize("a ramp"))
+    assert 20 <= mirrored <= 40
+    narrowest = math.sqrt(0.4 * 3 / 4)              # of a crop of the least area
+    assert 255 * narrowest * 0.9 < min(spans) < 170 and max(spans) > 230
+
+
+def test_pseudo_masks_are_those_of_the_crop():
+    """Labels 0..K-1 on the teacher's grid, alike for an image alone and in a batch; a mirrored
+    image has mirrored masks, up to the order of the labels."""
+    model = tiny()
+    batch = batch_of(model)
+    labels = batch["labels"]
+    assert labels.shape == (B, 8, 8) and labels.dtype == torch.int64
+    assert 0 <= labels.min() and labels.max() < K
+    for i in range(B):
+        alone = model.features({"pixels": batch["pixels"][i:i + 1]})["labels"]
+        assert torch.equal(alone[0], labels[i])
+    # Equal regions: the pairs of old and new labels are one to one. The hand-made teacher looks to
+    # the right and down, so tokens of a mirrored image differ a little: a plain image is taken.
+    pixels = torch.full((1, 3, 64, 64), 30, dtype=torch.uint8)
+    pixels[..., :24] = 120
+    pixels[..., 40:, :] = 220
+    one, other = (model.features({"pixels": p})["labels"][0] for p in (pixels, pixels.flip(-1)))
+    pairs = {(int(a), int(b)) for a, b in zip(one.flatten(), other.flip(-1).flatten())}
+    assert len(pairs) == len(one.unique()) == 3
+
+
+def test_the_teacher_only_teaches():
+    """It has no gradient, and is neither in the optimizer nor in states nor in checkpoints."""
+    model = tiny()
+    model.losses(batch_of(model))["loss"].backward()
+    before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
+    assert before and not list(model.teacher.parameters())
+    for kept in (model.trained(), model.state(), model.checkpoint()):
+        assert kept and not any(name.startswith("teacher") for name in kept)
+    model.train()
+    assert not model.teacher.training and model.network.training
+
+
+def test_a_teacher_with_parameters_stays_as_it_is():
+    """A transformer as teacher is frozen: no parameter of it is trained."""
+    teacher = VisionBackbone("vit_tiny_patch16_224", pretrained=False, depth=1)
+    model = tiny()
+    model.teacher = teacher
+    assert list(teacher.parameters())
+    assert not any(name.startswith("teacher") for name in model.trained())
+    model.losses(batch_of(model))["loss"].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# Model
+
+def count(*parts):
+    return sum(p.numel() for part in parts for p in part.parameters())
+
+
+@pytest.fixture(scope="module")
+def faithful():
+    """The published size, the teacher's weights random."""
+    args = train.parse_args(["--method", "sseg", "--backbone-weights", "random"])
+    return SSeg.build(args, None).eval()
+
+
+def test_parameters_of_the_published_size(faithful):
+    """Each part has as many parameters as arithmetic says."""
+    network = faithful.network
+    decoder = network.decoder
+    heads = (network.mask_head, network.feature_head)
+    assert count(network.backbone.trunk) == 48_835_722
+    assert count(network.backbone.norms) == 2_880
+    assert count(network.pixel_decoder) == 4_304_640
+    assert count(decoder.layers) == 9_472_512
+    assert count(decoder.memory) == 196_864
+    assert decoder.code.numel() == 16_384
+    assert count(decoder.norm) == 512
+    assert [count(head) for head in heads] == [197_376, 65_792]
+    assert count(decoder, *heads) == 9_949_440
+    assert count(decoder, *heads, network.pixel_decoder) == 14_254_080
+    assert count(faithful.text) == 22_145_792
+    assert count(faithful.image_projector) == count(faithful.text_projector) == 131_584
+    assert count(faithful.teacher) == 21_670_272
+
+
+@pytest.mark.parametrize("size", [224, 448])
+def test_shapes_of_the_published_size(faithful, size):
+    """Six layers of 64 masks at a quarter of the image's size, and 28 x 28 or 56 x 56 labels."""
+    pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    with torch.no_grad():
+        masks, features = faithful.network(faithful.normalise(pixels))
+    assert masks.shape == (6, 1, 64, size // 4, size // 4) and features.shape == (1, 64, 256)
+    if size == 224:
+        assert faithful.features({"pixels": pixels})["labels"].shape == (1, 28, 28)
+
+
+def test_weight_decay_of_the_published_size(faithful):
+    """Matrices and kernels decay; vectors and tables of embeddings do not. None is left out."""
+    decayed, others = ({id(p) for p in group["params"]} for group in faithful.groups())
+    tables = {faithful.network.decoder.code, faithful.text.tower.token_embedding.weight,
+              faithful.text.tower.positional_embedding}
+    for name, p in faithful.trained().items():
+        is_table = p.ndim < 2 or p in tables or "relative_position_bias" in name
+        assert id(p) in (others if is_table else decayed), name
+    assert len(decayed) + len(others) == len(faithful.trained())
+
+
+def test_stochastic_depth_is_drawn_for_the_global_batch(faithful):
+    """No DropPath of timm's own is left, and the rates rise to 0.2."""
+    rates = [(type(part).__name__, getattr(part, "rate", None))
+             for part in faithful.network.backbone.modules() if "DropPath" in type(part).__name__]
+    assert {name for name, _ in rates} == {"GlobalDropPath"}
+    assert max(rate for _, rate in rates) == pytest.approx(0.2) and len(rates) == 2 * 23
+
+
+def test_sine_code():
+    """Cells of a 14 x 14 grid by hand: rows in the first half of the channels."""
+    code = sine_code(14, 14, 256)
+    expected = [0.433884, 0.900969, 0.378934, 0.925424]
+    assert code.shape == (196, 256)
+    assert code[0, :4].tolist() == pytest.approx(expected, abs=1e-5)
+    assert code[-1, :2].tolist() == pytest.approx([0, 1], abs=1e-5)
+    t = 2 * math.pi * 3 / 5                         # of a 4 x 5 grid: row 2, column 3, from 1
+    cell = sine_code(4, 5, 8)[1 * 5 + 2]
+    assert cell[:2].tolist() == pytest.approx([math.sin(math.pi), math.cos(math.pi)], abs=1e-5)
+    assert cell[4:].tolist() == pytest.approx([math.sin(t), math.cos(t), math.sin(t / 100),
+                                               math.cos(t / 100)], abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_order_of_queries_means_nothing():
+    """Permuted rows of the query table permute masks and features, and leave the image's embedding
+    and the losses as they are."""
+    model = tiny().eval()
+    batch = batch_of(model)
+    images = model.normalise(batch["pixels"])
+    masks, features = model.network(images)
+    losses = model.losses(batch)
+    order = torch.randperm(Q, generator=torch.Generator().manual_seed(1))
+    model.network.decoder.code.copy_(model.network.decoder.code[order])
+    masks2, features2 = model.network(images)
+    assert not torch.allclose(masks2, masks, atol=1e-3)
+    torch.testing.assert_close(masks2, masks[:, :, order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(features2, features[:, order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.embed_image(features2), model.embed_image(features), rtol=0,
+                               atol=1e-5)
+    for name, value in model.losses(batch).items():
+        assert value == pytest.approx(losses[name].item(), abs=1e-5), name
+
+
+def test_a_layer_of_the_decoder_by_pytorchs_own():
+    """A decoder layer equals one of torch.nn.MultiheadAttention with the same weights, post-norm,
+    the code added to queries and keys and never to values."""
+    layer = tiny().eval().network.decoder.layers[0]
+    generator = torch.Generator().manual_seed(0)
+    o, keys, memory = (torch.randn(2, n, 32, generator=generator) for n in (Q, 9, 9))
+    code = torch.randn(Q, 32, generator=generator)
+
+    def attend(own, *inputs):
+        theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+        theirs.load_state_dict({"in_proj_weight": own.into.weight, "in_proj_bias": own.into.bias,
+                                "out_proj.weight": own.out.weight, "out_proj.bias": own.out.bias})
+        return theirs(*inputs)[0]
+
+    s = layer.norms[0](o + attend(layer.self_attention, o + code, o + code, o))
+    r = layer.norms[1](s + attend(layer.cross_attention, s + code, keys, memory))
+    expected = layer.norms[2](r + layer.ffn(r))
+    torch.testing.assert_close(layer(o, code, keys, memory), expected, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mask loss
+
+@pytest.mark.parametrize("side, dice, cost", [(56, .799592, 3.18229), (112, .799898, 3.18259)])
+def test_losses_of_logits_of_zero(side, dice, cost):
+    """All logits 0 and eight equal clusters: focal = ln 2 / 4 (0.75 - 0.5 / 8)."""
+    labels = torch.arange(side * side).view(1, side, side) * 8 // side ** 2
+    targets = F.one_hot(labels.flatten(1), 8).mT.float()
+    logits = torch.zeros(1, 8, side * side)
+    assert focal_loss(logits, targets)[0].tolist() == pytest.approx([0.1191347] * 8, abs=1e-6)
+    assert dice_loss(logits, targets)[0].tolist() == pytest.approx([dice] * 8, abs=1e-6)
+    costs = matching_costs(logits.double(), targets.double()).flatten().tolist()
+    assert costs == pytest.approx([cost] * 64, abs=6e-6)
+    loss = mask_loss(logits.unflatten(-1, (side, side)), labels, 8)
+    assert loss.item() == pytest.approx(cost, abs=1e-5)
+
+
+def test_losses_of_four_cells():
+    """Logits (2, -1, 0.5, -3) and targets (1, 0, 0, 1) by hand."""
+    logits = torch.tensor([2., -1, 0.5, -3])
+    targets = torch.tensor([1., 0, 0, 1])
+    assert focal_loss(logits, targets).item() == pytest.approx(0.248018, abs=1e-6)
+    assert dice_loss(logits, targets).item() == pytest.approx(0.407330, abs=1e-6)
+
+
+LINE = torch.linspace(-2, 2, 64).view(1, 4, 4, 4)
+ROWS = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2]])[None]
+
+
+def test_matching_and_loss_by_hand():
+    """Four rising masks and three clusters: query 0 gets target 1, query 1 target 0, query 2
+    target 2, and query 3 nothing."""
+    targets = F.one_hot(ROWS.flatten(1), 3).mT.float()
+    image, query, target = match(matching_costs(LINE.flatten(2), targets), targets.any(dim=-1))
+    assert sorted(zip(query.tolist(), target.tolist())) == [(0, 1), (1, 0), (2, 2)]
+    masks = LINE.flatten(2)[image, query]
+    assert focal_loss(masks, targets[image, target]).mean() == pytest.approx(0.0941160, abs=1e-6)
+    assert dice_loss(masks, targets[image, target]).mean() == pytest.approx(0.5932624, abs=1e-6)
+    assert mask_loss(LINE, ROWS, 3).item() == pytest.approx(2.4755814, abs=1e-6)
+
+
+def test_right_masks_are_found_among_noise():
+    """Masks of +-10 at random queries are matched to their targets, with a loss near 0."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (2, 8, 8), generator=generator)
+    targets = F.one_hot(labels, 5).permute(0, 3, 1, 2)
+    logits = torch.randn(2, 12, 8, 8, generator=generator)
+    place = torch.stack([torch.randperm(12, generator=generator)[:5] for _ in range(2)])
+    for i in range(2):
+        logits[i, place[i]] = 20. * targets[i] - 10
+    flat = targets.flatten(2).float()
+    image, query, target = match(matching_costs(logits.flatten(2), flat), flat.any(dim=-1))
+    assert torch.equal(place[image, target], query) and len(query) == 10
+    right = logits.flatten(2)[image, query]
+    assert focal_loss(right, flat[image, target]).max() < 1e-6
+    assert dice_loss(right, flat[image, target]).max() < 1e-3
+
+
+def test_names_of_clusters_mean_nothing():
+    """Renaming the clusters, also to make room for ones that are empty, changes nothing."""
+    renamed = torch.tensor([4, 0, 2])[ROWS]
+    assert mask_loss(LINE, renamed, 5) == mask_loss(LINE, ROWS, 3)
+
+
+def test_only_matched_masks_have_a_gradient():
+    """As many queries of an image as it has clusters get a gradient; for the others it is exactly
+    zero. Empty clusters are matched with nothing."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 12, 8, 8, generator=generator, requires_grad=True)
+    labels = torch.arange(64).view(1, 8, 8).repeat(3, 1, 1) % 8
+    labels[1] = labels[1].clamp(max=4)
+    labels[2] = 6
+    mask_loss(logits, labels, 8).backward()
+    reached = logits.grad.flatten(2).any(dim=-1).sum(dim=1)
+    assert reached.tolist() == [8, 5, 1]
+
+
+def test_the_loss_averages_over_pairs_not_images():
+    """An image of one cluster counts one eighth of one of eight clusters."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 12, 8, 8, generator=generator)
+    labels = torch.randint(0, 8, (2, 8, 8), generator=generator)
+    labels[1] = 0
+    each = [mask_loss(logits[i:i + 1], labels[i:i + 1], 8) for i in range(2)]
+    expected = (8 * each[0] + each[1]) / 9
+    assert mask_loss(logits, labels, 8).item() == pytest.approx(expected.item())
+
+
+def test_costs_are_the_losses_and_the_matching_is_the_best():
+    """Matrix products give the focal and dice loss of each pair; no other assignment is cheaper."""
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(1, 5, 16, generator=generator)
+    targets = F.one_hot(torch.randint(0, 3, (1, 16), generator=generator), 3).mT.float()
+    costs = matching_costs(logits, targets)
+    for q in range(5):
+        for k in range(3):
+            pair = (logits[0, q], targets[0, k])
+            expected = 20 * focal_loss(*pair) + dice_loss(*pair)
+            assert costs[0, q, k].item() == pytest.approx(expected.item(), rel=1e-5)
+    _, query, target = match(costs, targets.any(dim=-1))
+    best = min(sum(costs[0, q, k].item() for k, q in enumerate(chosen))
+               for chosen in permutations(range(5), 3))
+    assert costs[0, query, target].sum().item() == pytest.approx(best)
+
+
+def test_a_mask_that_is_no_number_does_not_end_the_run():
+    """Logits that are not finite give a loss that is not finite, which train.py counts and skips,
+    and no error in the assignment."""
+    logits = LINE.clone()
+    logits[0, 1] = math.nan
+    assert not mask_loss(logits, ROWS, 3).isfinite()
+
+
+def test_supervision_of_all_layers():
+    """The mean over layers is the sum by their number; "last" is the mask loss of the last."""
+    found = {}
+    for how in ("mean", "sum", "last"):
+        model = tiny(deep_supervision=how).eval()
+        batch = batch_of(model)
+        found[how] = model.losses(batch)["mask"].item()
+        with torch.no_grad():
+            masks, _ = model.network(model.normalise(batch["pixels"]))
+            layers = [mask_loss(layer, batch["labels"], K).item() for layer in masks]
+    assert found["sum"] == pytest.approx(sum(layers))
+    assert found["mean"] == pytest.approx(sum(layers) / 2)
+    assert found["last"] == pytest.approx(layers[-1]) != pytest.approx(layers[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Contrastive loss
+
+def both_directions(image, text, scale):
+    """The contrastive loss of vectors that are not yet unit-norm."""
+    return 2 * global_loss(F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale)
+
+
+def test_the_contrastive_loss_by_hand():
+    """Identity matrices, and three vectors in the plane; scaling changes nothing, and neither does
+    the order of the pairs."""
+    scale = torch.tensor(1 / 0.07)
+    eye = torch.eye(8)
+    near = 2 * math.log(1 + 7 * math.exp(-1 / 0.07))
+    assert near == pytest.approx(2 * 4.4e-6, rel=0.05)
+    assert both_directions(eye, eye, scale).item() == pytest.approx(near, rel=0.05)
+    v = torch.tensor([[1., 0], [0, 1], [1, 1]])
+    u = torch.tensor([[1., 0], [1, 1], [0, 1]])
+    found = both_directions(v, u, scale)
+    assert found.item() == pytest.approx(2 * 2.809544, abs=1e-5)
+    order = torch.tensor([2, 0, 1])
+    assert both_directions(v[order], u[order], scale).item() == pytest.approx(found.item())
+    assert both_directions(3 * v, 0.1 * u, scale).item() == pytest.approx(found.item())
+    assert both_directions(u, v, scale).item() == pytest.approx(found.item())
+
+
+def test_equal_embeddings_cost_twice_the_logarithm_of_the_batch():
+    """A model that says the same of every image and caption has a contrastive loss of 2 ln B; the
+    loss is the mask loss and the contrastive one, by its weight."""
+    model = tiny(contrastive_weight=0.5)
+    for projector in (model.image_projector, model.text_projector):
+        torch.nn.init.zeros_(projector[-1].weight)
+    losses = model.losses(batch_of(model))
+    assert losses["contrastive"].item() == pytest.approx(2 * math.log(B), abs=1e-5)
+    total = losses["mask"] + 0.5 * losses["contrastive"]
+    assert losses["loss"].item() == pytest.approx(total.item())
+
+
+def test_the_logit_scale():
+    """It starts at ln(1 / 0.07), and its exponential never exceeds 100."""
+    model = tiny()
+    assert model.logit_scale.item() == pytest.approx(2.659260, abs=1e-6)
+    with torch.no_grad():
+        model.logit_scale.fill_(5.0)
+    model.after_step(0, 10)
+    assert model.logit_scale.exp().item() == pytest.approx(100)
+
+
+@torch.no_grad()
+def test_a_caption_is_read_at_its_end_token():
+    """The end of "a photo of a dog." is position 7; what stands behind it changes nothing, a word
+    does; a caption that is too long keeps its end token."""
+    tokens = tokenize("a photo of a dog.")
+    assert tokens[:9].tolist() == [49406, 320, 1125, 539, 320, 1929, 269, 49407, 0]
+    model = tiny().eval()
+    behind = tokens.clone()
+    behind[8:] = 17
+    other = tokens.clone()
+    other[5] = 2368
+    texts = model.embed_text(torch.stack([tokens, behind, other]))
+    assert torch.equal(texts[0], texts[1]) and not torch.allclose(texts[0], texts[2], atol=1e-3)
+    assert model.text.states(tokens[None])[1].tolist() == [7]
+    long = tokenize("dog " * 200)                   # cut, and the end token is kept
+    assert long[-1] == 49407 and model.embed_text(long[None]).isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------
+# What each loss reaches
+
+MASK_SIDE = ("network.mask_head", "network.pixel_decoder")
+NAME_SIDE = ("network.feature_head", "image_projector", "text", "logit_scale")
+SHARED = ("network.backbone", "network.decoder")
+
+
+def reached(loss, feature):
+    """Which parts of a model one of the losses gives a gradient."""
+    model = tiny(feature)
+    model.losses(batch_of(model))[loss].backward()
+    found = gradients(model)
+    return {part: not all(is_zero(gradient) for name, gradient in found.items()
+                          if name.startswith(part)) for part in (*MASK_SIDE, *NAME_SIDE, *SHARED)}
+
+
+def test_names_do_not_teach_masks():
+    """The contrastive loss gives the mask head and the pixel decoder no gradient; it does reach
+    text, projectors, decoder and backbone. So in the published form."""
+    found = reached("contrastive", "query")
+    assert {part for part, hit in found.items() if not hit} == {*MASK_SIDE}
+
+
+def test_masks_do_not_teach_names():
+    """The mask loss gives feature head, projectors and text no gradient."""
+    for feature in ("query", "pool"):
+        found = reached("mask", feature)
+        assert {part for part, hit in found.items() if not hit} == {*NAME_SIDE}
+
+
+def test_pooled_features_are_means_under_the_masks():
+    """With feature "pool" a feature is that of the mean cell under its mask, by a loop; the masks
+    themselves get no gradient from names, the cells do."""
+    model = tiny("pool").eval()
+    images = model.normalise(batch_of(model)["pixels"])
+    masks, features = model.network(images)
+    cells = model.network.pixel_decoder(model.network.backbone(images))
+    share = masks[-1, 2, 5].sigmoid()
+    mean = (cells[2] * share).sum(dim=(1, 2)) / share.sum()
+    torch.testing.assert_close(features[2, 5], model.network.feature_head(mean), rtol=1e-4,
+                               atol=1e-5)
+    found = reached("contrastive", "pool")
+    assert not found["network.mask_head"] and found["network.pixel_decoder"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes
+
+def losses_and_gradients(model, batch, rank=0, world=1):
+    rows = slice(rank * B // world, (rank + 1) * B // world)
+    torch.manual_seed(3)                            # as train.py does before each step
+    losses = model.backward({name: value[rows] for name, value in batch.items()}, lambda x: x)
+    average_gradients(list(model.trained().values()))
+    return {name: value.item() for name, value in losses.items()}, gradients(model)
+
+
+def of_process(model, batch, folder):
+    processes = join_processes("cpu", timeout_minutes=1)
+    found = losses_and_gradients(model, batch, processes.rank, processes.world)
+    torch.save(found, folder / f"{processes.rank}")
+    processes.leave()
+
+
+@pytest.mark.parametrize("feature", ["query", "pool"])
+def test_two_processes_compute_the_losses_of_one(tmp_path, feature):
+    """With dropout and stochastic depth: losses and the gradients of all parameters agree. An image
+    of one cluster, in one of the processes, makes their numbers of pairs differ."""
+    model = tiny(feature, dropout=0.3).train()
+    batch = batch_of(model)
+    batch["labels"][0] = 0
+    both = Processes(tmp_path, 2, of_process, model, batch, tmp_path)
+    expected, whole = losses_and_gradients(model, batch)
+    assert both.wait() == [0, 0], both.output()
+    for rank in range(2):
+        losses, split = torch.load(tmp_path / f"{rank}")
+        assert losses == pytest.approx(expected, rel=1e-5)
+        for name, gradient in whole.items():
+            assert (split[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+STEPS = 8
+SMALL = ("--backbone toy --student toy --batch 8 --image-size 64 --queries 9 --decoder-width 32 "
+         "--decoder-layers 1 --decoder-heads 4 --decoder-ffn 48 --dropout 0.2 --text-width 32 "
+         "--text-layers 1 --joint-width 16 --workers 0 --device cpu --eval-data none").split()
+TOY = ["--train-data", "toy", "--epoch-pairs", "20", "--steps", str(STEPS), "--short-side", "64",
+       "--window", "64", "--stride", "32"]
+
+
+def run(folder, *more):
+    train.main(["--method", "sseg", *SMALL, *map(str, more), "--output", str(folder)])
+
+
+def read_log(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items()
+             if key not in ("pairs_per_second", "waited")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of an uninterrupted run in one process."""
+    folder = tmp_path_factory.mktemp("sseg") / "whole"
+    run(folder, *TOY)
+    return folder
+
+
+def test_a_run_of_two_processes_is_that_of_one(whole, tmp_path):
+    """Every logged loss, the gradient's norm included, and the scores of the trained model."""
+    both = Processes(tmp_path, 2, run, tmp_path / "two", *TOY)
+    assert both.wait() == [0, 0], both.output()
+    for one, two in zip(read_log(whole), read_log(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-3), one["step"]
+
+
+def killed_at(step, folder):
+    rate = train.learning_rate
+
+    def reached(now, *settings):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(now, *settings)
+    train.learning_rate = reached
+    run(folder, *TOY)
+
+
+def test_killed_and_resumed_is_uninterrupted(whole, tmp_path):
+    """Stopped and resumed, log and weights are those of the uninterrupted run, bit by bit."""
+    first = Processes(tmp_path, 1, killed_at, 3, tmp_path / "run")
+    assert first.wait() == [128 + signal.SIGTERM], first.output()
+    with safetensors.safe_open(states(tmp_path / "run")[0], "pt") as file:
+        assert not any(name.startswith("teacher") for name in file.keys())
+    run(tmp_path / "run", *TOY, "--resume", "auto")
+    assert read_log(tmp_path / "run") == read_log(whole)
+    before, after = (load_model(folder).checkpoint() for folder in (whole, tmp_path / "run"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_it_trains_on_captions_files_and_tars(tmp_path):
+    """A TSV and a tar of the same pairs train it as they train any method, without concepts."""
+    (tmp_path / "tars").mkdir()
+    rows = []
+    with tarfile.open(tmp_path / "tars" / "00000.tar", "w") as tar:
+        for i in range(8):
+            image, _, caption = toy_scene(np.random.default_rng(i))
+            Image.fromarray(image).save(tmp_path / f"{i:04d}.jpg")
+            (tmp_path / f"{i:04d}.txt").write_text(caption)
+            rows.append(f"{i:04d}.jpg\t{caption}")
+            for suffix in (".jpg", ".txt"):
+                tar.add(tmp_path / f"{i:04d}{suffix}", f"{i:04d}{suffix}")
+    (tmp_path / "pairs.tsv").write_text("\n".join(rows))
+    for source in ("pairs.tsv", "tars"):
+        run(tmp_path / f"run-{source}", "--train-data", tmp_path / source, "--steps", 2)
+        assert len(read_log(tmp_path / f"run-{source}")) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Inference
+
+@pytest.fixture(scope="module")
+def named():
+    """A model, pixels of no round size, and embeddings of three classes with two names each."""
+    model = tiny().eval()
+    with torch.no_grad():                           # untrained, all queries are nearly alike
+        for layer in model.network.decoder.layers:
+            layer.cross_attention.into.weight.mul_(6)
+        model.network.mask_head[-1].weight.mul_(30)
+    pixels = torch.from_numpy(toy_scene(np.random.default_rng(5))[0][:70, :101])
+    classes = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0))
+    return model, pixels.permute(2, 0, 1)[None], F.normalize(classes, dim=-1)
+
+
+def test_merging_one_pixel_by_hand():
+    """Masks (2, 0) with class shares ((.9, .1), (.2, .8)): their mean by sigmoid; "hard" takes the
+    larger mask."""
+    masks = torch.tensor([2., 0]).view(1, 2, 1, 1)
+    classes = torch.tensor([[[.9, .2], [.1, .8]]])
+    soft = merge_masks(masks, classes).flatten().tolist()
+    assert soft == pytest.approx([0.646523, 0.353477], abs=1e-6)
+    assert merge_masks(masks, classes, "hard").flatten().tolist() == pytest.approx([0.9, 0.1])
+
+
+@pytest.mark.parametrize("merge, grid", [("soft", (24, 32)), ("fine", (96, 128)),
+                                         ("hard", (24, 32))])
+def test_scores_are_shares(named, merge, grid):
+    """Scores are not negative and sum to 1 in each cell of the padded image's grid."""
+    model, pixels, classes = named
+    model.prepare({"merge": merge})
+    scores, covered = model.patch_scores(pixels, classes)
+    assert scores.shape == (1, 3, *grid) and covered == (96, 128)
+    assert scores.min() >= 0
+    torch.testing.assert_close(scores.sum(dim=1), torch.ones(1, *grid), rtol=0, atol=1e-5)
+    model.prepare({"merge": "soft"})
+
+
+def test_merging_without_the_norm_has_the_same_winner(named):
+    """The class with the largest score is that of the sum over masks, as MaskFormer has it."""
+    generator = torch.Generator().manual_seed(0)
+    masks = 3 * torch.randn(2, Q, 8, 8, generator=generator)
+    classes = torch.randn(2, 5, Q, generator=generator).softmax(dim=1)
+    summed = torch.einsum("bcq,bqhw->bchw", classes, masks.sigmoid())
+    assert torch.equal(merge_masks(masks, classes).argmax(1), summed.argmax(1))
+
+
+def test_one_class_is_everywhere(named):
+    """With one class to choose from, every cell has it with a score of 1; permuted classes have
+    permuted scores; one more equal name of a class changes nothing."""
+    model, pixels, classes = named
+    alone, _ = model.patch_scores(pixels, classes[:1])
+    torch.testing.assert_close(alone, torch.ones_like(alone), rtol=0, atol=1e-5)
+    scores, _ = model.patch_scores(pixels, classes)
+    assert len(scores.argmax(dim=1).unique()) > 1
+    permuted, _ = model.patch_scores(pixels, classes[[2, 0, 1]])
+    torch.testing.assert_close(permuted, scores[:, [2, 0, 1]])
+    twice, _ = model.patch_scores(pixels, torch.cat([classes, classes[:, :1]], dim=1))
+    torch.testing.assert_close(twice, scores)
+
+
+def test_scores_by_a_loop(named):
+    """The scores of one cell from its masks and their features, one by one: softmax over classes of
+    the scaled cosine with the best name, weighted by sigmoids."""
+    model, pixels, classes = named
+    scores, _ = model.patch_scores(pixels, classes)
+    padded = F.pad(model.normalise(pixels), (0, 27, 0, 26))
+    with torch.no_grad():
+        masks, features = model.network(padded)
+        total = torch.zeros(3)
+        share = masks[-1, 0, :, 4, 7].sigmoid()
+        for q in range(Q):
+            word = F.normalize(model.image_projector(features[0, q]), dim=-1)
+            cosine = torch.stack([max(word @ name for name in names) for names in classes])
+            total += share[q] * (model.logit_scale.exp() * cosine).softmax(dim=0)
+    torch.testing.assert_close(scores[0, :, 4, 7], total / share.sum(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_class_embeddings():
+    """A class is the normalised mean of the unit-norm embeddings of its prompts; a name of a class
+    that has fewer repeats its first."""
+    model = tiny().eval()
+    found = model.embed_classes([["sea", "ocean"], "cow"], ("a {}", "the {} here"), merge="soft")
+    texts = model.embed_text(torch.stack([tokenize("a ocean"), tokenize("the ocean here")]))
+    torch.testing.assert_close(found[0, 1], F.normalize(texts.mean(dim=0), dim=-1))
+    assert found.shape == (2, 2, 16) and torch.equal(found[1, 0], found[1, 1])
+
+
+def test_the_scripts_use_it(whole, folder, tmp_path, fails):
+    """eval.py and segment.py work with a trained model by its own protocol, its thresholds for the
+    background, sweeps and merges; a merge that is none is refused."""
+    command = ["--dataset", str(folder), "--checkpoint", str(whole), "--device", "cpu"]
+    eval.main([*command, "--background", "threshold:0.5", "--sweep-background", "--output",
+               str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["method"] == "sseg" and result["protocol"]["merge"] == "soft"
+    assert result["protocol"]["templates"] == "plain"
+    curve = dict(result["sweep"])
+    assert curve[0.0] == curve[-1.0] and curve[1.0] < 0.2   # scores lie in 0..1
+    eval.main([*command, "--without", "background", "--protocol", "merge=hard", "--output",
+               str(tmp_path / "hard.json")])
+    assert json.loads((tmp_path / "hard.json").read_text())["protocol"]["merge"] == "hard"
+    segment.main([str(folder / "images"), "--classes", "cow, grass", "--checkpoint", str(whole),
+                  "--background", "threshold:0.5", "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "photo0.json").read_text())["names"] == ["background", "cow",
+                                                                          "grass"]
+    fails(eval.main, [*command, "--without", "background", "--protocol", "merge=best"],
+          "merge 'best'", "soft, fine, hard")
+
+
+def test_regions_are_named_by_their_majority():
+    """By hand: the class of most pixels that are scored; 255 is not counted, and a region of such
+    pixels alone is class 0."""
+    regions = torch.tensor([[0, 0, 1], [0, 1, 2]])
+    truth = torch.tensor([[2, 2, 3], [1, 255, 255]], dtype=torch.uint8)
+    assert oracle.named_by_truth(regions, truth, 4).tolist() == [[2, 2, 3], [2, 3, 0]]
+
+
+def test_the_oracle_of_a_run(whole, folder, capsys):
+    """tests/oracle.py prints the scores of a run's masks and of its teacher's clusters."""
+    oracle.main(["--dataset", str(folder), "--checkpoint", str(whole)])
+    masks, teacher = capsys.readouterr().out.splitlines()
+    assert masks.startswith("masks: oracle mIoU") and teacher.startswith("teacher: oracle mIoU")
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path, fails):
+    """Sizes that do not go together end with one line."""
+    for flags, words in [
+            (["--image-size", "100"], ["--image-size 100", "multiple of 32"]),
+            (["--decoder-width", "40"], ["--decoder-width 40", "multiple of 32"]),
+            (["--queries", "7"], ["--clusters is 8", "1 to 7"]),
+            (["--decoder-layers", "0"], ["--decoder-layers is 0"]),
+            (["--dropout", "1"], ["--dropout is 1"]),
+            (["--least-crop", "nan"], ["--least-crop is nan"]),
+            (["--text-layers", "0"], ["--text-layers"]),
+            (["--student", "resnet18"], ["resnet18"]),
+            (["--backbone", "vit_tiny_patch14_224"], ["vit_tiny_patch14_224"])]:
+        fails(train.main, ["--method", "sseg", *SMALL, *TOY, *flags, "--output", tmp_path], *words)
+
+
+def test_images_are_classified_as_a_whole(named):
+    """image_scores are cosines of the image's embedding, the one of the contrastive loss."""
+    model, pixels, classes = named
+    pixels = pixels[..., :64, :96]
+    with torch.no_grad():
+        _, features = model.network(model.normalise(pixels))
+        image = model.embed_image(features)
+        found = model.image_scores(pixels, classes)
+    expected = torch.stack([max(image[0] @ name for name in names) for names in classes])
+    torch.testing.assert_close(found[0], expected)

@@ -1,0 +1,296 @@
+"""S-Seg+: label maps of a folder train a network of a closed list of classes."""
+import json
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import eval
+import segment
+import train
+from machinery import toy
+from machinery.checkpoint import load_model
+from machinery.method import Pair
+from machinery.parallel import average_gradients, join_processes
+from methods.sseg_plus import SegmentationNetwork, SSegPlus, jitter, read_class_list
+from processes import Processes
+
+CLASSES = [["background"], ["cow", "cattle"], ["grass"]]
+STEPS = 4
+RUN = (f"--method sseg-plus --backbone toy --image-size 64 --batch 4 --steps {STEPS} --workers 0 "
+       "--head-width 32 --short-side 64 --window 64 --stride 32 --device cpu").split()
+
+
+def tiny(name="toy", **options):
+    torch.manual_seed(0)
+    source = "pretrained" if name == "toy" else "random"
+    statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    network = SegmentationNetwork(name, source, len(CLASSES), 32, **statistics, options=options)
+    return SSegPlus(network, CLASSES)
+
+
+def label(photos, output, checkpoint, *more):
+    """What segment.py writes for a folder of photos."""
+    segment.main([str(photos), "--classes", "cow, sea, boat", "--checkpoint", str(checkpoint),
+                  "--output", str(output), "--device", "cpu", *more])
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A segmentation folder of eight toy scenes."""
+    folder = tmp_path_factory.mktemp("plus") / "scenes"
+    toy.main([str(folder), "--count", "8"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labels(scenes, checkpoint):
+    """The scenes' label maps, made by an untrained model."""
+    label(scenes / "images", scenes.parent / "labels", checkpoint)
+    return scenes.parent / "labels"
+
+
+# --------------------------------------------------------------------------------------------------
+# Label maps
+
+def test_the_list_of_classes_is_that_of_the_label_maps(scenes, labels, checkpoint, tmp_path):
+    """Names in the order of the maps' indices, with synonyms, the background first by either rule;
+    a folder without maps and one of two lists are refused."""
+    assert read_class_list(labels) == [["cow"], ["sea"], ["boat"]]
+    (tmp_path / "classes.txt").write_text("cow, cattle\nsea\n")
+    for rule in ("threshold:0.1", "prompt:sky, wall"):
+        out = tmp_path / rule[:6]
+        segment.main([str(scenes / "images" / "scene00000.png"), "--classes",
+                      str(tmp_path / "classes.txt"), "--checkpoint", str(checkpoint), "--output",
+                      str(out), "--background", rule])
+        assert read_class_list(out) == [["background"], ["cow", "cattle"], ["sea"]]
+    with pytest.raises(FileNotFoundError, match="no label maps in .*classes.*segment.py"):
+        read_class_list(tmp_path / "classes")
+    other = tmp_path / "mixed"
+    other.mkdir()
+    for i, names in enumerate((["cow"], ["sea"])):
+        (other / f"{i}.json").write_text(json.dumps({"names": names, "classes": [names]}))
+    with pytest.raises(ValueError, match="2 different lists of classes"):
+        read_class_list(other)
+    (other / "2.json").write_text("[]")
+    with pytest.raises(ValueError, match="segment.py did not write"):
+        read_class_list(other)
+
+
+def test_image_and_labels_are_cut_out_together():
+    """In a picture whose colours are its labels they still are after the crop, away from the edges
+    that resizing mixes; beyond the picture it is black and not labelled; scales vary."""
+    truth = np.random.default_rng(0).integers(0, 5, (3, 4)).repeat(40, 0).repeat(40, 1)
+    image = Image.fromarray((50 + 50 * truth).clip(0, 255).astype(np.uint8)).convert("RGB")
+    covered = []
+    for seed in range(20):
+        cut, labels = jitter(image, truth, 64, np.random.default_rng(seed))
+        again, labels_again = jitter(image, truth, 64, np.random.default_rng(seed))
+        assert np.array_equal(cut, again) and np.array_equal(labels, labels_again)
+        pixels = np.array(cut)[..., 0].astype(int)
+        assert (pixels[labels < 0] == 0).all()
+        inner = labels >= 0
+        for shift in product((-3, 0, 3), repeat=2):
+            inner = inner & (np.roll(labels, shift, (0, 1)) == labels)
+        assert np.abs(pixels - (50 + 50 * labels).clip(0, 255))[inner].max() <= 10
+        assert inner.sum() > 100
+        covered.append((labels >= 0).mean())
+    assert min(covered) < 0.6 and max(covered) == 1
+
+
+def test_a_label_that_is_no_class_is_a_bad_sample(tmp_path):
+    """A map with an index beyond the list is refused, and so is a missing map."""
+    Image.fromarray(np.full((8, 8), 3, np.uint8)).save(tmp_path / "a_mask.png")
+    for stem, words in (("a", "holds 3; expected 0 to 2"), ("b", "no mask")):
+        pair = Pair(image=lambda: Image.new("RGB", (8, 8)), path=tmp_path / f"{stem}.jpg")
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            SSegPlus.sample(pair, 32, np.random.default_rng(0), tmp_path, 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# Network and loss
+
+@pytest.mark.parametrize("name, options", [
+    ("toy", {}), ("vit_tiny_patch16_224", {"depth": 1}), ("resnet10t", {})])
+def test_any_backbone_and_any_size(name, options):
+    """Transformers and CNNs give logits on their own grid, for images that they have to pad."""
+    network = tiny(name, **options).eval().network
+    patch = network.patch_size[0]
+    logits, covered = network(torch.zeros(1, 3, 70, 101, dtype=torch.uint8))
+    h, w = math.ceil(70 / patch), math.ceil(101 / patch)
+    assert logits.shape == (1, 3, h, w) and covered == (h * patch, w * patch)
+
+
+def test_the_loss_is_the_mean_over_labelled_pixels():
+    """Equal logits cost ln K at each labelled pixel; others do not count; a classifier that is
+    certain of one class is right where that is the label."""
+    model = tiny()
+    last = model.network.head[-1]
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    labels = torch.full((2, 64, 64), -1)
+    labels[0, :16] = 1
+    labels[1, 0, :512] = 2
+    batch = {"pixels": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "labels": labels}
+    assert model.losses(batch)["loss"].item() == pytest.approx(math.log(3), rel=1e-5)
+    with torch.no_grad():
+        last.bias[1] = 30
+    losses = model.losses(batch)
+    right = 16 * 64 / (16 * 64 + 64)
+    assert losses["right"].item() == pytest.approx(right)
+    assert losses["loss"].item() == pytest.approx(30 * (1 - right), rel=1e-4)
+
+
+def test_batch_statistics_stay():
+    """Training changes the weights of a CNN's backbone, and not its batch statistics."""
+    model = tiny("resnet10t").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = {"pixels": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8),
+             "labels": torch.randint(0, 3, (2, 64, 64))}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.losses(batch)["loss"].backward()
+    optimizer.step()
+    after = model.state_dict()
+    assert not torch.equal(after["network.trunk.conv1.0.weight"],
+                           before["network.trunk.conv1.0.weight"])
+    for name, value in before.items():
+        if "running" in name or "batches" in name:
+            assert torch.equal(after[name], value), name
+
+
+def test_layers_near_the_image_learn_slowly():
+    """Rates fall by 0.65 a layer from the head down to the patches; vectors and the position table
+    have no weight decay; every parameter is in one group."""
+    model = tiny("vit_tiny_patch16_224", depth=2)
+    rate = {}
+    decay = {}
+    for group in model.groups():
+        for p in group["params"]:
+            assert id(p) not in rate
+            rate[id(p)] = group["rate"]
+            decay[id(p)] = group["decay"]
+    names = {name: id(p) for name, p in model.trained().items()}
+    assert set(names.values()) == set(rate)
+    expected = {"head.0.weight": 1, "trunk.blocks.1.mlp.fc1.weight": 0.65,
+                "trunk.blocks.0.mlp.fc1.weight": 0.65 ** 2,
+                "trunk.patch_embed.proj.weight": 0.65 ** 3, "trunk.pos_embed": 0.65 ** 3}
+    for name, share in expected.items():
+        assert rate[names[f"network.{name}"]] == pytest.approx(share), name
+    assert decay[names["network.trunk.pos_embed"]] == 0
+    assert decay[names["network.trunk.blocks.0.attn.qkv.weight"]] == 1
+    assert decay[names["network.trunk.blocks.0.attn.qkv.bias"]] == 0
+
+
+def test_the_learning_rate_is_a_polynomial():
+    """Warm-up to the peak, half way 0.5 ** 0.9 of it, near 0 at the end; a final share is kept."""
+    def rate(step, final=0.0):
+        return SSegPlus.learning_rate(step, 110, 2.0, 10 / 110, final)
+    assert rate(0) == pytest.approx(0.2) and rate(9) == pytest.approx(2)
+    assert rate(10) == pytest.approx(2)
+    assert rate(60) == pytest.approx(2 * 0.5 ** 0.9)
+    assert 0 < rate(109) < 0.04 and rate(109, 0.5) == pytest.approx(1 + rate(109) / 2)
+
+
+def losses_and_gradients(model, batch, rank=0, world=1):
+    rows = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    losses = model.backward({name: value[rows] for name, value in batch.items()}, lambda x: x)
+    average_gradients(list(model.trained().values()))
+    return ({name: value.item() for name, value in losses.items()},
+            {name: p.grad for name, p in model.trained().items()})
+
+
+def of_process(model, batch, folder):
+    processes = join_processes("cpu", timeout_minutes=1)
+    torch.save(losses_and_gradients(model, batch, processes.rank, processes.world),
+               folder / f"{processes.rank}")
+    processes.leave()
+
+
+def test_two_processes_compute_the_loss_of_one(tmp_path):
+    """Loss and gradients agree, where one process has fewer labelled pixels than the other."""
+    model = tiny("resnet10t").train()
+    generator = torch.Generator().manual_seed(0)
+    batch = {"pixels": torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8,
+                                     generator=generator),
+             "labels": torch.randint(0, 3, (4, 64, 64), generator=generator)}
+    batch["labels"][:2, 20:] = -1
+    both = Processes(tmp_path, 2, of_process, model, batch, tmp_path)
+    expected, whole = losses_and_gradients(model, batch)
+    assert both.wait() == [0, 0], both.output()
+    for rank in range(2):
+        losses, split = torch.load(tmp_path / f"{rank}")
+        assert losses == pytest.approx(expected, rel=1e-5)
+        for name, gradient in whole.items():
+            assert (split[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+# --------------------------------------------------------------------------------------------------
+# The closed list, and the commands
+
+@torch.no_grad()
+def test_only_the_closed_list_can_be_asked_for():
+    """A class is found by any of its names and has its own probability, by the best of several
+    names; probabilities sum to 1; a class of no known name is refused with the list."""
+    model = tiny().eval()
+    pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
+    probabilities = F.softmax(model.network(pixels)[0], dim=1)
+    asked = model.embed_classes(["grass", ["Cattle", "ox"], ["meadow", "background", "cow"]],
+                                closed_set=True)
+    scores, covered = model.patch_scores(pixels, asked)
+    assert covered == (64, 64)
+    torch.testing.assert_close(scores[:, :2], probabilities[:, [2, 1]])
+    torch.testing.assert_close(scores[:, 2], probabilities[:, :2].amax(dim=1))
+    whole, _ = model.patch_scores(pixels, model.embed_classes([names[0] for names in CLASSES]))
+    torch.testing.assert_close(whole.sum(dim=1), torch.ones(1, 8, 8))
+    with pytest.raises(ValueError, match="'sheep' is not in the closed list of this model: "
+                                         "background, cow, grass"):
+        model.embed_classes([["cow"], ["sheep", "lamb"]])
+
+
+def test_label_train_score(scenes, labels, tmp_path, fails):
+    """Label a folder, train on it, score: one command each. The result is marked as closed-set and
+    as having seen the target's images; the checkpoint knows its classes, and no others."""
+    run = tmp_path / "run"
+    train.main([*RUN, "--train-data", str(scenes / "images"), "--labels", str(labels), "--output",
+                str(run)])
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert len(log) == STEPS and log[-1]["loss"] < log[0]["loss"]
+    model = load_model(run)
+    assert model.name == "sseg-plus" and model.classes == [["cow"], ["sea"], ["boat"]]
+    photo = scenes / "images" / "scene00000.png"
+    segment.main([str(photo), "--classes", "sea, boat", "--checkpoint", str(run), "--output",
+                  str(tmp_path)])
+    content = json.loads((tmp_path / "scene00000.json").read_text())
+    assert content["names"] == ["sea", "boat"] and content["protocol"]["window"] == 64
+    target = tmp_path / "target"
+    for part in ("images", "masks"):
+        (target / part).mkdir(parents=True)
+    (target / "classes.txt").write_text("cow\nsea\nboat\n")
+    Image.open(photo).save(target / "images" / "a.png")
+    Image.open(labels / "scene00000_mask.png").save(target / "masks" / "a.png")
+    eval.main(["--dataset", str(target), "--checkpoint", str(run), "--device", "cpu", "--output",
+               str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["protocol"]["closed_set"] is True
+    assert result["protocol"]["seen_target_images"] is True
+    fails(segment.main, [photo, "--classes", "sea, sheep", "--checkpoint", run, "--output",
+                         tmp_path], "'sheep'", "closed list")
+
+
+def test_what_it_needs_is_asked_for(scenes, labels, tmp_path, fails):
+    """Without a folder of images and one of label maps, and with flags of a frozen backbone, it
+    ends with one line."""
+    images = ["--train-data", scenes / "images"]
+    for flags, words in [
+            ([*images], ["--labels FOLDER", "segment.py"]),
+            (["--train-data", "toy", "--labels", labels], ["--train-data FOLDER"]),
+            ([*images, "--labels", tmp_path], ["no label maps in", tmp_path]),
+            ([*images, "--labels", labels, "--image-token", "mean"], ["frozen backbone"]),
+            ([*images, "--labels", labels, "--layer-decay", "0"], ["--layer-decay 0"]),
+            ([*images, "--labels", labels, "--head-width", "40"], ["--head-width 40"])]:
+        fails(train.main, [*RUN, *flags, "--output", tmp_path / "run"], *words)
