@@ -153,7 +153,7 @@ def run_steps(run, args, method, optimizer, scaler, stream):
             # The learning rate of this step
             rate = schedule(step, steps, peak, args.warmup, args.final_rate)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate_factor"]          # a group may have a factor of its own
+                group["lr"] = rate * group["rate_factor"]           # the method's, mostly 1
 
             # The losses of the global batch, and their gradient: the mean over processes, because
             # each holds the true gradient times the number of processes (machinery/parallel.py)

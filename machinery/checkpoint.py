@@ -123,8 +123,9 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
     frozen backbone's weights, if not where training found it. For the authors' checkpoints (PyTorch
     files) only: backbone, timm's name of it, if its tensors do not tell; image_token, see
     `VisionBackbone`. Opens no file but these, the weights file that the checkpoint names for its
-    frozen network, and what timm downloads for a registered name. Raises FileNotFoundError for a missing file; ValueError for a file that is no checkpoint, is cut
-    short, or whose backbone is another one.
+    frozen network, and what timm downloads for a registered name. Raises FileNotFoundError for a
+    missing file; ValueError for a file that is no checkpoint, is cut short, or whose backbone is
+    another one.
     """
     path = model_file(path)
     if not path.is_file():
@@ -155,7 +156,8 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
         model = find_method(header["method"]).rebuild(config)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has incomplete settings ({error!r})") from None
-    fill({name_there(name): value for name, value in model.checkpoint().items()}, tensors, complaint)
+    expected = {name_there(name): value for name, value in model.checkpoint().items()}
+    fill(expected, tensors, complaint)
     model.check_frozen(config, path)
     model.trained_with = header["training"]
     return model.to(device).eval()

@@ -2,7 +2,7 @@
 
 A CLIP is trained to embed whole images. Its last layers, applied to each position by itself, give
 an embedding of every patch in the space of its text encoder, without any training
-(docs/methods.md, PixelCLIP, section 3).
+(docs/pixelclip.md, section 3).
 """
 import logging
 from pathlib import Path

@@ -18,7 +18,7 @@ STRIDE = 32                                         # of the coarsest map
 
 
 # --------------------------------------------------------------------------------------------------
-# Backbone (docs/methods.md, S-Seg, section 4.2)
+# Backbone (docs/sseg.md, section 4.2)
 
 class SwinMaps(nn.Module):
     """A Swin Transformer from random initial values: images -> maps at strides 4, 8, 16, 32.

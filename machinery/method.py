@@ -40,10 +40,10 @@ class Pair:
     image: () -> RGB PIL image; a large JPEG may come reduced, to no less than twice the training
     size; raises ValueError or OSError, upon which the next pair is taken instead. caption: str.
     concepts: (M, 3) int64, rows of (bank id, first token, end token). masks: () -> list of (H, W)
-    bool arrays of the whole image, from the JSON in SA-1B's format beside it. partner: (rng) -> another Pair with a concept in common, and the
-    id of that concept; None where there is none. features: what `Method.features` made of the
-    image, if --cache-features is on, else None. path: of the image file; None for one from memory
-    or from a tar.
+    bool arrays of the whole image, from the JSON in SA-1B's format beside it. partner: (rng) ->
+    another Pair with a concept in common, and the id of that concept; None where there is none.
+    features: what `Method.features` made of the image, if --cache-features is on, else None. path:
+    of the image file; None for one from memory or from a tar.
     """
     image: Callable
     caption: str = ""

@@ -1,7 +1,7 @@
 """PixelCLIP: CLIP's image encoder learns to segment from photos alone, without words or labels.
 
 Paper: "Towards Open-Vocabulary Semantic Segmentation Without Semantic Labels", NeurIPS 2024,
-arXiv 2409.19846. "section n" below is a section of docs/methods.md, PixelCLIP.
+arXiv 2409.19846. "section n" below is a section of docs/pixelclip.md.
 
     python segment.py photo.jpg --classes "cat, sofa" --checkpoint clip     # before any training
     python train.py --method pixelclip --train-data FOLDER                  # of photos, no captions

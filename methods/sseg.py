@@ -1,7 +1,7 @@
 """S-Seg: masks learned from a frozen network's clusters, names learned from captions.
 
 Paper: Zihang Lai, "Exploring Simple Open-Vocabulary Semantic Segmentation", CVPR 2025, arXiv
-2401.12217. Its author published no code. docs/methods.md, S-Seg, has every formula, and says what
+2401.12217. Its author published no code. docs/sseg.md has every formula, and says what
 is known and what is our choice; "section n" below is a section there. This file is in its order.
 The layers of the network are MaskFormer's, in machinery/maskformer.py.
 

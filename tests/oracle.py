@@ -5,8 +5,8 @@
 
 Each region of an image is given the class, background included, that most of its scored pixels
 have; pixels are counted over the dataset. Regions: the largest mask of each pixel, of the whole
-image at the short side of the protocol, and the teacher's clusters (docs/methods.md, S-Seg,
-section 4.1).
+image at the short side of the protocol, and the teacher's clusters (docs/sseg.md, section
+4.1).
 """
 import argparse
 import sys

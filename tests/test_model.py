@@ -235,7 +235,8 @@ def test_a_switch_changes_what_it_is_for_and_nothing_else(model, switch):
     after = changed(*batch)
     assert torch.equal(after["global"], before["global"])
     assert after["concepts"] == before["concepts"]
-    assert torch.equal(after["local"], before["local"]) == bool(switch.keys() & {"local_weight", "prompt_weight"})
+    only_weights = bool(switch.keys() & {"local_weight", "prompt_weight"})
+    assert torch.equal(after["local"], before["local"]) == only_weights
     assert not torch.equal(after["loss"], before["loss"])
     old = model.switches()
     new = changed.switches()
