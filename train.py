@@ -76,7 +76,8 @@ def learning_rate(step, steps, peak, warmup, final=0.0):
 # The run
 
 def train(args, processes):
-    """Train as args say. Returns (the trained method, alike in all processes, its settings)."""
+    """Train as args say. Returns (the trained method, alike in all processes, its settings, what it
+    cost)."""
     output = Path(args.output)
     state = find_state(args.resume, output) if args.resume else None
     if not args.resume and states(output):
@@ -133,8 +134,8 @@ def train(args, processes):
               start, skipped)
     print_run(run, pairs)
     run_steps(run, args, method, optimizer, scaler, stream)
-    run.finish()
-    return method.eval(), config
+    cost = run.finish()
+    return method.eval(), config, cost
 
 
 def run_steps(run, args, method, optimizer, scaler, stream):
@@ -253,14 +254,15 @@ def gradient_norm(parameters, scaler, clip):
     return norm / scaler.get_scale()
 
 
-def score(args, method, config):
+def score(args, method, config, cost):
     """Score the trained model on --eval-data; write result.json and a picture of predictions."""
     dataset = open_dataset(args.eval_data, args.eval_without, args.eval_names)
     protocol = {**config["protocol"], "names": args.eval_names, "without": args.eval_without}
     result, shown = evaluate(method, dataset, protocol, pictures=4, alone=True)
     print_result(result)
     output = Path(args.output)
-    write_result(output / "result.json", {"dataset": args.eval_data, "training": config, **result})
+    write_result(output / "result.json", {"dataset": args.eval_data, "training": config,
+                                          "cost": cost, **result})
     image = dataset[0][1]                           # something to try segment.py on
     if args.eval_data == "toy":
         save_scene(image, output / "example.png")
@@ -414,9 +416,9 @@ def main(argv=None):
     with one_line_errors("lower --micro-batch or --batch"):
         check_numbers(args, int(os.environ.get("WORLD_SIZE", 1)))
         processes = join_processes(args.device, args.timeout_minutes)
-        method, config = train(args, processes)
+        method, config, cost = train(args, processes)
         if processes.rank == 0 and args.eval_data != "none":
-            score(args, method, config)
+            score(args, method, config, cost)
         processes.leave()
 
 

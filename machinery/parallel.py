@@ -5,6 +5,7 @@ functions of tensors.
 """
 import contextlib
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -199,6 +200,19 @@ def pick_device(name):
     if not available[name]:
         raise ValueError(f"--device {name}: this machine has none; use auto or cpu")
     return name
+
+
+def peak_memory(device_type):
+    """The most memory that this process has held so far, in GiB: of the GPU if it has one, else
+    main memory; nan where the system does not tell."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    try:
+        import resource                             # not on Windows
+    except ImportError:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 def pick_precision(name, device_type):

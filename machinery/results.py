@@ -17,6 +17,7 @@ from machinery.pictures import plot
 NOT_A_VARIANT = {"seed", "output", "resume", "device", "workers", "protocol", "step", "pass_pairs",
                  "micro_batch", "images", "cache_features", "save_minutes", "timeout_minutes",
                  "max_bad", "eval_data", "eval_names", "eval_without"}
+SCORED_ON = ("dataset", "scored", "names", "without")      # what methods must have in common
 PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "pillow")
 
 
@@ -77,13 +78,14 @@ def full_name(dataset):
 
 
 def read_result(path):
-    """(settings, mIoU in %) of a result file of train.py or eval.py. Raises ValueError."""
+    """(settings, mIoU in %, cost or None) of a result file of train.py or eval.py. Raises
+    ValueError."""
     try:
         result = json.loads(Path(path).read_text())
         training = result.get("training") or {"checkpoint": result["checkpoint_sha256"]}
         settings = {"dataset": result["dataset"], "scored": result["images"],
                     **upgrade_settings(training), **result["protocol"]}
-        return settings, 100 * float(result["mIoU"])
+        return settings, 100 * float(result["mIoU"]), result.get("cost")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no segmentation result of train.py or eval.py "
                          f"({error!r})") from None
@@ -91,36 +93,64 @@ def read_result(path):
 
 def compare(paths, picture):
     """Print mean and spread over seeds of the mIoU of runs, a row for each set of the settings in
-    which they differ.
+    which they differ. Of several methods a setting counts where runs of one method differ in it,
+    and their mean cost is printed.
 
     paths: result files of train.py or eval.py. A curve is drawn into picture if the rows differ in
     one number, or in several that each tell every two rows apart, as window and stride do; it is
     drawn over the first of these.
     """
     runs = [read_result(path) for path in paths]
-    names = dict.fromkeys(name for settings, _ in runs for name in settings)
-    differing = [name for name in names if name not in NOT_A_VARIANT
-                 and len({json.dumps(settings.get(name)) for settings, _ in runs}) > 1]
+    differing = differing_settings([settings for settings, _, _ in runs])
     rows = {}                                       # values of the differing settings -> mIoUs
-    for settings, miou in runs:
+    costs = {}                                      # the same -> costs
+    for settings, miou, cost in runs:
         values = [settings.get(name) for name in differing]
         values = tuple(value if np.isscalar(value) else json.dumps(value) for value in values)
         rows.setdefault(values, []).append(miou)
+        costs.setdefault(values, []).append(cost)
     numeric = all(isinstance(value, (int, float)) for row in rows for value in row)
     ordered = sorted(rows, key=None if numeric else str)
     heads = ["lambda" if name == "local_weight" else name for name in differing] or ["runs"]
 
-    print("  ".join(f"{head:>16}" for head in heads) + "      mIoU    +-   runs")
+    title = "   seconds  M trained   GiB" if "method" in differing else ""
+    print("  ".join(f"{head:>16}" for head in heads) + f"      mIoU    +-{title}   runs")
     for row in ordered:
         mious = np.array(rows[row])
         spread = f"{mious.std(ddof=1):5.2f}" if len(mious) > 1 else "    -"
         cells = "  ".join(f"{value!s:>16}" for value in row or ["all"])
         each = ", ".join(f"{miou:.1f}" for miou in mious)
-        print(f"{cells}  {mious.mean():8.2f} {spread}   {each}")
+        cost = mean_cost(costs[row]) if title else ""
+        print(f"{cells}  {mious.mean():8.2f} {spread}{cost}   {each}")
     if differing and numeric and all(len(set(column)) == len(rows) for column in zip(*rows)):
         curve = [(row[0], np.mean(rows[row]), min(rows[row]), max(rows[row])) for row in ordered]
         if plot(picture, {"mIoU": curve}, heads[0], "mIoU, %"):
             print(f"plotted in {picture}: mean, and the range over seeds as a band")
+
+
+def differing_settings(runs):
+    """Names of the settings that tell runs apart. runs: their settings, dicts."""
+    methods = {}
+    for settings in runs:
+        methods.setdefault(settings.get("method"), []).append(settings)
+
+    def differs(name, group):
+        return len({json.dumps(settings.get(name)) for settings in group}) > 1
+
+    names = [name for name in dict.fromkeys(name for settings in runs for name in settings)
+             if name not in NOT_A_VARIANT]
+    return [name for name in names
+            if any(differs(name, group) for group in methods.values())
+            or name in ("method", *SCORED_ON) and differs(name, runs)]
+
+
+def mean_cost(costs):
+    """Mean training seconds, trained parameters in millions and peak memory of runs, as columns."""
+    if None in costs:
+        return f"{'not known':>29}"
+    seconds, parameters, memory = (np.mean([cost[key] for cost in costs])
+                                   for key in ("seconds", "trained_parameters", "peak_gib"))
+    return f"  {seconds:8.0f}  {parameters / 1e6:9.1f}  {memory:4.1f}"
 
 
 class ThresholdSweep:

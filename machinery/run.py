@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from machinery.checkpoint import save_model, write_text
-from machinery.parallel import gather_rows, sum_over_processes
+from machinery.parallel import gather_rows, peak_memory, sum_over_processes
 from machinery.resume import save_state, states
 from machinery.shards import bad_line
 
@@ -224,16 +224,21 @@ class Run:
 
     def finish(self):
         """Write the trained model. Nothing is left to go on with: the states are deleted, and what
-        a killed process left half-written."""
+        a killed process left half-written. Returns what the run cost: seconds, trained_parameters,
+        peak_gib of this process."""
+        cost = {"seconds": round(time.time() - self.started, 1),
+                "trained_parameters": sum(p.numel() for p in self.method.trained().values()),
+                "peak_gib": round(peak_memory(self.processes.device_type), 2)}
         if self.processes.rank > 0:
-            return
+            return cost
         path = self.output / "model.safetensors"
         save_model(path, self.method, {**self.config, "step": self.config["steps"]})
         for left in (*states(self.output), *self.output.glob("*.partial")):
             left.unlink()
-        line = f"trained in {time.time() - self.started:.0f} s, {path}"
+        line = f"trained in {cost['seconds']:.0f} s, {path}"
         if sum(self.counts):
             line += f"; left out: {bad_line(self.counts)}"
         if self.watch.skipped:
             line += f"; {self.watch.skipped} steps were skipped, their loss or gradients not finite"
         print(line)
+        return cost

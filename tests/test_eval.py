@@ -937,6 +937,27 @@ def test_what_tells_runs_apart(tmp_path, capsys, results, heads, rows, plotted):
     assert (tmp_path / "curve.png").exists() == plotted
 
 
+def test_methods_side_by_side(tmp_path, capsys):
+    """Methods have a row each with their mean cost; a setting counts where runs of one method
+    differ in it, data where any do."""
+    cost = {"seconds": 60, "trained_parameters": 2_000_000, "peak_gib": 1.5}
+    other = {**cost, "seconds": 80}
+    runs = [({"method": "simzss", "batch": 8}, cost), ({"method": "simzss", "batch": 8}, other),
+            ({"method": "sseg", "batch": 4, "clusters": 2}, cost),
+            ({"method": "sseg", "batch": 4, "clusters": 8}, None)]
+    files = [write_run(tmp_path / f"{i}.json", training={**settings, "seed": i}, cost=cost)
+             for i, (settings, cost) in enumerate(runs)]
+    eval.main(["--compare", *files])
+    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head[:2] == ["method", "clusters"]
+    assert rows == [["simzss", "null", "50.00", "0.00", "70", "2.0", "1.5", "50.0,", "50.0"],
+                    ["sseg", "2", "50.00", "-", "60", "2.0", "1.5", "50.0"],
+                    ["sseg", "8", "50.00", "-", "not", "known", "50.0"]]
+    eval.main(["--compare", files[0], write_run(tmp_path / "voc.json", dataset="voc",
+                                                training={"method": "sseg", "seed": 9})])
+    assert capsys.readouterr().out.split()[:2] == ["dataset", "method"]
+
+
 def test_compare_takes_results_only(tmp_path, fails):
     """A file that is no result is named."""
     (tmp_path / "a.json").write_text('{"mIoU": 0.5}')

@@ -152,6 +152,9 @@ def test_a_run_on_the_toy_world(folder, tmp_path, capsys, monkeypatch):
     for line in log:
         assert line["loss"] == pytest.approx(line["global"] + 0.3 * line["local"])
     result = json.loads((run / "result.json").read_text())
+    cost = result["cost"]
+    assert cost["seconds"] > 0 and cost["peak_gib"] > 0.1
+    assert cost["trained_parameters"] == sum(p.numel() for p in load_model(run).trained().values())
     assert f"mIoU {result['mIoU']:.2%}" in printed
     assert result["classes"] == ["cow", "grass", "sky", "submarine"]
     assert result["training"]["local_weight"] == 0.3 and result["dataset"] == str(folder)
