@@ -294,6 +294,8 @@ def parse_args(argv=None):
         defaults = {**defaults, **TOY, **method.TOY}
     parser.set_defaults(**defaults)
     parser.set_defaults(**method.further_defaults(parser.parse_known_args(argv)[0]))
+    if parser.parse_known_args(argv)[0].epochs != parser.get_default("epochs"):
+        parser.set_defaults(steps=None)             # of a recipe that counts in steps
     return parser.parse_args(argv)
 
 

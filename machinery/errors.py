@@ -29,7 +29,7 @@ def runtime_line(error, full_memory):
     """Words for a RuntimeError that is no mistake in this code; any other is raised again."""
     import torch                                    # slow to import, and not every script needs it
     import torch.distributed as dist
-    first = str(error).strip().splitlines()[0]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full; {full_memory} ({first})"
     lost = isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -208,7 +208,7 @@ class Method(nn.Module):
 
     def image_scores(self, pixels, class_embeddings):
         """Scores of whole images (B, C), for classification."""
-        raise NotImplementedError
+        raise ValueError(f"{self.name} scores no whole images")
 
 
 # --------------------------------------------------------------------------------------------------

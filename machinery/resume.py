@@ -16,7 +16,7 @@ MAY_DIFFER = {"images", "bank", "exclude_classes", "denoiser", "output", "resume
               "backbone_weights", "cache_features", "micro_batch", "workers", "max_bad",
               "save_minutes", "timeout_minutes", "precision", "device", "protocol", "epochs",
               "epoch_pairs", "eval_data", "eval_without", "eval_names", "templates",
-              "class_embedding", "short_side", "window", "stride"}
+              "class_embedding", "merge", "short_side", "window", "stride"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class State:
                   f"{now[name]}" for name in now
                   if name not in MAY_DIFFER and then.get(name) != now[name]]
         model_now = json.loads(json.dumps(method.config()))
-        differ += [f"the {part} differs" for part in ("bank", "backbone")
+        differ += [f"the {part} differs" for part in ("bank", "backbone", "classes")
                    if contents(self.config.get(part)) != contents(model_now.get(part))]
         if differ:
             raise ValueError(f"{self.path} is of a run with other settings: {'; '.join(differ)}. "

@@ -383,6 +383,7 @@ class OVSegmentor(Method):
     """
 
     name = "ovsegmentor"
+    CONFIG = ("image", "text", "sizes", "bank", "switches")
     RECIPE = {
         "bank": str(CLASSES / "entities-ovsegmentor.txt"),  #                          release
         "parser": "match",          # entities are words of a list                     ours

@@ -220,6 +220,7 @@ class SSeg(Method):
            "output": "runs/sseg-toy"}
     PROTOCOL = {"templates": "photo", "merge": "soft"}
     NEEDS_CONCEPTS = False
+    CONFIG = ("backbone", "network", "text", "settings")
     FROZEN = ("teacher.",)
 
     def __init__(self, teacher, teacher_config, network, text, joint_width=256, clusters=8,
@@ -260,8 +261,8 @@ class SSeg(Method):
         add("--dropout", type=float, default=0.1,
             help="in the transformer decoder (default: %(default)s)")
         add("--feature", choices=["query", "pool"], default="query",
-            help="what describes a mask: its query (paper) or the mean of the cells under it, a "
-                 "variant that names better in small (default: %(default)s)")
+            help="what describes a mask: its query (paper) or the mean of the cells under it, "
+                 "which is not the paper's (default: %(default)s)")
         add("--joint-width", type=int, default=256,
             help="D, of image and text embeddings and of what is before them (default: "
                  "%(default)s)")
@@ -277,8 +278,8 @@ class SSeg(Method):
             help="share of an image's area that a training crop has at least (default: "
                  "%(default)s)")
         add("--merge", choices=MERGES, default="soft",
-            help="at test time, from masks to a map: sum on the mask grid, sum on pixels, or the "
-                 "largest mask (default: %(default)s)")
+            help="at test time, from masks to a map: soft, a sum over masks on their grid; fine, a "
+                 "sum on pixels; hard, the largest mask (default: %(default)s)")
 
     @staticmethod
     def check_flags(args):
@@ -292,6 +293,8 @@ class SSeg(Method):
             if not least <= getattr(args, name) <= most:            # `not <=` refuses nan, too
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected "
                                  f"{least} to {most}")
+        if args.image_token != "class":
+            raise ValueError("--image-token: S-Seg uses the teacher's patch tokens only")
         if args.image_size % STRIDE:
             raise ValueError(f"--image-size {args.image_size}: expected a multiple of {STRIDE}")
         if args.decoder_width % 32 or args.decoder_width % args.decoder_heads:

@@ -46,14 +46,14 @@ def read_class_list(folder):
                                 "as segment.py writes them")
     try:
         contents = [json.loads(file.read_text()) for file in files]
-        lists = {tuple(content["names"]): content["classes"] for content in contents}
+        lists = {json.dumps([content["names"], content["classes"]]) for content in contents}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds a JSON that segment.py did not write "
                          f"({error!r})") from None
     if len(lists) > 1:
         raise ValueError(f"{folder} holds label maps of {len(lists)} different lists of classes; "
                          "expected one, label all images with the same --classes and --background")
-    [(names, classes)] = lists.items()
+    names, classes = json.loads(lists.pop())
     synonyms = {known[0]: known for known in classes}
     return [synonyms.get(name, [name]) for name in names]       # the background has none
 
@@ -69,15 +69,23 @@ def jitter(image, mask, size, rng):
     w, h = (max(1, round(length * scale)) for length in image.size)
     x = int(rng.integers(max(w - size, 0) + 1))
     y = int(rng.integers(max(h - size, 0) + 1))
-    image = image.resize((w, h), Image.BICUBIC).crop((x, y, x + size, y + size))
-    resized = Image.fromarray(mask.astype(np.int32)).resize((w, h), Image.NEAREST)
-    part = np.array(resized)[y:y + size, x:x + size]
+    right = min(x + size, w)
+    low = min(y + size, h)
+
+    def cut(picture, resample):                     # only the part is resized
+        fx = picture.width / w
+        fy = picture.height / h
+        return picture.resize((right - x, low - y), resample,
+                              box=(x * fx, y * fy, right * fx, low * fy))
+
+    part = Image.new("RGB", (size, size))
+    part.paste(cut(image, Image.BICUBIC))
     labels = np.full((size, size), -1, np.int64)
-    labels[:part.shape[0], :part.shape[1]] = part
+    labels[:low - y, :right - x] = cut(Image.fromarray(mask.astype(np.int32)), Image.NEAREST)
     if rng.random() < 0.5:
-        image = ImageOps.mirror(image)
+        part = ImageOps.mirror(part)
         labels = labels[:, ::-1].copy()
-    return image, labels
+    return part, labels
 
 
 def change_colours(image, rng):
@@ -128,6 +136,8 @@ class SegmentationNetwork(nn.Module):
         if maps.ndim == 3:                          # tokens of a transformer
             patches = maps[:, getattr(self.trunk, "num_prefix_tokens", 0):]         # (B, N, c)
             maps = patches.mT.unflatten(2, (covered[0] // ph, covered[1] // pw))
+        elif maps.shape[1] != self.trunk.num_features:                      # (B, h, w, c)
+            maps = maps.permute(0, 3, 1, 2)
         return self.head(maps), covered
 
 
@@ -154,6 +164,7 @@ class SSegPlus(Method):
                 "short_side": 512, "window": 512, "stride": 256}
     NEEDS_CAPTIONS = False
     NEEDS_CONCEPTS = False
+    CONFIG = ("network", "classes")
 
     def __init__(self, network, classes, layer_decay=0.65):
         super().__init__()
@@ -169,8 +180,8 @@ class SSegPlus(Method):
             help="label maps of the images of --train-data, a folder that segment.py wrote")
         add("--head-width", type=int, default=256, help="a multiple of 32 (default: %(default)s)")
         add("--layer-decay", type=float, default=0.65,
-            help="learning rate of a layer of the backbone, as a share of the one behind it "
-                 "(default: %(default)s)")
+            help="learning rate of a layer of the backbone, as a share of that of the next "
+                 "layer, nearer to the output (default: %(default)s)")
 
     @staticmethod
     def check_flags(args):
@@ -212,12 +223,20 @@ class SSegPlus(Method):
     @staticmethod
     def sample(pair, size, rng, labels, classes):
         """pixels uint8 (3, size, size), labels (size, size). Raises ValueError for a label map with
-        an index that is no class."""
+        an index that is no class, or of another shape than its image."""
+        if pair.path is None:
+            raise ValueError("sseg-plus needs image files, whose names find their label maps; not "
+                             "tars")
         path = labels / f"{pair.path.stem}_mask.png"
         mask = read_mask(path)
         if mask.max() >= classes:
             raise ValueError(f"{path} holds {mask.max()}; expected 0 to {classes - 1}")
-        image, target = jitter(pair.image(), mask, size, rng)
+        photo = pair.image()                        # a JPEG may come reduced: the ratio counts
+        h, w = mask.shape
+        if abs(photo.width * h - photo.height * w) > 2 * max(h, w):
+            raise ValueError(f"{path} is {w} x {h}, its image {photo.width} x {photo.height}: not "
+                             "of the same shape")
+        image, target = jitter(photo, mask, size, rng)
         return {"pixels": to_pixels(change_colours(image, rng)), "labels": torch.from_numpy(target)}
 
     @classmethod
@@ -261,6 +280,9 @@ class SSegPlus(Method):
                 "right": sum_over_processes(right) / count}
 
     # Inference
+
+    def prepare(self, protocol):
+        protocol.update(closed_set=True, seen_target_images=True)   # facts, no settings
 
     def embed_classes(self, classes, templates=("{}",), **options):
         """Names -> rows (C, S, K) that pick their class out of the closed list. Raises ValueError

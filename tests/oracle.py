@@ -101,9 +101,13 @@ def main(argv=None):
             model = load_model(args.checkpoint)
             clusters = model.clusters
             settings = backbones.from_config(model.config()["backbone"])
+            if args.backbone_weights:
+                settings["weights"] = args.backbone_weights
             short_side = model.trained_with["protocol"]["short_side"]
             ways["masks"] = lambda pixels: mask_regions(model, pixels)
         teacher = VisionBackbone(**settings)
+        if args.checkpoint:
+            backbones.check(teacher, model.config()["backbone"], args.checkpoint)
         ways["teacher"] = lambda pixels: teacher_regions(teacher, pixels, clusters)
         found = oracle_scores(dataset, ways, args.short_side or short_side, args.limit)
         for name, result in found.items():
