@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -15,7 +16,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def _rand_augment(recipe, size):
     from timm.data.auto_augment import rand_augment_transform       # slow to import
     grey = tuple(round(255 * value) for value in IMAGENET_MEAN)     # what comes in from outside
-    return rand_augment_transform(recipe, {"img_mean": grey, "translate_const": int(0.45 * size)})
+    return rand_augment_transform(recipe, {"img_mean": grey, "translate_const": int(0.45 * size),
+                                           "interpolation": Image.BILINEAR})
+
+
+def check_recipe(recipe, size):
+    """Raise ValueError for a recipe that `rand_augment` does not know; "none" is one, too."""
+    if recipe != "none":
+        try:
+            _rand_augment(recipe, size)
+        except (AssertionError, ValueError, KeyError):
+            raise ValueError(f"unknown recipe of RandAugment {recipe!r}; expected one of timm's, "
+                             "such as rand-m9-mstd0.5-inc1, or none") from None
 
 
 def rand_augment(image, recipe, rng):

@@ -149,6 +149,8 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
 
     config = header["config"]
     try:
+        if backbone_weights and not config.get("backbone"):
+            raise ValueError(f"{path} has no frozen backbone; leave --backbone-weights out")
         if backbone_weights and config["backbone"]["weights"] in release.STORED:
             raise ValueError(f"{path} holds its backbone's weights; leave --backbone-weights out")
         if backbone_weights:

@@ -2,6 +2,7 @@
 over the global batch."""
 from collections import OrderedDict
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -86,7 +87,10 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         mean = sum_over_processes(rows.sum(dim=0)) / count                          # (width,)
         variance = sum_over_processes((rows - mean).square().sum(dim=0)) / count
         if counts:                                  # the running variance is the unbiased one
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(variance.detach() * count / max(1, count - 1), self.momentum)
+            unbiased = variance * count / max(1, count - 1)
+            # A step that is not finite is skipped; it must not stay in the statistics, either
+            good = mean.isfinite().all() & variance.isfinite().all()
+            for kept, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                kept.copy_(torch.where(good, kept.lerp(new.detach(), self.momentum), kept))
             self.num_batches_tracked += 1
         return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias

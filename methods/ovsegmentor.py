@@ -29,7 +29,9 @@ from torch import nn
 from concepts import ConceptBank, plural, tokenizer
 from data import random_resized_crop
 from machinery import backbones, bert
-from machinery.augment import IMAGENET_MEAN, IMAGENET_STD, rand_augment, random_erase
+from machinery.augment import (IMAGENET_MEAN, IMAGENET_STD, check_recipe, rand_augment,
+                               random_erase)
+from machinery.captions import CONTEXT_LENGTH
 from machinery.checkpoint import load_model, model_file, read_checkpoint
 from machinery.classes import CLASSES, read_templates
 from machinery.clustering import assign
@@ -74,7 +76,7 @@ def answer_sentence(entities, template):
     return template.partition("{}")[0] + " and ".join(entities)
 
 
-@lru_cache(maxsize=2 ** 14)                         # the same words return in every pass
+@lru_cache(maxsize=2 ** 14)                         # prompts and answers return often
 def tokenize(text, encoder, context):
     """Text -> (context,) int64, cut or padded. encoder: "scratch", or a pretrained BERT's name."""
     if encoder == "scratch":
@@ -299,7 +301,7 @@ class ImageEncoder(nn.Module):
             self.norm.load_state_dict(trunk.norm.state_dict())
         except (AttributeError, RuntimeError) as error:
             raise ValueError(f"{type(trunk).__name__} does not fit the image encoder of --width, "
-                             f"--layers and --patch ({str(error).splitlines()[0]})") from None
+                             f"--layers and --patch ({' '.join(str(error).split())[:200]})") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,7 +331,7 @@ class ScratchText(nn.Module):
     @staticmethod
     def sentence(states, tokens):
         """States (B, T, w) -> that of the end token, which has the highest id, (B, w)."""
-        return states[torch.arange(len(tokens)), tokens.argmax(dim=-1)]
+        return states[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
 
 
 class Projector(nn.Module):
@@ -509,14 +511,27 @@ class OVSegmentor(Method):
             if not getattr(args, name) >= least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected "
                                  f"at least {least}")
+        for name in ("least_area", "erase"):
+            if getattr(args, name) > 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a "
+                                 "share, at most 1")
+        if args.drop_path >= 1:
+            raise ValueError(f"--drop-path is {args.drop_path}; expected less than 1")
+        if args.mask_size is not None and args.mask_size < 1:
+            raise ValueError(f"--mask-size is {args.mask_size}; expected a positive number")
+        check_recipe(args.rand_augment, args.image_size)
+        if args.image_token != "class":
+            raise ValueError("--image-token: OVSegmentor uses no class token")
         if (args.stage == 2) != bool(args.init):
             raise ValueError(f"--stage {args.stage} with --init {args.init}: stage 2, and no "
                              "other, starts from a checkpoint of stage 1; name it with --init")
         if args.bank == "none":
             raise ValueError("--bank none: entities are looked up in the words of a caption; name "
                              "a file of them")
-        if args.patches == "convolution" and (args.pixel_mean or args.pixel_std or args.denoiser):
-            raise ValueError("--pixel-mean, --pixel-std and --denoiser are for --patches frozen")
+        if args.patches == "convolution" and (args.pixel_mean or args.pixel_std or args.denoiser
+                                              or args.backbone_option):
+            raise ValueError("--pixel-mean, --pixel-std, --denoiser and --backbone-option are for "
+                             "--patches frozen")
         if args.stage == 2:
             header, _ = read_checkpoint(model_file(args.init))
             if header["method"] != cls.name:
@@ -528,13 +543,20 @@ class OVSegmentor(Method):
             args.text = bert.BASE if bert.installed() else "scratch"
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"text encoder: {args.text} (--text)")
+        if args.text == "scratch" and args.context > CONTEXT_LENGTH:
+            raise ValueError(f"--context is {args.context}; the text encoder of --text scratch "
+                             f"takes at most {CONTEXT_LENGTH}")
+        if os.path.isdir(args.text):
+            args.text = os.path.abspath(args.text)      # found again from any folder
         args.mask_size = args.mask_size or args.image_size
 
     @classmethod
     def build(cls, args, bank):
         switches = {name: getattr(args, name) for name in cls.SWITCHES}
         if args.stage == 2:
-            return load_model(args.init).begin_stage_2(switches)
+            weights = None if args.backbone_weights == "random" else args.backbone_weights
+            model = load_model(args.init, backbone_weights=weights)
+            return model.begin_stage_2(switches, bank.names)
         if args.text == "scratch":
             text = ScratchText(args.text_width, args.text_heads, args.text_layers, args.context)
         else:
@@ -543,15 +565,15 @@ class OVSegmentor(Method):
         trunk = None
         channels = 3
         patch = args.patch
-        grid = args.image_size // patch
+        grid = math.ceil(args.image_size / patch)
         if args.patches == "frozen":
             backbone = VisionBackbone(**backbones.from_flags(args))
             channels = backbone.width
             patch = 1
-            grid = args.image_size // backbone.patch_size[0]
+            grid = math.ceil(args.image_size / backbone.patch_size[0])
         elif args.backbone_weights != "random":
             trunk = backbones.create_trunk(args.backbone, args.backbone_weights or "pretrained", {})
-            if not hasattr(trunk, "pos_embed"):
+            if getattr(trunk, "pos_embed", None) is None:
                 raise ValueError(f"--backbone {args.backbone} is no vision transformer, whose "
                                  "weights --patches convolution takes; use --patches frozen")
             grid = math.isqrt(trunk.pos_embed.shape[1])         # a class token adds less than a row
@@ -559,11 +581,13 @@ class OVSegmentor(Method):
                              args.group_tokens, args.groups, args.drop_path, args.init_std)
         if trunk:
             image.fill(trunk)
-        return cls(image, text, backbone, args.embedding, args.hidden, bank.names, switches)
+        # A BERT comes in evaluation mode; its dropout is on in both stages
+        return cls(image, text, backbone, args.embedding, args.hidden, bank.names, switches).train()
 
-    def begin_stage_2(self, switches):
+    def begin_stage_2(self, switches, bank):
         """Add the teacher; the text encoder no longer learns, though its dropout stays on."""
         self.switches = SimpleNamespace(**switches)
+        self.bank = list(bank)
         self.text.requires_grad_(False)
         self.teacher = copy.deepcopy(self.image).requires_grad_(False)
         return self.train()
@@ -680,7 +704,7 @@ class OVSegmentor(Method):
         """Let features whose projection nobody uses change the running statistics (section 4)."""
         if self.training and self.switches.bn_double_pass:
             for x in features:
-                projector(x)
+                projector.norm(projector.fc1(x))
 
     def complete(self, groups, tokens):
         """What the groups (B, K, d) answer to questions, tokens (B, T): (B, D)."""
@@ -725,7 +749,10 @@ class OVSegmentor(Method):
     def prepare(self, protocol):
         kind, _, threshold = protocol.get("background", "").partition(":")
         self.background_threshold = float(threshold) if kind == "own" else None
-        self.keep_classes = protocol["keep_classes"]
+        keep = protocol["keep_classes"]
+        if type(keep) is not int or keep < 1:
+            raise ValueError(f"keep_classes is {keep!r}; expected a whole number of at least 1")
+        self.keep_classes = keep
 
     def embed_classes(self, classes, templates=("{}",), **options):
         def embed(prompts):

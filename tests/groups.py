@@ -33,7 +33,10 @@ def group_shares(model, image):
     size = image.height, image.width
     _, queries, keys, grid = model.image(model.maps(to_pixels(image)[None]))
     soft = patch_logits(queries, keys).softmax(dim=1).unflatten(-1, grid)           # (1, K, h, w)
-    return F.interpolate(soft, size, mode="bilinear", align_corners=True)[0]
+    patch = model.backbone.patch_size[0] if model.backbone else model.image.config["patch"]
+    padded = (grid[0] * patch, grid[1] * patch)
+    whole = F.interpolate(soft, padded, mode="bilinear", align_corners=True)[0]
+    return whole[:, :size[0], :size[1]]
 
 
 def main(argv=None):

@@ -136,3 +136,13 @@ def test_heads_must_divide_the_width():
     """A width that is no multiple of the heads is an error of one line."""
     with pytest.raises(ValueError, match="the width 10 must be a multiple of the 3 heads"):
         Block(10, 3)
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace():
+    """A batch with an infinite row, whose step is skipped, does not change the running
+    statistics."""
+    norm = GlobalBatchNorm(3)
+    norm(torch.randn(4, 3))
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    norm(torch.full((4, 3), torch.inf))
+    assert torch.equal(norm.running_mean, before[0]) and torch.equal(norm.running_var, before[1])

@@ -64,7 +64,7 @@ def tiny(stage=1, drop_path=0.0, **switches):
     model = OVSegmentor(encoder(drop_path), ScratchText(32, 2, 1, CONTEXT), None, 16, 64, BANK,
                         {**SWITCHES, **switches})
     if stage == 2:
-        model.begin_stage_2({**SWITCHES, **switches})
+        model.begin_stage_2({**SWITCHES, **switches}, model.bank)
         with torch.no_grad():
             for p in model.teacher.parameters():
                 p.add_(0.02 * torch.randn_like(p))
@@ -546,7 +546,7 @@ def test_what_batch_norm_counts():
 def test_the_teacher_follows():
     """From equal weights, a change of the student moves the teacher by 0.01 of it."""
     model = tiny()
-    model.begin_stage_2(SWITCHES)
+    model.begin_stage_2(SWITCHES, model.bank)
     before = copy.deepcopy(model.teacher.state_dict())
     with torch.no_grad():
         for p in model.image.parameters():
@@ -693,6 +693,10 @@ def test_mistakes_in_flags(stage_1, checkpoint, tmp_path, fails):
     fails(train.main, [*start, "--stage", "2", "--init", checkpoint], "is a checkpoint of simzss")
     fails(train.main, [*start, "--bank", "none"], "--bank none")
     fails(train.main, [*start, "--groups", "0"], "--groups is 0; expected at least 1")
+    fails(train.main, [*start, "--drop-path", "1"], "--drop-path is 1.0; expected less than 1")
+    fails(train.main, [*start, "--least-area", "2"], "--least-area is 2.0", "at most 1")
+    fails(train.main, [*start, "--context", "100"], "--context is 100", "at most 77")
+    fails(train.main, [*start, "--rand-augment", "bogus"], "RandAugment 'bogus'")
     fails(train.main, [*start, "--mask-weight", "nan"], "--mask-weight is nan")
     fails(train.main, [*start, "--patches", "convolution", "--pixel-mean", "0", "0", "0"],
           "--patches frozen")
@@ -829,6 +833,9 @@ def test_a_bert(tmp_path):
     name = bert_folder(tmp_path / "bert")
     tokens = bert.tokenize("A [MASK] and cows", name, 10)
     assert tokens.tolist() == [2, 5, 4, 1, 7, 6, 3, 0, 0, 0]
+    args = train.parse_args([*TOY, "--text", name])
+    built = OVSegmentor.build(args, ConceptBank(BANK))
+    assert built.training and built.text.bert.training      # its dropout is on
     text = bert.Bert(name, 10).eval()
     states, sentence = text(tokens[None])
     assert torch.equal(sentence, states[:, 0])
