@@ -97,8 +97,8 @@ class DropPath(nn.Module):
 
 
 class DenseConvNeXt(nn.Module):
-    """visual: a ConvNeXt of open_clip. Its last norm and projection are put on every position, in
-    place of their mean."""
+    """visual: a ConvNeXt of open_clip. Its last norm and projection are applied at every position;
+    nothing is averaged."""
     TRAINED = ("",)
     SHARPNESS = 1.0
     cells = 20
@@ -123,6 +123,8 @@ class DenseConvNeXt(nn.Module):
         return self.visual.head(self.visual.trunk.head.norm(x).permute(0, 2, 3, 1))
 
     def pooled(self, images):
+        for drop_path in self.drop_paths:
+            drop_path.draws = None
         return self.visual(images)
 
 

@@ -53,6 +53,8 @@ def scale_and_shift(image, factor, shift):
 def weak_colours(image, rng, strength=1.0):
     """Brightness +-32, contrast and saturation 0.5 to 1.5, hue +-18 of 180, each with probability
     0.5; contrast before or after saturation and hue. From SSD, arXiv 1512.02325."""
+    if not strength:                                # HSV and back would change it by rounding
+        return image
     contrast_first = rng.random() < 0.5
     shift, factor, saturation, hue = strength * rng.uniform(-1, 1, 4) * (rng.random(4) < 0.5)
     image = scale_and_shift(image, 1, 32 * shift)
@@ -65,6 +67,8 @@ def weak_colours(image, rng, strength=1.0):
 def strong_colours(image, rng, strength=1.0):
     """With probability 0.8 brightness, contrast and saturation 0.5 to 1.5 and hue +-0.25 turns, in
     random order; then grey, 0.2; then blur, 0.5, sigma 0.1 to 2 pixels."""
+    if not strength:
+        return image
     enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     if rng.random() < 0.8:
         for change in rng.permutation(4):

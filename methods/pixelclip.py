@@ -147,6 +147,9 @@ class MaskGenerator(nn.Module):
         self.grid = grid
         self.eval().requires_grad_(False)
 
+    def train(self, mode=True):
+        return super().train(False)                 # no batch statistics
+
     @torch.no_grad()
     def forward(self, pixels, seeds):
         """pixels: uint8 (B, 3, H, W), whole patches. seeds: (B,) int64, of the first centres.
@@ -156,7 +159,9 @@ class MaskGenerator(nn.Module):
                      for key in ("mean", "std"))
         images = (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
         tokens = self.trunk.forward_features(images)
-        if tokens.ndim == 4:                                                # CNN: (B, D, h, w)
+        if tokens.ndim == 4:                                                # CNN: (B, D, h, w) ...
+            if tokens.shape[1] != self.trunk.num_features:                  # ... or (B, h, w, D)
+                tokens = tokens.permute(0, 3, 1, 2)
             tokens = tokens.flatten(2).transpose(1, 2)
         tokens = tokens[:, -h * w:]                                         # (B, N, D)
         first = [torch.randperm(h * w, generator=torch.Generator().manual_seed(int(seed)))
@@ -252,6 +257,9 @@ class PixelCLIP(Method):
         self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
         self.decoder = Decoder(*args.decoder_channels)
         tokens, free = prompt_tokens(args.prompt, args.free_tokens)
+        if len(free) < args.free_tokens or tokens[-1] != 0:
+            raise ValueError(f"--prompt with --free-tokens {args.free_tokens} is longer than the "
+                             f"context of {len(tokens)} tokens")
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("free", free, persistent=False)
         table = self.text.tower.token_embedding.weight                      # (vocabulary, width)
@@ -264,6 +272,9 @@ class PixelCLIP(Method):
             if args.image_size % patch:
                 raise ValueError(f"--image-size is {args.image_size}; expected a multiple of the "
                                  f"mask backbone's patches of {patch} pixels")
+            if args.clusters > (args.image_size // patch) ** 2:
+                raise ValueError(f"--clusters is {args.clusters}; there are only "
+                                 f"{(args.image_size // patch) ** 2} patches in a square")
         return self
 
     # Data
@@ -310,9 +321,7 @@ class PixelCLIP(Method):
         if "masks" in batch:
             return batch
         batch = dict(batch)
-        with self.autocast():
-            masks = self.mask_generator(batch["weak"], batch.pop("seed"))
-        return {**batch, "masks": masks}
+        return {**batch, "masks": self.mask_generator(batch["weak"], batch.pop("seed"))}
 
     def groups(self):
         """Three learning rates; weight decay on all but the layers that normalise."""
@@ -411,6 +420,7 @@ class PixelCLIP(Method):
     # Inference
 
     def prepare(self, protocol):
+        torch.backends.cuda.matmul.allow_tf32 = False       # training alone uses it
         self.input = protocol["input"]
 
     def embed_classes(self, classes, templates=("{}",), batch=256, **options):
@@ -474,7 +484,8 @@ class PixelCLIP(Method):
         add("--colours", type=float, default=1.0,
             help="strength of all changes of colour; 0 = none (default: %(default)s)")
         add("--pseudo-classes", type=int, default=64,
-            help="far fewer than there are masks in a batch (default: %(default)s)")
+            help="their number; choose far fewer than there are masks in a batch (default: "
+                 "%(default)s)")
         add("--free-tokens", type=int, default=4,
             help="learned tokens of a pseudo-class's name (default: %(default)s)")
         add("--prompt", default="A photo of a {} in the scene",
@@ -498,6 +509,16 @@ class PixelCLIP(Method):
             if getattr(args, name) is not None and getattr(args, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a "
                                  "positive number")
+        for name in ("visual_rate", "prompt_rate", "colours"):
+            if not getattr(args, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 0 "
+                                 "or a positive number")
+        if not 0 <= args.ema <= 1:
+            raise ValueError(f"--ema is {args.ema}; expected a share, 0 to 1")
+        first_channels, second_channels = args.decoder_channels
+        if first_channels < 1 or second_channels < 1 or first_channels % 4 or second_channels % 2:
+            raise ValueError(f"--decoder-channels {args.decoder_channels}: expected multiples of 4 "
+                             "and of 2, the groups of their GroupNorm")
         first = PixelCLIP.TOY["clip_model"]
         if args.clip_model == first and not Path(first).exists():
             raise FileNotFoundError(f"no {first}, the CLIP of the toy world; train it first: "
@@ -535,7 +556,7 @@ class PixelCLIP(Method):
         is_random = self.backbone.config["weights"] == "random"
         return {name: value for name, value in self.state_dict().items()
                 if name.replace("teacher.", "backbone.") in trained
-                or is_random and name.startswith(("backbone.", "text."))}
+                or is_random and name.startswith(("backbone.", "text.", "teacher."))}
 
     def check_frozen(self, config, path):
         found = self.backbone.config

@@ -776,6 +776,11 @@ def test_a_file_of_another_clip(weights, photos, tmp_path, fails):
     (["--clip-model", "runs/toy-clip"], "python train.py --train-data toy --lambda 0 --output"),
     (["--prompt", "a photo"], "expected one {} in it"),
     (["--warmup", "0.1"], "schedule has none"),
+    (["--ema", "2"], "--ema is 2.0; expected a share"),
+    (["--prompt-rate", "-1"], "--prompt-rate is -1.0; expected 0"),
+    (["--clusters", "300"], "--clusters is 300; there are only"),
+    (["--free-tokens", "80"], "longer than the context of 77"),
+    (["--decoder-channels", "0", "0"], "--decoder-channels [0, 0]"),
     (["--network-size", "50"], "--network-size is 50; expected a multiple"),
     (["--image-size", "60"], "--image-size is 60; expected a multiple"),
     (["--mask-backbone", "vit_small_patch16_224.dino"], "pass --mask-weights FILE")])

@@ -766,7 +766,7 @@ def test_views_on_the_command_line(checkpoint, tmp_path):
     ({"photo": "{tmp}/cut.png"}, ["cut.png is no readable image"]),
     ({"--checkpoint": "{tmp}/none"}, ["no checkpoint at", "train.py"]),
     ({"--checkpoint": "{tmp}/photo.png"}, ["photo.png is no SimZSS checkpoint"]),
-    ({"--templates": "poems"}, ["no templates 'poems'", "imagenet80, pixelclip, plain, simple7"]),
+    ({"--templates": "poems"}, ["no templates 'poems'", "imagenet80, photo", "simple7"]),
     ({"--templates": "{tmp}/cow.txt"}, ["cow.txt", "{} for the class name"]),
     ({"--templates": "{tmp}/two.txt"}, ["two.txt", "{} for the class name"]),
     ({"--background": "grey"}, ["background 'grey'", "threshold:T"]),
