@@ -32,6 +32,7 @@ from data import random_resized_crop
 from machinery import backbones
 from machinery.captions import CONTEXT_LENGTH
 from machinery.classes import read_templates
+from machinery.errors import check_positive
 from machinery.images import to_pixels
 from machinery.method import Method
 from machinery.parallel import gather_rows, rank, sum_over_processes
@@ -555,14 +556,10 @@ class SimZSS(Method):
     @staticmethod
     def check_flags(args):
         backbones.check_flags(args)
-        for name in ("pool_temperature", "local_temperature"):
-            if not getattr(args, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a "
-                                 "positive number")
-        for flag, weight in (("--lambda", args.local_weight),
-                             ("--prompt-weight", args.prompt_weight)):
-            if not weight >= 0:
-                raise ValueError(f"{flag} is {weight}; expected 0 or a positive number")
+        check_positive(args, "pool_temperature", "local_temperature")
+        check_positive(args, "prompt_weight", or_zero=True)
+        if not args.local_weight >= 0:
+            raise ValueError(f"--lambda is {args.local_weight}; expected 0 or a positive number")
         if args.local_weight == 0 and args.class_embedding == "concept":
             if int(os.environ.get("RANK", 0)) == 0:
                 print("lambda = 0 trains no concept embeddings: at test time classes are embedded "

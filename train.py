@@ -22,7 +22,7 @@ from eval import evaluate
 from machinery.benchmarks import open_dataset
 from machinery.checkpoint import save_model         # for use from Python
 from machinery.classes import read_templates
-from machinery.errors import one_line_errors
+from machinery.errors import check_positive, one_line_errors
 from machinery.features import open_cache
 from machinery.loading import join, loader_batch_size
 from machinery.method import METHODS, find_method
@@ -389,15 +389,9 @@ def add_safety_flags(add):
 
 def check_numbers(args, world):
     """Raise ValueError for numbers that cannot be."""
-    for name in ("batch", "micro_batch", "epochs", "pairs", "epoch_pairs", "steps", "image_size",
-                 "base_rate"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:     # `not >` refuses nan, too
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected a positive number")
-    for name in ("weight_decay", "final_rate", "clip"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 0 or "
-                             "a positive number")
+    check_positive(args, "batch", "micro_batch", "epochs", "pairs", "epoch_pairs", "steps",
+                   "image_size", "base_rate")
+    check_positive(args, "weight_decay", "final_rate", "clip", or_zero=True)
     if not 0 <= args.warmup <= 1:
         raise ValueError(f"--warmup is {args.warmup}; expected a share of the steps, 0 to 1")
     if not 0 < args.stride <= args.window:

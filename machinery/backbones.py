@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from machinery.checkpoint import fill
+from machinery.errors import check_positive
 from machinery.release import STORED, read_denoiser, read_tensors
 from machinery.toy import ToyTrunk
 
@@ -54,10 +55,7 @@ def add_text_flags(parser, layers=12):
 
 def check_flags(args):
     """Raise ValueError for numbers of a backbone or text tower that cannot be."""
-    for name in ("text_width", "text_heads", "text_layers"):
-        value = getattr(args, name, None)           # not every method has all of them
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected a positive number")
+    check_positive(args, "text_width", "text_heads", "text_layers")
     if args.pixel_std and not min(args.pixel_std) > 0:
         raise ValueError(f"--pixel-std {args.pixel_std}: expected positive numbers")
 

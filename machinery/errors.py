@@ -17,6 +17,16 @@ def one_line_errors(full_memory):
         sys.exit(f"error: {runtime_line(error, full_memory)}")
 
 
+def check_positive(args, *names, or_zero=False):
+    """Raise ValueError for the first of these flags that is no positive number; None passes."""
+    for name in names:
+        value = getattr(args, name, None)           # not every method has all flags
+        is_good = value is None or (value >= 0 if or_zero else value > 0)      # nan is not
+        if not is_good:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected "
+                             f"{'0 or ' if or_zero else ''}a positive number")
+
+
 def one_line(error):
     """The message of an error; of one in a data worker, which has a traceback, the last line."""
     message = str(error).strip()

@@ -27,6 +27,7 @@ from machinery import backbones
 from machinery.checkpoint import load_model, model_file, read_checkpoint
 from machinery.clip import DenseToy, create_clip
 from machinery.clustering import kmeans
+from machinery.errors import check_positive
 from machinery.images import to_pixels
 from machinery.method import Method, moving_average
 from machinery.parallel import gather_rows, global_rows, sum_over_processes
@@ -504,15 +505,9 @@ class PixelCLIP(Method):
 
     @staticmethod
     def check_flags(args):
-        for name in ("network_size", "clusters", "mask_grid", "resize", "pseudo_classes",
-                     "free_tokens"):
-            if getattr(args, name) is not None and getattr(args, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a "
-                                 "positive number")
-        for name in ("visual_rate", "prompt_rate", "colours"):
-            if not getattr(args, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 0 "
-                                 "or a positive number")
+        check_positive(args, "network_size", "clusters", "mask_grid", "resize", "pseudo_classes",
+                       "free_tokens")
+        check_positive(args, "visual_rate", "prompt_rate", "colours", or_zero=True)
         if not 0 <= args.ema <= 1:
             raise ValueError(f"--ema is {args.ema}; expected a share, 0 to 1")
         first_channels, second_channels = args.decoder_channels
