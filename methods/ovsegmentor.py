@@ -300,8 +300,9 @@ class ImageEncoder(nn.Module):
             self.blocks.load_state_dict(trunk.blocks.state_dict())
             self.norm.load_state_dict(trunk.norm.state_dict())
         except (AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{type(trunk).__name__} does not fit the image encoder of --width, "
-                             f"--layers and --patch ({' '.join(str(error).split())[:200]})") from None
+                             f"--layers and --patch ({reason})") from None
 
 
 # --------------------------------------------------------------------------------------------------
