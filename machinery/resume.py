@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machinery.checkpoint import fill, read_tensors, save_tensors, upgrade
+from machinery.checkpoint import (fill, read_tensors, save_tensors, upgrade,
+                                  upgrade_settings)
 from machinery.method import find_method
 from machinery.shards import BAD
 
@@ -81,7 +82,7 @@ class State:
 
         config: settings of this run.
         """
-        then = self.training
+        then = upgrade_settings(self.training)      # with what older runs did not have
         now = json.loads(json.dumps(config))        # tuples become lists, as in the file
         differ = [f"{'lambda' if name == 'local_weight' else name} was {then.get(name)}, is "
                   f"{now[name]}" for name in now

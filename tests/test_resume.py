@@ -221,6 +221,12 @@ def test_only_broken_states_end_the_run(tmp_path, fails):
           "nothing to go on from", "state-00000099")
 
 
+def read_state(path):
+    """(metadata, tensors) of a state's file."""
+    with safetensors.safe_open(path, "pt") as file:
+        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+
+
 def test_only_a_state_of_this_run_is_gone_on_from(tmp_path, fails):
     """The checkpoint of an unfinished run is no state. A state whose optimizer has a tensor of
     another shape, one too few or one of a foreign name is refused, by the tensor's name."""
@@ -230,9 +236,7 @@ def test_only_a_state_of_this_run_is_gone_on_from(tmp_path, fails):
     fails(train.main, [*again, folder / "model.safetensors"], "nothing to go on from",
           "model.safetensors")
     path = states(folder)[0]
-    with safetensors.safe_open(path, "pt") as file:
-        header = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    header, tensors = read_state(path)
     name = "optimizer.exp_avg.text.tower.text_projection"
     other = {**tensors, name: tensors[name][:1]}
     fewer = {key: value for key, value in tensors.items() if key != name}
@@ -241,6 +245,29 @@ def test_only_a_state_of_this_run_is_gone_on_from(tmp_path, fails):
                            (more, "unexpected: optimizer.exp_avg.dog")):
         safetensors.torch.save_file(changed, path, header)
         fails(train.main, [*again, path], path, words)
+
+
+def test_a_state_from_before_a_setting_goes_on(reference, tmp_path, fails):
+    """A state of a run that did not have a setting yet goes on with what such runs did, and is
+    refused with another value of it. A setting that all runs have may not be missing."""
+    folder = tmp_path / "run"
+    interrupted(folder)
+    path = states(folder)[0]
+    header, tensors = read_state(path)
+    whole = json.loads(header["simzss"])
+
+    def write_without(name):
+        training = {key: value for key, value in whole["training"].items() if key != name}
+        content = {"simzss": json.dumps({**whole, "training": training})}
+        safetensors.torch.save_file(tensors, path, content)
+
+    write_without("base_rate")
+    fails(train.main, [*RUN, "--output", folder, "--resume", "auto"], "base_rate was None")
+    write_without("prompt_weight")
+    fails(train.main, [*RUN, "--output", folder, "--resume", "auto", "--prompt-weight", "1"],
+          "prompt_weight was 0.0, is 1.0")
+    run(folder, "--resume", "auto")
+    assert same(folder, reference[1])
 
 
 def test_an_unfinished_run_is_not_overwritten(reference, tmp_path, fails):
