@@ -292,10 +292,13 @@ def parse_args(argv=None):
                 **method.PROTOCOL}
     if known.train_data == "toy":
         defaults = {**defaults, **TOY, **method.TOY}
+    if "steps" in defaults:                         # a recipe that counts in steps, not in passes
+        defaults["epochs"] = None
     parser.set_defaults(**defaults)
-    parser.set_defaults(**method.further_defaults(parser.parse_known_args(argv)[0]))
-    if parser.parse_known_args(argv)[0].epochs != parser.get_default("epochs"):
-        parser.set_defaults(steps=None)             # of a recipe that counts in steps
+    args, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**method.further_defaults(args))
+    if "steps" in defaults and args.epochs:         # passes are asked for all the same
+        parser.set_defaults(steps=None)
     return parser.parse_args(argv)
 
 

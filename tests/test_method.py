@@ -103,6 +103,17 @@ def test_defaults_may_depend_on_flags(monkeypatch):
     assert train.parse_args([*RUN, "--linear-width", "3", "--epochs", "1"]).epochs == 1
 
 
+def test_a_recipe_may_count_in_steps(monkeypatch):
+    """Where a method's recipe has a number of steps, --epochs replaces it, whatever the usual
+    number of passes; --steps wins."""
+    monkeypatch.setattr(linear_method.Linear, "RECIPE", {**linear_method.Linear.RECIPE, "steps": 7})
+    method = ["--method", "linear", "--train-data", "toy"]
+    for given, steps, epochs in (([], 7, None), (["--epochs", "10"], None, 10),
+                                 (["--epochs", "10", "--steps", "3"], 3, 10)):
+        args = train.parse_args([*method, *given])
+        assert (args.steps, args.epochs) == (steps, epochs)
+
+
 def test_two_processes_train_as_one(whole, tmp_path):
     """By torchrun in two processes every logged loss, and the buffer, are those of one process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
