@@ -154,7 +154,7 @@ class VisionBackbone(nn.Module):
         self.trunk = backbones.create_trunk(name, source, options)
         self.width = self.trunk.num_features                                        # D
         self.patch_size = backbones.patch_size(self.trunk)
-        self.prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
+        self.prefix_tokens = backbones.prefix_tokens(self.trunk)    # class token and registers
         has_token = name == "toy" or getattr(self.trunk, "cls_token", None) is not None
         self.uses_class_token = has_token and image_token == "class"
         self.denoiser = backbones.create_denoiser(self.width, denoiser) if denoiser else None
@@ -181,25 +181,8 @@ class VisionBackbone(nn.Module):
         Returns class token (B, D) and patch tokens (B, N, D), float32 and unit-norm, and the grid
         (h, w). The last patches may reach beyond the image; segment.py cuts that away.
         """
-        (ph, pw), (H, W) = self.patch_size, images.shape[-2:]
-        images = F.pad(images, (0, -W % pw, 0, -H % ph))
-        grid = (images.shape[-2] // ph, images.shape[-1] // pw)
-        try:
-            features = self.trunk.forward_features(images)
-        except AssertionError as error:             # a transformer with a fixed position table
-            raise ValueError(f"the backbone {self.config['name']} takes no images of {H} x {W}: "
-                             f"{error}") from None
-        if features.ndim == 4:                                              # CNN: (B, D, h, w) ...
-            if features.shape[1] != self.width:                             # ... or (B, h, w, D)
-                features = features.permute(0, 3, 1, 2)
-            patches = features.flatten(2).transpose(1, 2)                           # (B, N, D)
-        else:                                                               # (B, prefix + N, D)
-            patches = features[:, self.prefix_tokens:]                      # registers are dropped
-        class_token = features[:, 0] if self.uses_class_token else patches.mean(dim=1)      # (B, D)
-        if patches.shape[1] != grid[0] * grid[1]:
-            raise ValueError(f"the backbone {self.config['name']} gives {patches.shape[1]} patches "
-                             f"for {H} x {W} pixels, expected {grid[0]} x {grid[1]}; its patches "
-                             "do not lie on a regular grid")
+        prefix, patches, grid = backbones.tokens(self.trunk, images, self.config["name"])
+        class_token = prefix[:, 0] if self.uses_class_token else patches.mean(dim=1)        # (B, D)
         if self.denoiser:
             patches = self.denoiser(patches, grid)
         return F.normalize(class_token.float(), dim=-1), F.normalize(patches.float(), dim=-1), grid

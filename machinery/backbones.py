@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from machinery.checkpoint import fill
@@ -170,6 +171,39 @@ def patch_size(trunk):
     else:
         size = trunk.feature_info[-1]["reduction"]
     return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+def prefix_tokens(trunk):
+    """Number of tokens before the patches, class token and registers; 0 for a CNN."""
+    return getattr(trunk, "num_prefix_tokens", 0)
+
+
+def tokens(trunk, images, name):
+    """Tokens of a `create_trunk` for images (B, 3, H, W), zero-padded right and bottom to patches.
+
+    name: the trunk's, for errors. Returns prefix tokens (B, P, D), class token and registers, none
+    of a CNN; patch tokens (B, N, D); the grid (h, w) of the patches. Raises ValueError for images
+    of a size that the trunk does not take, and patches that lie on no regular grid.
+    """
+    ph, pw = patch_size(trunk)
+    H, W = images.shape[-2:]
+    images = F.pad(images, (0, -W % pw, 0, -H % ph))
+    grid = (images.shape[-2] // ph, images.shape[-1] // pw)
+    try:
+        features = trunk.forward_features(images)
+    except AssertionError as error:                 # a transformer with a fixed position table
+        raise ValueError(f"the backbone {name} takes no images of {H} x {W}: {error}") from None
+    if features.ndim == 4:                                                  # CNN: (B, D, h, w) ...
+        if features.shape[1] != trunk.num_features:                         # ... or (B, h, w, D)
+            features = features.permute(0, 3, 1, 2)
+        features = features.flatten(2).transpose(1, 2)                              # (B, N, D)
+    first = prefix_tokens(trunk)
+    patches = features[:, first:]
+    if patches.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"the backbone {name} gives {patches.shape[1]} patches for {H} x {W} "
+                         f"pixels, expected {grid[0]} x {grid[1]}; its patches do not lie on a "
+                         "regular grid")
+    return features[:, :first], patches, grid
 
 
 def sha256(tensors):

@@ -143,6 +143,7 @@ class MaskGenerator(nn.Module):
         super().__init__()
         self.trunk = backbones.create_trunk(name, weights or "pretrained", {},
                                             "--mask-weights")
+        self.name = name
         self.patch_size = backbones.patch_size(self.trunk)
         self.clusters = clusters
         self.grid = grid
@@ -155,16 +156,10 @@ class MaskGenerator(nn.Module):
     def forward(self, pixels, seeds):
         """pixels: uint8 (B, 3, H, W), whole patches. seeds: (B,) int64, of the first centres.
         Returns (B, K, G, G) bool; an image's masks cover it without overlap."""
-        h, w = (side // patch for side, patch in zip(pixels.shape[-2:], self.patch_size))
         mean, std = (torch.tensor(self.trunk.pretrained_cfg[key], device=pixels.device)
                      for key in ("mean", "std"))
         images = (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-        tokens = self.trunk.forward_features(images)
-        if tokens.ndim == 4:                                                # CNN: (B, D, h, w) ...
-            if tokens.shape[1] != self.trunk.num_features:                  # ... or (B, h, w, D)
-                tokens = tokens.permute(0, 3, 1, 2)
-            tokens = tokens.flatten(2).transpose(1, 2)
-        tokens = tokens[:, -h * w:]                                         # (B, N, D)
+        _, tokens, (h, w) = backbones.tokens(self.trunk, images, self.name)         # (B, N, D)
         first = [torch.randperm(h * w, generator=torch.Generator().manual_seed(int(seed)))
                  for seed in seeds]
         first = torch.stack(first)[:, :self.clusters].to(tokens.device)             # (B, K)

@@ -129,16 +129,9 @@ class SegmentationNetwork(nn.Module):
     def forward(self, pixels):
         """uint8 (B, 3, H, W) -> logits (B, K, h, w), and the size in pixels that they cover."""
         images = (pixels.float() / 255 - self.mean) / self.std
+        _, patches, (h, w) = backbones.tokens(self.trunk, images, self.config["name"])
         ph, pw = self.patch_size
-        images = F.pad(images, (0, -images.shape[-1] % pw, 0, -images.shape[-2] % ph))
-        covered = tuple(images.shape[-2:])
-        maps = self.trunk.forward_features(images)
-        if maps.ndim == 3:                          # tokens of a transformer
-            patches = maps[:, getattr(self.trunk, "num_prefix_tokens", 0):]         # (B, N, c)
-            maps = patches.mT.unflatten(2, (covered[0] // ph, covered[1] // pw))
-        elif maps.shape[1] != self.trunk.num_features:                      # (B, h, w, c)
-            maps = maps.permute(0, 3, 1, 2)
-        return self.head(maps), covered
+        return self.head(patches.mT.unflatten(2, (h, w))), (h * ph, w * pw)
 
 
 # --------------------------------------------------------------------------------------------------
