@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from concepts import annotate, annotation_key, forget_words, load_annotations, load_parser
-from machinery.captions import ConceptIndex, find_images, read_captions
+from machinery.captions import Annotations, as_arrays, find_images, read_captions
 from machinery.images import IMAGE_SUFFIXES, load_image, read_segments
 from machinery.loading import BatchStream, loader_batch_size
 from machinery.method import Pair
@@ -72,13 +72,11 @@ class CaptionedImages(Dataset):
     def __init__(self, images, captions, annotations, sample, size, seed=0, cache=None):
         self.images = images
         self.captions = captions
-        self.offsets, self.rows = annotations or (np.zeros(len(images) + 1, np.int32),
-                                                  np.zeros((0, 3), np.int32))
+        self.annotations = Annotations(*annotations or as_arrays([[]] * len(images)))
         self.sample = sample
         self.size = size
         self.seed = seed
         self.cache = cache
-        self.index = None                           # ConceptIndex, once a partner is asked for
 
     def __len__(self):
         return len(self.images)
@@ -92,8 +90,7 @@ class CaptionedImages(Dataset):
 
     def pair(self, i):
         return Pair(image=lambda: self.open_image(i), caption=self.captions[i],
-                    concepts=torch.from_numpy(
-                        self.rows[self.offsets[i]:self.offsets[i + 1]]).long(),     # (M, 3)
+                    concepts=self.annotations.of(i),
                     masks=lambda: read_segments(Path(self.images[i]).with_suffix(".json")),
                     partner=lambda rng: self.partner(i, rng),
                     features=self.cache.read(i) if self.cache else None,
@@ -101,8 +98,7 @@ class CaptionedImages(Dataset):
 
     def partner(self, i, rng):
         """(a pair that shares a concept with pair i, the concept's id), or None if i has none."""
-        self.index = self.index or ConceptIndex(self.offsets, self.rows)
-        drawn = self.index.partner(i, rng)
+        drawn = self.annotations.partner(i, rng)
         return drawn and (self.pair(drawn[0]), drawn[1])
 
     def __getitem__(self, key):
@@ -155,7 +151,8 @@ def load_pairs(source, bank, parser, size, sample, images=None, seed=0, toy_scen
         return CaptionedImages([image for image, _, _ in scenes], captions, annotations, sample,
                                size, seed)
     if path.suffix == ".tar" or path.is_dir() and (needs_captions or any(path.glob("*.tar"))):
-        return open_shards(source, bank, parser, size, sample, seed, needs_concepts)
+        return open_shards(source, bank, parser, size, sample, seed, needs_captions,
+                           needs_concepts)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
@@ -176,7 +173,8 @@ def load_pairs(source, bank, parser, size, sample, images=None, seed=0, toy_scen
                            annotations, sample, size, seed)
 
 
-def open_shards(source, bank, parser, size, sample, seed=0, needs_concepts=True):
+def open_shards(source, bank, parser, size, sample, seed=0, needs_captions=True,
+                needs_concepts=True):
     """`Shards` of tars. Concepts come from the files that `concepts.py --shards` writes; with the
     parser "match", where there is no such file, from the caption itself.
 
@@ -185,7 +183,7 @@ def open_shards(source, bank, parser, size, sample, seed=0, needs_concepts=True)
     paths = find_shards(source)
     open_image = partial(load_image, least=2 * size, most_pixels=MAX_PIXELS)
     if not needs_concepts:
-        return Shards(paths, sample, collate, open_image, seed=seed)
+        return Shards(paths, sample, collate, open_image, needs_captions, seed=seed)
     if bank.open:
         raise ValueError("--bank none grows with the captions that are read, and tars are read "
                          "while training; name a file of concepts with --bank")
@@ -200,7 +198,7 @@ def open_shards(source, bank, parser, size, sample, seed=0, needs_concepts=True)
         raise FileNotFoundError(f"{len(without):,} of the {len(paths):,} shards have no concepts "
                                 f"yet, the first is {without[0]}; {command}, or train with "
                                 "--parser match")
-    return Shards(paths, sample, collate, open_image,
+    return Shards(paths, sample, collate, open_image, needs_captions,
                   partial(read_concepts, annotator=annotator, bank_size=len(bank)),
                   partial(match_concepts, bank=bank) if parser == "match" else None,
                   forget_words, seed)

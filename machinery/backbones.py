@@ -1,7 +1,6 @@
 """Where vision backbones and their weights come from: timm, local files, the toy world."""
 import hashlib
 import json
-import logging
 import sys
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from machinery.checkpoint import fill
-from machinery.errors import check_positive
+from machinery.errors import check_positive, quiet_hub
 from machinery.release import STORED, read_denoiser, read_tensors
 from machinery.toy import ToyTrunk
 
@@ -124,14 +123,12 @@ def create_trunk(name, source, options, flag="--backbone-weights"):
         raise ValueError(f"unknown backbone {name!r}; expected 'toy' or a name from "
                          "timm.list_models()")
     options = {"num_classes": 0, "pretrained": source == "pretrained", **options}
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
     try:
-        hub_log.setLevel(logging.ERROR)             # one line of ours in place of its retries
-        try:                                        # transformers: position table for any grid ...
-            trunk = timm.create_model(name, **{"dynamic_img_size": True, **options})
-        except TypeError:                           # ... CNNs do not know the argument
-            trunk = timm.create_model(name, **options)
+        with quiet_hub():
+            try:                                    # transformers: position table for any grid ...
+                trunk = timm.create_model(name, **{"dynamic_img_size": True, **options})
+            except TypeError:                       # ... CNNs do not know the argument
+                trunk = timm.create_model(name, **options)
     except OSError as error:
         raise FileNotFoundError(
             f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). "
@@ -139,8 +136,6 @@ def create_trunk(name, source, options, flag="--backbone-weights"):
             "random for a trial that cannot give useful masks).") from None
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"unknown backbone {name!r} with options {options}: {error}") from None
-    finally:
-        hub_log.setLevel(level)
     if source not in ("pretrained", "random"):
         load_trunk(trunk, source, flag)
     return trunk

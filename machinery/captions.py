@@ -1,8 +1,10 @@
 """Captions files, and annotations as arrays with their cache files."""
 import json
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from machinery.checkpoint import whole_file
 
@@ -144,23 +146,31 @@ def save_cache(path, key, offsets, rows, names):
     save_arrays(path, key=key, offsets=offsets, rows=rows, names=np.array(names, dtype=str))
 
 
-class ConceptIndex:
-    """Finds captions that share a concept. offsets, rows: annotations."""
+class Annotations:
+    """The concepts of captions, by caption, and captions that share one."""
 
     def __init__(self, offsets, rows):
         self.offsets = offsets
-        self.ids = rows[:, 0]
-        self.caption = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))     # of each row
-        self.order = np.argsort(self.ids, kind="stable")
-        self.sorted_ids = self.ids[self.order]
+        self.rows = rows
+
+    @cached_property
+    def by_concept(self):
+        """(numbers of the rows, sorted by concept; their concepts). Most runs never ask for it."""
+        order = np.argsort(self.rows[:, 0], kind="stable")
+        return order, self.rows[order, 0]
+
+    def of(self, i):
+        """Rows (M, 3) int64 tensor of caption i."""
+        return torch.from_numpy(self.rows[self.offsets[i]:self.offsets[i + 1]]).long()
 
     def partner(self, i, rng):
         """(number of a caption that shares a concept with caption i, the concept's id), drawn by
         rng; it may be i itself. None if caption i has no concept."""
-        own = np.unique(self.ids[self.offsets[i]:self.offsets[i + 1]])
+        own = np.unique(self.of(i)[:, 0])
         if len(own) == 0:
             return None
         concept = rng.choice(own)
-        first, last = np.searchsorted(self.sorted_ids, [concept, concept + 1])
-        row = self.order[rng.integers(first, last)]
-        return int(self.caption[row]), int(concept)
+        order, concepts = self.by_concept
+        first, last = np.searchsorted(concepts, [concept, concept + 1])
+        row = order[rng.integers(first, last)]
+        return int(np.searchsorted(self.offsets, row, side="right")) - 1, int(concept)

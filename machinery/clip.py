@@ -4,15 +4,16 @@ A CLIP is trained to embed whole images. Its last layers, applied to each positi
 an embedding of every patch in the space of its text encoder, without any training
 (docs/pixelclip.md, section 3).
 """
-import logging
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-CONTEXT_LENGTH = 77                                 # of CLIP's own text tower
-VOCABULARY = 49408
+from machinery.captions import CONTEXT_LENGTH
+from machinery.errors import quiet_hub
+
+VOCABULARY = 49408                                  # tokens of CLIP's own text tower
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,14 +215,10 @@ def create_clip(name, weights):
 def download(name, weights, known):
     """Path of open_clip's weights, downloaded unless they are there. Raises FileNotFoundError."""
     import open_clip
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
-    hub_log.setLevel(logging.ERROR)                 # one line of ours in place of its retries
     try:
-        return open_clip.download_pretrained(known)
+        with quiet_hub():
+            return open_clip.download_pretrained(known)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"the weights {name}/{weights} could not be downloaded ({type(error).__name__}). "
             f"Connect to the network once, or name a local copy: {name}/FILE") from None
-    finally:
-        hub_log.setLevel(level)

@@ -1,5 +1,6 @@
 """How a script ends when something is wrong: one line, and a status that is not zero."""
 import contextlib
+import logging
 import sys
 
 
@@ -15,6 +16,18 @@ def one_line_errors(full_memory):
         sys.exit(f"error: {one_line(error)}")
     except RuntimeError as error:
         sys.exit(f"error: {runtime_line(error, full_memory)}")
+
+
+@contextlib.contextmanager
+def quiet_hub():
+    """One line of ours in place of the retries that the Hugging Face Hub would print."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def check_positive(args, *names, or_zero=False):

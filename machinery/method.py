@@ -49,7 +49,7 @@ class Pair:
     caption: str = ""
     concepts: torch.Tensor | None = None
     masks: Callable | None = None
-    partner: Callable | None = None
+    partner: Callable = lambda rng: None
     features: dict | None = None
     path: Path | None = None
 

@@ -39,7 +39,7 @@ def add_model_flags(parser):
         help="SimZSS: embed a class by its prompt's end token or by its name's tokens (default: "
              "the checkpoint's)")
     add("--protocol", action="append", default=[], metavar="KEY=VALUE",
-        help="another setting of the method at test time (docs/methods.md); may be repeated")
+        help="another setting of the method at test time (on its page in docs/); may be repeated")
     add("--backbone", help="timm name of the backbone in an authors' checkpoint, if its tensors "
                            "do not tell")
     add("--image-token", choices=["class", "mean"],

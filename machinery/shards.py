@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from machinery.captions import ConceptIndex, as_arrays, check_annotations, save_arrays
+from machinery.captions import Annotations, as_arrays, check_annotations, save_arrays
 from machinery.images import IMAGE_SUFFIXES
 from machinery.method import Pair
 
@@ -167,8 +167,8 @@ def sidecar_key(path, annotator):
 def read_sidecar(path, annotator, bank_size):
     """(offsets, rows, bad) of the concepts file beside a tar; None if it is missing or broken.
 
-    annotator: hash of bank and parser. Raises ValueError if the file is
-    of another bank, parser or tar.
+    annotator: hash of bank and parser. Raises ValueError if the file is of another bank, parser or
+    tar.
     """
     sidecar = path.with_suffix(".concepts.npz")
     try:
@@ -271,17 +271,19 @@ class Shards(IterableDataset):
     sample. So each sample is read once an epoch, and no reader waits for another.
 
     paths: of `find_shards`. sample: function (pair, rng=...) -> dict. collate: items -> batch.
-    open_image: open file -> RGB image. read_concepts: path -> (offsets, rows), None where they are
-    missing; None = pairs need no concepts. annotate: caption -> rows, for a shard without concepts;
-    None = such a shard is skipped. forget: called after each shard. All are sent to data workers.
+    open_image: open file -> RGB image. needs_captions: if not, none is read. read_concepts: path ->
+    (offsets, rows), None where they are missing; None = pairs need no concepts. annotate: caption
+    -> rows, for a shard without concepts; None = such a shard is skipped. forget: called after each
+    shard. All are sent to data workers.
     """
 
-    def __init__(self, paths, sample, collate, open_image, read_concepts=None, annotate=None,
-                 forget=None, seed=0):
+    def __init__(self, paths, sample, collate, open_image, needs_captions=True,
+                 read_concepts=None, annotate=None, forget=None, seed=0):
         self.paths = paths
         self.sample = sample
         self.collate = collate
         self.open_image = open_image
+        self.needs_captions = needs_captions
         self.read_concepts = read_concepts
         self.annotate = annotate
         self.forget = forget
@@ -361,24 +363,25 @@ class Shards(IterableDataset):
 
     def read_part(self, shard, part, parts, state):
         """Every parts-th sample of a shard, from state on: (None, item), or (reason, None)."""
-        concepts = self.read_concepts and self.read_concepts(self.paths[shard])
-        if self.read_concepts and concepts is None and self.annotate is None:
+        found = self.read_concepts and self.read_concepts(self.paths[shard])
+        if self.read_concepts and found is None and self.annotate is None:
             yield "no concepts", None
             return
+        annotations = found and Annotations(*found)
         try:
             with open_tar(self.paths[shard]) as tar:
                 for number, (_, members) in enumerate(read_samples(tar)):
                     if number >= state[SAMPLE] and number % parts == part:
                         state[SAMPLE] = number + 1
-                        yield self.read_sample(tar, members, (state[EPOCH].item(), shard, number),
-                                               concepts)
+                        key = (state[EPOCH].item(), shard, number)
+                        yield self.read_sample(tar, members, key, annotations)
         except (tarfile.TarError, OSError):
             if part == 0:                           # counted once, however many read it
                 yield "cut tar", None
 
     def open_sample(self, tar, members):
         """(None, caption, image) or (reason, None, None)."""
-        caption, reason = read_caption(tar, members)
+        caption, reason = read_caption(tar, members) if self.needs_captions else ("", None)
         suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
         if reason or not suffix:
             return reason or "no image", None, None
@@ -388,31 +391,28 @@ class Shards(IterableDataset):
         except ValueError:
             return "bad image", None, None
 
-    def read_sample(self, tar, members, key, concepts):
-        """(None, item) or (reason, None). key: (epoch, shard, sample)."""
+    def read_sample(self, tar, members, key, annotations):
+        """(None, item) or (reason, None). key: (epoch, shard, sample). annotations: of the shard,
+        or None."""
         reason, caption, image = self.open_sample(tar, members)
         if reason:
             return reason, None
-        rows = []
-        if concepts is not None:
-            offsets, rows = concepts
-            rows = rows[offsets[key[2]]:offsets[key[2] + 1]]
+        pair = Pair(image=lambda: image, caption=caption)
+        if annotations:
+            pair.concepts = annotations.of(key[2])
+            pair.partner = lambda rng: self.partner(key, annotations, rng)
         elif self.read_concepts:
-            rows = self.annotate(caption)
-        pair = Pair(image=lambda: image, caption=caption,
-                    concepts=torch.tensor(rows).long().reshape(-1, 3))
-        if concepts is not None:
-            pair.partner = lambda rng: self.partner(key, concepts, rng)
+            pair.concepts = torch.tensor(self.annotate(caption)).long().reshape(-1, 3)
         item = self.sample(pair, rng=np.random.default_rng((self.seed, *key)))
         return None, {**item, "key": torch.tensor(key)}
 
-    def partner(self, key, concepts, rng):
+    def partner(self, key, annotations, rng):
         """(another pair of the same tar that shares a concept, the concept's id), or None.
 
         The tar's headers are read once more; only the partner's files are read whole. None also
         where the sample that was drawn is bad.
         """
-        drawn = ConceptIndex(*concepts).partner(key[2], rng)
+        drawn = annotations.partner(key[2], rng)
         if drawn is None:
             return None
         with open_tar(self.paths[key[1]]) as tar:

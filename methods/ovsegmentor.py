@@ -649,7 +649,7 @@ class OVSegmentor(Method):
                   "question": tokens(question), "answer": tokens(answer)}
         if names is None:
             return sample
-        drawn = pair.partner(rng) if pair.partner else None
+        drawn = pair.partner(rng)
         if drawn is None:                           # no entity: another view of the image itself
             return {**sample, "partner": see(pair.image(), rng=rng), "prompt": sample["caption"]}
         partner, entity = drawn

@@ -547,7 +547,7 @@ def test_real_captions(tmp_path):
     found = list(zip([path.name for path in pairs.images], pairs.captions))
     assert found == read_captions(captions)
     assert all(path.is_file() for path in pairs.images)
-    assert (np.diff(pairs.offsets) > 0).mean() > 0.5
+    assert (np.diff(pairs.annotations.offsets) > 0).mean() > 0.5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -571,8 +571,9 @@ def cached(pairs, backbone, folder, images_per_file=2, bytes_per_image=1):
     key = {"backbone": method.feature_key(), "precision": "torch.float32"}
     cache = FeatureCache(pairs.images, pairs.open_image, pairs.size, folder, key, bytes_per_image,
                          images_per_file)
-    return CaptionedImages(pairs.images, pairs.captions, (pairs.offsets, pairs.rows), pairs.sample,
-                           pairs.size, pairs.seed, cache)
+    annotations = (pairs.annotations.offsets, pairs.annotations.rows)
+    return CaptionedImages(pairs.images, pairs.captions, annotations, pairs.sample, pairs.size,
+                           pairs.seed, cache)
 
 
 def computed(pairs, backbone, folder, images_per_file=2):

@@ -253,6 +253,18 @@ JPEG = picture(1)
 WEBP = picture(1, "WEBP")
 
 
+def test_images_alone(tmp_path):
+    """A method that needs no captions reads none: tars of images alone are training data."""
+    write_shards(tmp_path, [3], lambda number: sample(number)[:1])
+    shards = load_pairs(tmp_path, None, "match", SIZE,
+                        lambda pair, rng: {"pixels": to_pixels(pair.image())},
+                        needs_captions=False, needs_concepts=False)
+    [state] = shards.begin(1)
+    found = [item["pixels"] for item in islice(shards.read(state), 3)]
+    expected = [to_pixels(load_image(io.BytesIO(picture(number)))) for number in range(3)]
+    assert all(map(torch.equal, found, expected)) and not state[-len(BAD):].any()
+
+
 def with_files(*files):
     return [("bad" + suffix, content) for suffix, content in files]
 
