@@ -13,7 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @lru_cache(maxsize=1)
-def _rand_augment(recipe, size):
+def augmenter(recipe, size):
     from timm.data.auto_augment import rand_augment_transform       # slow to import
     grey = tuple(round(255 * value) for value in IMAGENET_MEAN)     # what comes in from outside
     return rand_augment_transform(recipe, {"img_mean": grey, "translate_const": int(0.45 * size),
@@ -24,7 +24,7 @@ def check_recipe(recipe, size):
     """Raise ValueError for a recipe that `rand_augment` does not know; "none" is one, too."""
     if recipe != "none":
         try:
-            _rand_augment(recipe, size)
+            augmenter(recipe, size)
         except (AssertionError, ValueError, KeyError):
             raise ValueError(f"unknown recipe of RandAugment {recipe!r}; expected one of timm's, "
                              "such as rand-m9-mstd0.5-inc1, or none") from None
@@ -34,7 +34,7 @@ def rand_augment(image, recipe, rng):
     """timm's RandAugment of a PIL image. recipe: such as "rand-m9-mstd0.5-inc1"."""
     random.seed(int(rng.integers(2 ** 32)))         # timm draws from both global generators
     np.random.seed(int(rng.integers(2 ** 32)))
-    return _rand_augment(recipe, image.width)(image)
+    return augmenter(recipe, image.width)(image)
 
 
 def random_erase(pixels, probability, rng, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)):

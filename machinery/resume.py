@@ -19,6 +19,9 @@ MAY_DIFFER = {"images", "bank", "exclude_classes", "denoiser", "output", "resume
               "epoch_pairs", "eval_data", "eval_without", "eval_names", "templates",
               "class_embedding", "merge", "short_side", "window", "stride"}
 
+# Parts of a method's config, in words, that a resumed run must have unchanged
+COMPARED = {"bank": "bank", "backbone": "backbone", "classes": "list of classes"}
+
 
 # --------------------------------------------------------------------------------------------------
 # States: all that the rest of a run depends on. Which pairs are in a batch, their crops and the
@@ -88,7 +91,7 @@ class State:
                   f"{now[name]}" for name in now
                   if name not in MAY_DIFFER and then.get(name) != now[name]]
         model_now = json.loads(json.dumps(method.config()))
-        differ += [f"the {part} differs" for part in ("bank", "backbone", "classes")
+        differ += [f"the {words} differs" for part, words in COMPARED.items()
                    if contents(self.config.get(part)) != contents(model_now.get(part))]
         if differ:
             raise ValueError(f"{self.path} is of a run with other settings: {'; '.join(differ)}. "

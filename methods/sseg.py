@@ -394,6 +394,16 @@ class SSeg(Method):
 
     # Inference (section 7)
 
+    @torch.no_grad()
+    def masks(self, pixels):
+        """Pixels uint8 (B, 3, H, W) -> mask logits (B, Q, H' / 4, W' / 4), features (B, Q, d), and
+        the size (H', W') that the masks cover."""
+        x = self.normalise(pixels)
+        H, W = x.shape[-2:]
+        x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
+        masks, features = self.network(x)
+        return masks[-1], features, tuple(x.shape[-2:])
+
     def prepare(self, protocol):
         if protocol["merge"] not in MERGES:
             raise ValueError(f"merge {protocol['merge']!r}: expected one of {', '.join(MERGES)}")
@@ -409,18 +419,14 @@ class SSeg(Method):
     def patch_scores(self, pixels, class_embeddings):
         """Each mask's probabilities of the classes, spread over the cells that it covers: (B, C,
         H' / 4, W' / 4), or (B, C, H', W') for the merge "fine"; see `Method`."""
-        x = self.normalise(pixels)
-        H, W = x.shape[-2:]
-        x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
-        masks, features = self.network(x)
-        masks = masks[-1]                                                   # (B, Q, H'/4, W'/4)
+        masks, features, covered = self.masks(pixels)
         if self.merge == "fine":
-            masks = F.interpolate(masks, x.shape[-2:], mode="bilinear", align_corners=False)
+            masks = F.interpolate(masks, covered, mode="bilinear", align_corners=False)
         # One projector for the mean of all features in training, and for each feature here
         words = F.normalize(self.image_projector(features), dim=-1)                 # (B, Q, D)
         cosines = best_synonym(words, class_embeddings)                             # (B, C, Q)
         classes = (self.logit_scale.exp() * cosines).softmax(dim=1)
-        return merge_masks(masks, classes, self.merge), tuple(x.shape[-2:])
+        return merge_masks(masks, classes, self.merge), covered
 
     @torch.no_grad()
     def image_scores(self, pixels, class_embeddings):

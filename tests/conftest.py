@@ -3,6 +3,7 @@ script fails.
 
 Everything runs on the CPU, without network and without downloads.
 """
+import json
 import os
 import sys
 from pathlib import Path
@@ -34,6 +35,17 @@ def tiny(backbone="toy", bank=BANK, seed=0, pretrained=False, **options):
     torch.manual_seed(seed)
     backbone = VisionBackbone(backbone, pretrained=pretrained, **options)
     return SimZSS(backbone, TextEncoder(backbone.width, width=32, layers=1), bank)
+
+
+def read_log(folder):
+    """The lines of a run's log.jsonl."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(folder):
+    """`read_log` without what no two runs have in common."""
+    return [{key: value for key, value in line.items()
+             if key not in ("pairs_per_second", "waited")} for line in read_log(folder)]
 
 
 @pytest.fixture

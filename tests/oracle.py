@@ -23,7 +23,6 @@ from machinery.benchmarks import BENCHMARKS, IGNORE, open_dataset
 from machinery.checkpoint import load_model
 from machinery.errors import one_line_errors
 from machinery.images import to_pixels
-from machinery.maskformer import STRIDE
 from methods.sseg import SSeg, pseudo_masks
 from model import VisionBackbone
 from segment import resize, resized_size
@@ -48,15 +47,11 @@ def teacher_regions(teacher, pixels, clusters):
     return labels[:pixels.shape[1], :pixels.shape[2]]
 
 
-@torch.no_grad()
 def mask_regions(model, pixels):
     """The largest mask of each pixel: (H, W)."""
-    x = model.normalise(pixels[None])
-    H, W = x.shape[-2:]
-    x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
-    masks, _ = model.network(x)
-    masks = F.interpolate(masks[-1], x.shape[-2:], mode="bilinear", align_corners=False)
-    return masks[0].argmax(dim=0)[:H, :W]
+    masks, _, covered = model.masks(pixels[None])
+    masks = F.interpolate(masks, covered, mode="bilinear", align_corners=False)
+    return masks[0].argmax(dim=0)[:pixels.shape[1], :pixels.shape[2]]
 
 
 def oracle_scores(dataset, ways, short_side, limit=None):

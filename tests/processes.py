@@ -4,7 +4,11 @@ import socket
 import sys
 import time
 
+import pytest
+import torch
 from torch import multiprocessing
+
+from machinery.parallel import average_gradients, join_processes
 
 
 class Processes:
@@ -46,3 +50,36 @@ class Processes:
             process.kill()
         assert None not in statuses, f"still running: {statuses} {self.output()}"
         return statuses
+
+
+# --------------------------------------------------------------------------------------------------
+# A step in two processes
+
+def losses_and_gradients(method, batch, rank=0, world=1):
+    size = len(next(iter(batch.values())))
+    rows = slice(rank * size // world, (rank + 1) * size // world)
+    torch.manual_seed(3)                            # as train.py does before each step
+    losses = method.backward({name: value[rows] for name, value in batch.items()}, lambda x: x)
+    average_gradients(list(method.trained().values()))
+    return ({name: value.item() for name, value in losses.items()},
+            {name: p.grad for name, p in method.trained().items()})
+
+
+def save_step(method, batch, folder):
+    processes = join_processes("cpu", timeout_minutes=1)
+    found = losses_and_gradients(method, batch, processes.rank, processes.world)
+    torch.save(found, folder / f"{processes.rank}")
+    processes.leave()
+
+
+def check_two_processes(folder, method, batch):
+    """Two processes with half a batch each have the losses of one with all of it, and its gradients
+    of all parameters."""
+    both = Processes(folder, 2, save_step, method, batch, folder)
+    expected, whole = losses_and_gradients(method, batch)
+    assert both.wait() == [0, 0], both.output()
+    for rank in range(2):
+        losses, split = torch.load(folder / f"{rank}")
+        assert losses == pytest.approx(expected, rel=1e-5)
+        for name, gradient in whole.items():
+            assert (split[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name

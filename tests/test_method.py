@@ -15,7 +15,7 @@ import eval
 import linear_method
 import segment
 import train
-from conftest import ROOT
+from conftest import ROOT, read_log, without_times
 from machinery.checkpoint import load_model
 from machinery.method import METHODS, find_method
 from machinery.resume import states
@@ -25,20 +25,10 @@ from processes import Processes
 STEPS = 12
 RUN = ["--method", "linear", "--train-data", "toy", "--epoch-pairs", "20", "--batch", "8",
        "--steps", str(STEPS), "--image-size", "64", "--eval-data", "none", "--device", "cpu"]
-TIMES = ("pairs_per_second", "waited")
 
 
 def run(folder, *more):
     train.main([*RUN, "--output", str(folder), *more])
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def without_times(folder):
-    return [{key: value for key, value in line.items() if key not in TIMES}
-            for line in read_log(folder)]
 
 
 @pytest.fixture(scope="module")

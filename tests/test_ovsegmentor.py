@@ -20,6 +20,7 @@ import groups
 import segment
 import train
 from concepts import ConceptBank
+from conftest import without_times
 from machinery import bert
 from machinery.augment import rand_augment, random_erase
 from machinery.checkpoint import load_model
@@ -48,7 +49,6 @@ TOY = ["--method", "ovsegmentor", "--train-data", "toy", "--epoch-pairs", "24", 
        "4", "--embedding", "8", "--hidden", "16", "--text-width", "16", "--context", str(CONTEXT),
        "--drop-path", "0.2", "--mask-size", "16", "--eval-data", "none", "--device", "cpu"]
 STEPS = 8
-TIMES = ("pairs_per_second", "waited")
 
 
 def encoder(drop_path=0.0, **options):
@@ -618,11 +618,6 @@ def stage_1(tmp_path_factory):
     return folder
 
 
-def read_log(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
 def killed_at(step, folder, *more):
     """A run that is stopped by a signal before a step."""
     schedule = OVSegmentor.learning_rate
@@ -635,9 +630,9 @@ def killed_at(step, folder, *more):
     run(folder, *more)
 
 
-def test_stage_2_goes_on_and_resumes(stage_1, tmp_path):
+def test_stage_2_goes_on_and_resumes(stage_1, tmp_path, fails):
     """Stage 2 starts from the weights of stage 1. Stopped and resumed it is the uninterrupted run
-    bit by bit: losses, noise, running statistics, and the teacher."""
+    bit by bit: losses, noise, running statistics, and the teacher. Another bank is refused."""
     two = ("--stage", "2", "--init", str(stage_1))
     kept = []
     finish = Run.finish
@@ -650,7 +645,7 @@ def test_stage_2_goes_on_and_resumes(stage_1, tmp_path):
         run(tmp_path / "resumed", *two, "--resume", "auto")
     finally:
         Run.finish = finish
-    assert read_log(tmp_path / "resumed") == read_log(tmp_path / "whole")
+    assert without_times(tmp_path / "resumed") == without_times(tmp_path / "whole")
     whole, resumed = kept
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
@@ -662,6 +657,10 @@ def test_stage_2_goes_on_and_resumes(stage_1, tmp_path):
     assert frozen and all(torch.equal(start[name], end[name]) for name in frozen)
     moved = (end["image.binding.query.weight"] - start["image.binding.query.weight"]).abs().max()
     assert 0 < moved < 0.05
+    bank = tmp_path / "bank"
+    bank.write_text("cow\nboat\n")
+    fails(train.main, [*TOY, *two, "--steps", STEPS, "--output", tmp_path / "resumed", "--bank",
+                       bank, "--resume", "auto"], "the bank differs")
 
 
 def test_shards(stage_1, tmp_path):
@@ -682,7 +681,7 @@ def test_shards(stage_1, tmp_path):
     train.main([*flags, "--train-data", str(tmp_path), "--bank", str(bank), "--patches", "frozen",
                 "--backbone", "toy", "--stage", "2", "--init", str(stage_1), "--steps", "2",
                 "--batch", "4", "--workers", "0", "--output", str(tmp_path / "out")])
-    assert all("mask" in line for line in read_log(tmp_path / "out"))
+    assert all("mask" in line for line in without_times(tmp_path / "out"))
 
 
 def test_mistakes_in_flags(stage_1, checkpoint, tmp_path, fails):
@@ -776,9 +775,11 @@ def test_class_embeddings():
     assert found.shape == (2, 2, 16) and torch.equal(found[1, 0], found[1, 1])
 
 
-def test_it_scores_and_segments(stage_1, folder, tmp_path):
+def test_it_scores_and_segments(stage_1, folder, tmp_path, fails):
     """eval.py and segment.py work with it as they are, its background rule and its own settings
     included."""
+    fails(eval.main, ["--dataset", folder, "--checkpoint", stage_1, "--protocol", "keep_classes=0"],
+          "keep_classes is 0; expected a whole number of at least 1")
     output = tmp_path / "result.json"
     eval.main(["--dataset", str(folder), "--checkpoint", str(stage_1), "--background", "own:0.5",
                "--protocol", "keep_classes=2", "--device", "cpu", "--output", str(output)])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import model as model_file
 from concepts import ConceptBank, tokenize
-from conftest import ROOT, tiny
+from conftest import ROOT, read_log, tiny
 from data import GlobalBatches, load_pairs
 from machinery.parallel import (GlobalDropout, GlobalDropPath, average_gradients,
                                 join_processes)
@@ -227,10 +227,6 @@ def runs(tmp_path_factory):
     errors = rare.communicate(timeout=300)[1]
     return folder, options, {"rare": rare.returncode == 0 or errors,
                              "all": every.wait() == [0, 0] or every.output()}
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", ["all", "rare"])

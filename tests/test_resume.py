@@ -12,6 +12,7 @@ import torch
 
 import train
 from data import GlobalBatches
+from conftest import read_log, without_times
 from machinery.checkpoint import load_model
 from machinery.resume import find_state, states
 from machinery.run import note_signals
@@ -21,19 +22,13 @@ from test_shards import flawed, write_shards
 STEPS = 12
 RUN = (f"--train-data toy --epoch-pairs 20 --batch 8 --steps {STEPS} --image-size 64 "
        "--text-width 32 --text-layers 1 --eval-data none --device cpu").split()
-TIMES = ("pairs_per_second", "waited")
 DIED = "error: another process died or answers no more"
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def same(folder, reference):
     """Whether two runs are equal, in each step and in the weights at the end."""
     runs = (folder, reference)
-    logs = [[{key: value for key, value in line.items() if key not in TIMES}
-             for line in read_log(run)] for run in runs]
+    logs = [without_times(run) for run in runs]
     weights = [load_model(run).trained() for run in runs]
     return logs[0] == logs[1] and all(torch.equal(weights[0][name], p)
                                       for name, p in weights[1].items())

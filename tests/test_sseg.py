@@ -18,16 +18,16 @@ import oracle
 import segment
 import train
 from concepts import tokenize
+from conftest import without_times
 from machinery.checkpoint import load_model
 from machinery.maskformer import sine_code
 from machinery.method import Pair
-from machinery.parallel import average_gradients, join_processes
 from machinery.resume import states
 from machinery.toy import toy_scene
 from methods.sseg import (MaskNetwork, SSeg, dice_loss, focal_loss, mask_loss, match,
                           matching_costs, merge_masks)
 from model import TextEncoder, VisionBackbone, global_loss
-from processes import Processes
+from processes import Processes, check_two_processes
 
 B = 4                                               # images
 Q = 6                                               # queries
@@ -490,21 +490,6 @@ def test_pooled_features_are_means_under_the_masks():
 # --------------------------------------------------------------------------------------------------
 # Several processes
 
-def losses_and_gradients(model, batch, rank=0, world=1):
-    rows = slice(rank * B // world, (rank + 1) * B // world)
-    torch.manual_seed(3)                            # as train.py does before each step
-    losses = model.backward({name: value[rows] for name, value in batch.items()}, lambda x: x)
-    average_gradients(list(model.trained().values()))
-    return {name: value.item() for name, value in losses.items()}, gradients(model)
-
-
-def of_process(model, batch, folder):
-    processes = join_processes("cpu", timeout_minutes=1)
-    found = losses_and_gradients(model, batch, processes.rank, processes.world)
-    torch.save(found, folder / f"{processes.rank}")
-    processes.leave()
-
-
 @pytest.mark.parametrize("feature", ["query", "pool"])
 def test_two_processes_compute_the_losses_of_one(tmp_path, feature):
     """With dropout and stochastic depth: losses and the gradients of all parameters agree. An image
@@ -512,14 +497,7 @@ def test_two_processes_compute_the_losses_of_one(tmp_path, feature):
     model = tiny(feature, dropout=0.3).train()
     batch = batch_of(model)
     batch["labels"][0] = 0
-    both = Processes(tmp_path, 2, of_process, model, batch, tmp_path)
-    expected, whole = losses_and_gradients(model, batch)
-    assert both.wait() == [0, 0], both.output()
-    for rank in range(2):
-        losses, split = torch.load(tmp_path / f"{rank}")
-        assert losses == pytest.approx(expected, rel=1e-5)
-        for name, gradient in whole.items():
-            assert (split[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+    check_two_processes(tmp_path, model, batch)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -537,12 +515,6 @@ def run(folder, *more):
     train.main(["--method", "sseg", *SMALL, *map(str, more), "--output", str(folder)])
 
 
-def read_log(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items()
-             if key not in ("pairs_per_second", "waited")} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Folder of an uninterrupted run in one process."""
@@ -555,7 +527,7 @@ def test_a_run_of_two_processes_is_that_of_one(whole, tmp_path):
     """Every logged loss, the gradient's norm included, and the scores of the trained model."""
     both = Processes(tmp_path, 2, run, tmp_path / "two", *TOY)
     assert both.wait() == [0, 0], both.output()
-    for one, two in zip(read_log(whole), read_log(tmp_path / "two"), strict=True):
+    for one, two in zip(without_times(whole), without_times(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-3), one["step"]
 
 
@@ -577,7 +549,7 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path):
     with safetensors.safe_open(states(tmp_path / "run")[0], "pt") as file:
         assert not any(name.startswith("teacher") for name in file.keys())
     run(tmp_path / "run", *TOY, "--resume", "auto")
-    assert read_log(tmp_path / "run") == read_log(whole)
+    assert without_times(tmp_path / "run") == without_times(whole)
     before, after = (load_model(folder).checkpoint() for folder in (whole, tmp_path / "run"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -598,7 +570,7 @@ def test_it_trains_on_captions_files_and_tars(tmp_path):
     (tmp_path / "pairs.tsv").write_text("\n".join(rows))
     for source in ("pairs.tsv", "tars"):
         run(tmp_path / f"run-{source}", "--train-data", tmp_path / source, "--steps", 2)
-        assert len(read_log(tmp_path / f"run-{source}")) == 2
+        assert len(without_times(tmp_path / f"run-{source}")) == 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -721,11 +693,19 @@ def test_regions_are_named_by_their_majority():
     assert oracle.named_by_truth(regions, truth, 4).tolist() == [[2, 2, 3], [2, 3, 0]]
 
 
-def test_the_oracle_of_a_run(whole, folder, capsys):
-    """tests/oracle.py prints the scores of a run's masks and of its teacher's clusters."""
+def test_the_oracle_of_a_run(whole, folder, capsys, fails):
+    """tests/oracle.py prints the scores of a run's masks and of its teacher's clusters, of no
+    other teacher."""
     oracle.main(["--dataset", str(folder), "--checkpoint", str(whole)])
     masks, teacher = capsys.readouterr().out.splitlines()
     assert masks.startswith("masks: oracle mIoU") and teacher.startswith("teacher: oracle mIoU")
+    model = load_model(whole)
+    config = model.config()
+    model.config = lambda: {**config, "backbone": {**config["backbone"], "sha256": "another"}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle, "load_model", lambda path: model)
+        fails(oracle.main, ["--dataset", folder, "--checkpoint", whole],
+              "the backbone's weights (pretrained) are not those that")
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path, fails):

@@ -1,7 +1,10 @@
 """S-Seg+: label maps of a folder train a network of a closed list of classes."""
 import json
 import math
+import shutil
+from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +18,8 @@ import train
 from machinery import toy
 from machinery.checkpoint import load_model
 from machinery.method import Pair
-from machinery.parallel import average_gradients, join_processes
 from methods.sseg_plus import SegmentationNetwork, SSegPlus, jitter, read_class_list
-from processes import Processes
+from processes import check_two_processes
 
 CLASSES = [["background"], ["cow", "cattle"], ["grass"]]
 STEPS = 4
@@ -111,6 +113,18 @@ def test_a_label_that_is_no_class_is_a_bad_sample(tmp_path):
             SSegPlus.sample(pair, 32, np.random.default_rng(0), tmp_path, 3)
 
 
+def test_a_label_map_of_another_image_is_refused(tmp_path):
+    """A map needs the shape of its image, which may come reduced; images of tars have none."""
+    Image.fromarray(np.zeros((30, 40), np.uint8)).save(tmp_path / "a_mask.png")
+    sample = partial(SSegPlus.sample, size=32, rng=np.random.default_rng(0), labels=tmp_path,
+                     classes=3)
+    sample(Pair(image=lambda: Image.new("RGB", (20, 15)), path=tmp_path / "a.jpg"))
+    with pytest.raises(ValueError, match="is 40 x 30, its image 30 x 40: not of the same shape"):
+        sample(Pair(image=lambda: Image.new("RGB", (30, 40)), path=tmp_path / "a.jpg"))
+    with pytest.raises(ValueError, match="not tars"):
+        sample(Pair(image=lambda: Image.new("RGB", (40, 30))))
+
+
 # --------------------------------------------------------------------------------------------------
 # Network and loss
 
@@ -195,21 +209,6 @@ def test_the_learning_rate_is_a_polynomial():
     assert 0 < rate(109) < 0.04 and rate(109, 0.5) == pytest.approx(1 + rate(109) / 2)
 
 
-def losses_and_gradients(model, batch, rank=0, world=1):
-    rows = slice(rank * 4 // world, (rank + 1) * 4 // world)
-    losses = model.backward({name: value[rows] for name, value in batch.items()}, lambda x: x)
-    average_gradients(list(model.trained().values()))
-    return ({name: value.item() for name, value in losses.items()},
-            {name: p.grad for name, p in model.trained().items()})
-
-
-def of_process(model, batch, folder):
-    processes = join_processes("cpu", timeout_minutes=1)
-    torch.save(losses_and_gradients(model, batch, processes.rank, processes.world),
-               folder / f"{processes.rank}")
-    processes.leave()
-
-
 def test_two_processes_compute_the_loss_of_one(tmp_path):
     """Loss and gradients agree, where one process has fewer labelled pixels than the other."""
     model = tiny("resnet10t").train()
@@ -218,14 +217,7 @@ def test_two_processes_compute_the_loss_of_one(tmp_path):
                                      generator=generator),
              "labels": torch.randint(0, 3, (4, 64, 64), generator=generator)}
     batch["labels"][:2, 20:] = -1
-    both = Processes(tmp_path, 2, of_process, model, batch, tmp_path)
-    expected, whole = losses_and_gradients(model, batch)
-    assert both.wait() == [0, 0], both.output()
-    for rank in range(2):
-        losses, split = torch.load(tmp_path / f"{rank}")
-        assert losses == pytest.approx(expected, rel=1e-5)
-        for name, gradient in whole.items():
-            assert (split[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+    check_two_processes(tmp_path, model, batch)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,8 +246,10 @@ def test_only_the_closed_list_can_be_asked_for():
 
 def test_label_train_score(scenes, labels, tmp_path, fails):
     """Label a folder, train on it, score: one command each. The result is marked as closed-set and
-    as having seen the target's images; the checkpoint knows its classes, and no others."""
+    as having seen the target's images; the checkpoint knows its classes, and no others; the run
+    does not go on with other ones."""
     run = tmp_path / "run"
+    labels = Path(shutil.copytree(labels, tmp_path / "labels"))
     train.main([*RUN, "--train-data", str(scenes / "images"), "--labels", str(labels), "--output",
                 str(run)])
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -280,6 +274,10 @@ def test_label_train_score(scenes, labels, tmp_path, fails):
     assert result["protocol"]["seen_target_images"] is True
     fails(segment.main, [photo, "--classes", "sea, sheep", "--checkpoint", run, "--output",
                          tmp_path], "'sheep'", "closed list")
+    for file in labels.glob("*.json"):
+        file.write_text(file.read_text().replace("cow", "calf"))
+    fails(train.main, [*RUN, "--train-data", scenes / "images", "--labels", labels, "--output", run,
+                       "--resume", "auto"], "the list of classes differs")
 
 
 def test_what_it_needs_is_asked_for(scenes, labels, tmp_path, fails):

@@ -13,7 +13,7 @@ import eval
 import segment
 import train
 from concepts import ConceptBank, load_annotations
-from conftest import BANK, tiny
+from conftest import BANK, read_log, tiny
 from data import CaptionedImages, collate
 from machinery.loading import BatchStream
 from machinery import resume
@@ -26,10 +26,6 @@ SMALL = ("--backbone toy --text-width 32 --text-layers 1 --image-size 64 --batch
          "--parser match --templates plain --short-side 64 --window 64 --stride 32 "
          "--eval-data none --device cpu").split()
 TOY = ["--train-data", "toy", "--epoch-pairs", "16", *SMALL]
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 # --------------------------------------------------------------------------------------------------
