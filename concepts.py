@@ -25,8 +25,8 @@ from tqdm import tqdm
 from machinery import captions as caption_files
 from machinery import shards
 from machinery.captions import CONTEXT_LENGTH
-from machinery.classes import (BENCHMARK_NAMES, CLASSES, check_classes, normalise_name,
-                               read_classes, read_lines, split_names)
+from machinery.classes import (BENCHMARK_NAMES, CLASSES, check_classes, merge_equal_names,
+                               normalise_name, plural, read_classes, read_lines, split_names)
 from machinery.errors import one_line_errors
 from machinery.workers import process_pool
 
@@ -228,50 +228,6 @@ class ConceptBank:
             self.ids[name] = len(self.names)
             self.names.append(name)
         return self.ids[name]
-
-
-def merge_equal_names(lists):
-    """Lists of synonyms in which no name occurs twice, with one line of notice if some did.
-
-    A name belongs to the first list that has it. What else a later list holds joins that one.
-    """
-    merged = []
-    list_of = {}                                    # normalised name -> its list in merged
-    repeated = []
-    for synonyms in lists:
-        known = [name for name in synonyms if normalise_name(name) in list_of]
-        if known:
-            target = list_of[normalise_name(known[0])]
-        else:
-            target = []
-            merged.append(target)
-        for name in synonyms:
-            if normalise_name(name) in list_of:
-                repeated.append(name)
-            else:
-                target.append(name)
-                list_of[normalise_name(name)] = target
-    if repeated:
-        print(f"concept bank: names that are there more than once count once: {len(repeated)}, "
-              f"such as {repeated[0]!r}", file=sys.stderr)
-    return merged
-
-
-IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children",
-             "mouse": "mice", "sheep": "sheep", "knife": "knives", "shelf": "shelves",
-             "leaf": "leaves", "foot": "feet", "goose": "geese"}
-
-
-def plural(name):
-    """English plural of a name's last word."""
-    *before, word = name.split()
-    if word in IRREGULAR:
-        word = IRREGULAR[word]
-    elif word.endswith("y") and word[-2:-1] not in "aeiou":
-        word = word[:-1] + "ies"
-    else:
-        word += "es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s"
-    return " ".join([*before, word])
 
 
 # --------------------------------------------------------------------------------------------------

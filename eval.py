@@ -29,9 +29,9 @@ from machinery.errors import one_line_errors
 from machinery.parallel import own_indices, pick_device, rank, sum_counts, world_size
 from machinery.pictures import comparison
 from machinery.protocol import (SLIDING, add_model_flags, embed, open_model, refuse_toy_model,
-                                result_folder, windows)
-from machinery.results import (ThresholdSweep, compare, full_name, made_with, print_result,
-                               scored_dataset, show_sweep, write_result)
+                                windows)
+from machinery.results import (ThresholdSweep, compare, full_name, made_with, output_path,
+                               print_result, show_sweep, write_result)
 from machinery.workers import cores_per_process, end_with_torchrun, start_data_worker
 from segment import WindowBatch, parse_background, put_background, segment_image
 
@@ -204,26 +204,6 @@ def score_dataset(args, name, dataset, model, protocol):
 
 # --------------------------------------------------------------------------------------------------
 # The command
-
-def output_path(args, name):
-    """Where the result goes. Raises OSError, before hours of scoring, for a place where nothing can
-    be written; ValueError for a file with the result of other data."""
-    path = Path(args.output) if args.output else result_folder(args.checkpoint)
-    if path.suffix != ".json" or args.dataset == "all":
-        without = "".join(f"_without_{left_out}" for left_out in sorted(args.without))
-        without = without.replace("/", "-").replace(" ", "-")
-        first = f"_first{args.limit}" if args.limit else ""
-        path = path / f"eval_{Path(name).resolve().name}{without}{first}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    other = scored_dataset(path)
-    if other and other != full_name(name):
-        raise ValueError(f"{path} holds the result of {other}; name another file for that of "
-                         f"{name} with --output")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"nothing can be written to {path.parent}; name another place with "
-                              "--output")
-    return path
-
 
 def score_segmentation(args, model, protocol):
     """Score the datasets asked for; of all eight, print a table. Raises ValueError, at the end,

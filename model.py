@@ -34,7 +34,7 @@ from machinery.captions import CONTEXT_LENGTH
 from machinery.classes import read_templates
 from machinery.errors import check_positive
 from machinery.images import to_pixels
-from machinery.method import Method
+from machinery.method import Method, best_synonym, prompt_ensemble
 from machinery.parallel import gather_rows, rank, sum_over_processes
 
 DEFAULT_BACKBONE = "vit_base_patch14_reg4_dinov2.lvd142m"
@@ -245,44 +245,6 @@ def buckets(tokens, size):
 
 
 # --------------------------------------------------------------------------------------------------
-# Class names and patches, at test time
-
-@torch.no_grad()
-def prompt_ensemble(classes, templates, embed, batch=256, normalise_each=True):
-    """Class names -> embeddings (C, S, D): the mean over all prompts of a name, unit-norm.
-
-    classes: C names, or C lists of names (synonyms). templates: prompts with one {} each. embed:
-    function from a list of (text before, name, text after) to (P, D). normalise_each: whether
-    prompts are normalised before the mean. A class with fewer than S names repeats its first, which
-    changes no maximum.
-    """
-    classes = [[names] if isinstance(names, str) else list(names) for names in classes]
-    names = [name for synonyms in classes for name in synonyms]
-    prompts = []
-    for name in names:
-        for template in templates:
-            before, _, after = template.partition("{}")
-            prompts.append((before, name, after))
-    embedded = torch.cat([embed(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
-    if normalise_each:
-        embedded = F.normalize(embedded, dim=-1)
-    mean = embedded.view(len(names), len(templates), -1).mean(dim=1)                # (names, D)
-    by_class = F.normalize(mean, dim=-1).split([len(synonyms) for synonyms in classes])
-    S = max(map(len, by_class))
-    return torch.stack([torch.cat([own, own[:1].expand(S - len(own), -1)]) for own in by_class])
-
-
-def best_synonym(features, class_embeddings):
-    """Similarity of features (B, N, D) to the best name of each class: (B, C, N).
-
-    class_embeddings: (C, D) or (C, S, D).
-    """
-    if class_embeddings.ndim == 2:
-        class_embeddings = class_embeddings[:, None]                                # (C, 1, D)
-    return torch.einsum("bnd,csd->bcsn", features, class_embeddings).amax(dim=2)
-
-
-# --------------------------------------------------------------------------------------------------
 # The whole
 
 class SimZSS(Method):
@@ -302,6 +264,7 @@ class SimZSS(Method):
     TOY = {"backbone": "toy", "text_width": 256, "text_layers": 1, "batch": 64, "epochs": 16,
            "base_rate": 0.012, "class_embedding": "concept", "output": "runs/toy"}
     HAS_CHUNKS = True                               # see `backward`
+    SCORES_PATCH_TOKENS = True
     CONFIG = ("backbone", "bank")
     FROZEN = ("backbone.",)                         # not in states and checkpoints
 

@@ -10,7 +10,6 @@ state-STEP.safetensors, from which --resume auto goes on as if nothing had happe
 import argparse
 import math
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from concepts import DEFAULT_PARSER, ConceptBank
 from data import load_pairs, open_stream
 from eval import evaluate
+from machinery import backbones
 from machinery.benchmarks import open_dataset
 from machinery.checkpoint import save_model         # for use from Python
 from machinery.classes import read_templates
@@ -26,13 +26,12 @@ from machinery.errors import check_positive, one_line_errors
 from machinery.features import open_cache
 from machinery.loading import join, loader_batch_size
 from machinery.method import METHODS, find_method
-from machinery.parallel import (average_gradients, join_processes, pick_precision,
-                                sum_over_processes)
+from machinery.parallel import average_gradients, join_processes, pick_precision
 from machinery.pictures import comparison
 from machinery.protocol import PROTOCOL
 from machinery.results import print_result, write_result
-from machinery.resume import find_state, seed_step, states
-from machinery.run import MAX_BAD, Run
+from machinery.resume import agree_on, find_state, seed_step, states
+from machinery.run import MAX_BAD, Run, print_run
 from machinery.shards import Shards
 from machinery.toy import save_scene
 from machinery.workers import cores_per_process
@@ -103,7 +102,8 @@ def train(args, processes):
     precision = pick_precision(args.precision, processes.device_type)
     method.autocast = partial(torch.autocast, processes.device_type, precision,
                               enabled=precision != torch.float32)
-    warn_of_random_weights(method, processes)
+    if processes.rank == 0:
+        backbones.warn_if_random(method.config())
     if args.cache_features:
         pairs.cache = open_cache(args, pairs, method, precision, processes)
 
@@ -212,38 +212,6 @@ def settings_of_run(args, method, pairs, processes, steps, pass_pairs, precision
             "world": processes.world if method.depends_on_processes() else None,
             "arithmetic": str(precision).removeprefix("torch."),
             "cached": bool(args.cache_features)}
-
-
-def warn_of_random_weights(method, processes):
-    backbone = method.config().get("backbone") or {}
-    if processes.rank == 0 and backbone.get("weights") == "random":
-        print("warning: the backbone has random weights, as asked for; this model's masks will "
-              "mean nothing", file=sys.stderr)
-
-
-def agree_on(start, processes):
-    """Raise ValueError unless all processes go on from the same step."""
-    total = sum_over_processes(torch.tensor(start, device=processes.device))
-    if total != start * processes.world:
-        raise ValueError("the processes found different states; --output must be a folder that all "
-                         "of them share")
-
-
-def print_run(run, pairs):
-    """One line on what is trained, and on how much."""
-    if run.processes.rank > 0:
-        return
-    if isinstance(pairs, Shards):
-        amount = f"{len(pairs.paths):,} shards"
-    else:
-        amount = f"{run.config['pairs']:,} pairs"
-    trained = sum(p.numel() for p in run.method.trained().values()) / 1e6
-    line = (f"{amount}, {run.steps.stop} steps of {run.args.batch}, {trained:.1f} M trained "
-            f"parameters, {run.processes.world} x {run.processes.device}, "
-            f"{run.config['arithmetic']}")
-    if run.steps.start:
-        line += f", resumed at step {run.steps.start}"
-    print(line)
 
 
 def gradient_norm(parameters, scaler, clip):

@@ -224,6 +224,13 @@ def check(backbone, saved, path):
         backbone.config["weights"] = saved["weights"]
 
 
+def warn_if_random(config):
+    """Print one line if the backbone of a method's config has random weights."""
+    if (config.get("backbone") or {}).get("weights") == "random":
+        print("warning: the backbone has random weights; its masks mean nothing",
+              file=sys.stderr)
+
+
 def stored_tensors(backbone):
     """Tensors of a `VisionBackbone` that a checkpoint has to hold, with their names in a method.
 

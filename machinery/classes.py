@@ -1,4 +1,5 @@
 """Class files and prompt templates: the names that one trains on, segments and scores."""
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -69,6 +70,50 @@ def check_classes(classes, source):
         raise ValueError(f"{source}: duplicate class name {twice[0]!r}; every class needs a name "
                          "of its own")
     return classes
+
+
+def merge_equal_names(lists):
+    """Lists of synonyms in which no name occurs twice, with one line of notice if some did.
+
+    A name belongs to the first list that has it. What else a later list holds joins that one.
+    """
+    merged = []
+    list_of = {}                                    # normalised name -> its list in merged
+    repeated = []
+    for synonyms in lists:
+        known = [name for name in synonyms if normalise_name(name) in list_of]
+        if known:
+            target = list_of[normalise_name(known[0])]
+        else:
+            target = []
+            merged.append(target)
+        for name in synonyms:
+            if normalise_name(name) in list_of:
+                repeated.append(name)
+            else:
+                target.append(name)
+                list_of[normalise_name(name)] = target
+    if repeated:
+        print(f"concept bank: names that are there more than once count once: {len(repeated)}, "
+              f"such as {repeated[0]!r}", file=sys.stderr)
+    return merged
+
+
+IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children",
+             "mouse": "mice", "sheep": "sheep", "knife": "knives", "shelf": "shelves",
+             "leaf": "leaves", "foot": "feet", "goose": "geese"}
+
+
+def plural(name):
+    """English plural of a name's last word."""
+    *before, word = name.split()
+    if word in IRREGULAR:
+        word = IRREGULAR[word]
+    elif word.endswith("y") and word[-2:-1] not in "aeiou":
+        word = word[:-1] + "ies"
+    else:
+        word += "es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s"
+    return " ".join([*before, word])
 
 
 def read_templates(name):

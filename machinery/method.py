@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # --method -> its class, imported on demand. The one place where machinery knows files above it, by
@@ -67,6 +68,7 @@ class Method(nn.Module):
     CONFIG = ()                 # names that `config` has at least; a file without them is broken
     FROZEN = ()                 # name prefixes of parts that never change and are built anew
     TRAINING_ONLY = ()          # name prefixes of parts that only training needs (a teacher, say)
+    SCORES_PATCH_TOKENS = False # True: `patch_scores` gives products of class embeddings and tokens
     HAS_BACKGROUND_RULE = False # True: `patch_scores` knows --background own:T, see `prepare`
     learning_rate = None        # a schedule of its own, like train.learning_rate; None = that one
     autocast = nullcontext      # precision of the networks' arithmetic; train.py sets it
@@ -219,3 +221,38 @@ def moving_average(teacher, student, share):
     """Move the teacher's parameters by a share of the way to the student's."""
     for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
         slow.lerp_(fast, share)
+
+
+@torch.no_grad()
+def prompt_ensemble(classes, templates, embed, batch=256, normalise_each=True):
+    """Class names -> embeddings (C, S, D): the mean over all prompts of a name, unit-norm.
+
+    classes: C names, or C lists of names (synonyms). templates: prompts with one {} each. embed:
+    function from a list of (text before, name, text after) to (P, D). normalise_each: whether
+    prompts are normalised before the mean. A class with fewer than S names repeats its first, which
+    changes no maximum.
+    """
+    classes = [[names] if isinstance(names, str) else list(names) for names in classes]
+    names = [name for synonyms in classes for name in synonyms]
+    prompts = []
+    for name in names:
+        for template in templates:
+            before, _, after = template.partition("{}")
+            prompts.append((before, name, after))
+    embedded = torch.cat([embed(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
+    if normalise_each:
+        embedded = F.normalize(embedded, dim=-1)
+    mean = embedded.view(len(names), len(templates), -1).mean(dim=1)                # (names, D)
+    by_class = F.normalize(mean, dim=-1).split([len(synonyms) for synonyms in classes])
+    S = max(map(len, by_class))
+    return torch.stack([torch.cat([own, own[:1].expand(S - len(own), -1)]) for own in by_class])
+
+
+def best_synonym(features, class_embeddings):
+    """Similarity of features (B, N, D) to the best name of each class: (B, C, N).
+
+    class_embeddings: (C, D) or (C, S, D).
+    """
+    if class_embeddings.ndim == 2:
+        class_embeddings = class_embeddings[:, None]                                # (C, 1, D)
+    return torch.einsum("bnd,csd->bcsn", features, class_embeddings).amax(dim=2)

@@ -1,11 +1,9 @@
 """Which model, and by which protocol: what segment.py and eval.py share at their start."""
 import os
-import sys
-from pathlib import Path
 
 import torch
 
-from machinery.backbones import parse_options
+from machinery.backbones import parse_options, warn_if_random
 from machinery.checkpoint import (embed_classes, file_sha256, load_model, model_file,
                                   newest_model)
 from machinery.classes import read_templates
@@ -15,7 +13,7 @@ from machinery.toy import is_scene
 
 PROTOCOL = {"templates": "imagenet80", "short_side": 448, "window": 448, "stride": 224}
 SLIDING = ("short_side", "window", "stride")        # what `segment_image` needs of a protocol ...
-REFINING = ("scales", "refine_steps")               # ... and what it may get
+REFINING = ("scales", "affinity", "refine_steps")   # ... and what it may get
 
 
 def add_model_flags(parser):
@@ -32,6 +30,9 @@ def add_model_flags(parser):
     add("--scales", type=float, nargs="+", metavar="S",
         help="average the scores over several sizes of the photo, such as 1 1.5 times the short "
              "side (default: 1)")
+    add("--affinity", type=float, metavar="TAU",
+        help="average the scores of each patch over those that resemble it, with this temperature; "
+             "0.1 is usual (default: off)")
     add("--refine-steps", type=int, metavar="N",
         help="steps of pixel-adaptive refinement, which moves borders to those of the photo's "
              "colours; 10 is usual (default: 0)")
@@ -66,9 +67,7 @@ def open_model(args):
         path = model_file(args.checkpoint or newest_model())
         model = load_model(path, device, args.backbone_weights, args.backbone, args.image_token)
         model.checkpoint_file = {"checkpoint": str(path), "checkpoint_sha256": file_sha256(path)}
-    if (model.config().get("backbone") or {}).get("weights") == "random":
-        print("warning: this model's backbone has random weights; its masks mean nothing",
-              file=sys.stderr)
+    warn_if_random(model.config())
     protocol = {**PROTOCOL, **model.PROTOCOL, **model.trained_with.get("protocol", {})}
     given = {key: getattr(args, key) for key in (*SLIDING, "templates", "class_embedding")
              if getattr(args, key) is not None}
@@ -77,10 +76,7 @@ def open_model(args):
             raise ValueError(f"--{key.replace('_', '-')}: {model.name} has no such setting; it has "
                              f"{', '.join(protocol)}")
         protocol[key] = value
-    if args.scales:
-        protocol["scales"] = args.scales
-    if args.refine_steps:
-        protocol["refine_steps"] = args.refine_steps
+    protocol.update({key: getattr(args, key) for key in REFINING if getattr(args, key)})
     for key in SLIDING:
         if type(protocol[key]) is not int:
             raise ValueError(f"{key} is {protocol[key]!r}; expected a number of pixels")
@@ -90,15 +86,6 @@ def open_model(args):
 def windows(protocol):
     """The settings of `segment_image` in a protocol."""
     return {key: protocol[key] for key in (*SLIDING, *REFINING) if key in protocol}
-
-
-def result_folder(checkpoint):
-    """Where results of a checkpoint go: beside it, or into runs/NAME for a pretrained model."""
-    name = str(checkpoint).partition(":")[0]
-    if name in PRETRAINED:
-        return Path("runs") / name
-    path = Path(checkpoint)
-    return path if path.is_dir() else path.parent
 
 
 def embed(model, classes, protocol, background=None):

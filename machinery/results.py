@@ -1,6 +1,7 @@
 """Results as JSON files, and tables and plots of many."""
 import datetime
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import distributions
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from machinery.checkpoint import upgrade_settings, write_text
+from machinery.method import PRETRAINED
 from machinery.pictures import plot
 
 # Settings that do not make another variant of a run: they follow from the rest, or change results
@@ -53,6 +55,35 @@ def print_result(result, most=10):
     only = "only " if result["partial"] else ""
     print(f"mIoU {result['mIoU']:.2%}   mAcc {result['mAcc']:.2%}   aAcc {result['aAcc']:.2%}   "
           f"({only}{result['images']} images, {result['images_per_second']} images/s)")
+
+
+def result_folder(checkpoint):
+    """Where results of a checkpoint go: beside it, or into runs/NAME for a pretrained model."""
+    name = str(checkpoint).partition(":")[0]
+    if name in PRETRAINED:
+        return Path("runs") / name
+    path = Path(checkpoint)
+    return path if path.is_dir() else path.parent
+
+
+def output_path(args, name):
+    """Where the result goes. Raises OSError, before hours of scoring, for a place where nothing can
+    be written; ValueError for a file with the result of other data."""
+    path = Path(args.output) if args.output else result_folder(args.checkpoint)
+    if path.suffix != ".json" or args.dataset == "all":
+        without = "".join(f"_without_{left_out}" for left_out in sorted(args.without))
+        without = without.replace("/", "-").replace(" ", "-")
+        first = f"_first{args.limit}" if args.limit else ""
+        path = path / f"eval_{Path(name).resolve().name}{without}{first}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    other = scored_dataset(path)
+    if other and other != full_name(name):
+        raise ValueError(f"{path} holds the result of {other}; name another file for that of "
+                         f"{name} with --output")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"nothing can be written to {path.parent}; name another place with "
+                              "--output")
+    return path
 
 
 def write_result(path, result):

@@ -9,6 +9,7 @@ import torch
 from machinery.checkpoint import (fill, read_tensors, save_tensors, upgrade,
                                   upgrade_settings)
 from machinery.method import find_method
+from machinery.parallel import sum_over_processes
 from machinery.shards import BAD
 
 # Settings that may differ when a run is resumed: they change no loss, or are compared otherwise
@@ -168,3 +169,11 @@ def seed_step(seed, step):
     generator's state.
     """
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+
+
+def agree_on(start, processes):
+    """Raise ValueError unless all processes go on from the same step."""
+    total = sum_over_processes(torch.tensor(start, device=processes.device))
+    if total != start * processes.world:
+        raise ValueError("the processes found different states; --output must be a folder that all "
+                         "of them share")

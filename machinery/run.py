@@ -12,7 +12,7 @@ from tqdm import tqdm
 from machinery.checkpoint import save_model, write_text
 from machinery.parallel import gather_rows, peak_memory, sum_over_processes
 from machinery.resume import save_state, states
-from machinery.shards import bad_line
+from machinery.shards import Shards, bad_line
 
 MAX_SKIPPED = 5                                     # steps in a row that are not finite
 MAX_BAD = 0.01                                      # share of unreadable images that is bad luck
@@ -242,3 +242,20 @@ class Run:
             line += f"; {self.watch.skipped} steps were skipped, their loss or gradients not finite"
         print(line)
         return cost
+
+
+def print_run(run, pairs):
+    """One line on what is trained, and on how much."""
+    if run.processes.rank > 0:
+        return
+    if isinstance(pairs, Shards):
+        amount = f"{len(pairs.paths):,} shards"
+    else:
+        amount = f"{run.config['pairs']:,} pairs"
+    trained = sum(p.numel() for p in run.method.trained().values()) / 1e6
+    line = (f"{amount}, {run.steps.stop} steps of {run.args.batch}, {trained:.1f} M trained "
+            f"parameters, {run.processes.world} x {run.processes.device}, "
+            f"{run.config['arithmetic']}")
+    if run.steps.start:
+        line += f", resumed at step {run.steps.start}"
+    print(line)

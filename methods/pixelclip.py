@@ -29,11 +29,11 @@ from machinery.clip import DenseToy, create_clip
 from machinery.clustering import kmeans
 from machinery.errors import check_positive
 from machinery.images import to_pixels
-from machinery.method import Method, moving_average
+from machinery.method import Method, best_synonym, moving_average, prompt_ensemble
 from machinery.parallel import gather_rows, global_rows, sum_over_processes
 from machinery.views import (masks_at, random_rectangle, random_square, strong_colours,
                              weak_colours)
-from model import TextEncoder, best_synonym, prompt_ensemble
+from model import TextEncoder
 
 DEFAULT_CLIP = "ViT-B-16-quickgelu/openai"
 TEST_CELLS = 64                                     # a side, of the enlarged features at test time
@@ -233,7 +233,9 @@ class PixelCLIP(Method):
                 "input": "squash"}
     NEEDS_CAPTIONS = False
     NEEDS_CONCEPTS = False
+    SCORES_PATCH_TOKENS = True
     HAS_CHUNKS = True
+    SCORES_PATCH_TOKENS = True
     CONFIG = ("backbone", "size")
     TRAINING_ONLY = ("teacher.", "decoder.", "prompts")
 

@@ -28,10 +28,9 @@ from machinery.clustering import assign, kmeans
 from machinery.images import to_pixels
 from machinery.maskformer import (STRIDE, PixelDecoder, SwinMaps, ToyMaps, TransformerDecoder,
                                   mlp)
-from machinery.method import Method
+from machinery.method import Method, best_synonym, prompt_ensemble
 from machinery.parallel import sum_over_processes
-from model import (MAX_LOGIT_SCALE, TextEncoder, VisionBackbone, best_synonym, global_loss,
-                   prompt_ensemble)
+from model import MAX_LOGIT_SCALE, TextEncoder, VisionBackbone, global_loss
 
 KMEANS_STEPS = 10                                   # of Lloyd's algorithm
 FLIPPED = 0.5                                       # share of the training crops

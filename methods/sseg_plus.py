@@ -22,9 +22,8 @@ from torch import nn
 from machinery import backbones
 from machinery.classes import normalise_name
 from machinery.images import read_mask, to_pixels
-from machinery.method import Method
+from machinery.method import Method, best_synonym
 from machinery.parallel import sum_over_processes
-from model import best_synonym
 
 POWER = 0.9                                         # of the learning rate's polynomial
 PHOTOMETRIC = {ImageEnhance.Brightness: (0.875, 1.125), ImageEnhance.Contrast: (0.5, 1.5),

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from eval import confusion_matrix, scores
 from machinery.benchmarks import IGNORE, open_dataset
 from machinery.checkpoint import load_model
+from machinery.grouping import patch_logits
 from machinery.images import to_pixels
-from methods.ovsegmentor import patch_logits
 
 ROWS = 8                                            # of the picture
 COLOURS = np.random.default_rng(5).integers(256, size=(256, 3)).astype(np.uint8)

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from concepts import tokenize
 from data import random_resized_crop
 from machinery.images import to_pixels
-from machinery.method import METHODS, PRETRAINED, Method, moving_average
+from machinery.method import (METHODS, PRETRAINED, Method, best_synonym, moving_average,
+                              prompt_ensemble)
 from machinery.parallel import global_rows, sum_over_processes, world_size
-from model import VisionBackbone, best_synonym, global_loss, prompt_ensemble
+from model import VisionBackbone, global_loss
 
 METHODS["linear"] = "linear_method.Linear"
 PRETRAINED["words"] = "linear"

@@ -25,16 +25,17 @@ from machinery import bert
 from machinery.augment import rand_augment, random_erase
 from machinery.checkpoint import load_model
 from machinery.classes import read_templates
+from machinery.grouping import (EntityDecoder, ImageEncoder, Projector, assign_patches,
+                                group_sums, patch_logits)
 from machinery.method import Pair
 from machinery.parallel import average_gradients, join_processes
 from machinery.resume import states
 from machinery.run import Run
 from machinery.toy import toy_scene
 from methods import ovsegmentor
-from methods.ovsegmentor import (EntityDecoder, ImageEncoder, OVSegmentor, Projector,
-                                 ScratchText, answer_sentence, assign_patches, contrastive_loss,
-                                 entity_forms, group_scores, group_sums, learning_rate,
-                                 mask_distance, mask_entities, patch_logits, tokenize)
+from methods.ovsegmentor import (OVSegmentor, ScratchText, answer_sentence, contrastive_loss,
+                                 entity_forms, group_scores, learning_rate, mask_distance,
+                                 mask_entities, tokenize)
 from processes import Processes
 
 B = 4                                               # images

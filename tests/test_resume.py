@@ -312,7 +312,7 @@ def test_processes_go_on_from_one_state(tmp_path, fails, monkeypatch):
     """Processes that find different states, because they share no folder, do not go on."""
     interrupted(tmp_path)
     # as if there were a second process whose step is twice as large
-    monkeypatch.setattr(train, "sum_over_processes", lambda step: 2 * step)
+    monkeypatch.setattr("machinery.resume.sum_over_processes", lambda step: 2 * step)
     fails(train.main, [*RUN, "--output", tmp_path, "--resume", "auto"],
           "different states", "--output", "share")
 

@@ -1,0 +1,193 @@
+"""OVSegmentor's networks: an image encoder that groups patches, projectors, the entity decoder.
+
+"Section n" is a section of docs/ovsegmentor.md. The letters are those of methods/ovsegmentor.py:
+
+    B   images          d     width of the image encoder     K0   group tokens that go in
+    N   patches         d_t   width of the text encoder      K    groups that come out
+    T   text tokens
+
+The blocks have timm's names, so that DINO's weights fit.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from machinery.layers import Block, CrossBlock, GlobalBatchNorm, mlp
+from machinery.parallel import global_rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Patches to groups (section 3)
+
+def patch_logits(queries, keys):
+    """L: how much each group wants each patch (section 3), float32. (B, K, d), (B, N, d) ->
+    (B, K, N)."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries.float() @ keys.float().transpose(1, 2) / math.sqrt(queries.shape[-1])
+
+
+def assign_patches(logits, noise=0.0):
+    """A: each patch to one group, one-hot over K, with the gradient of the softmax (section 3).
+
+    logits, noise: (B, K, N); in training the noise is Gumbel's. Returns (B, K, N).
+    """
+    soft = (logits + noise).softmax(dim=1)                                          # (B, K, N)
+    hard = F.one_hot(soft.argmax(dim=1), soft.shape[1]).transpose(1, 2)
+    return hard - soft.detach() + soft
+
+
+def group_sums(member, values):
+    """Sum of each group's patches / (their number + 1), not / their number (section 3).
+
+    member: (B, K, N), one-hot over K. values: (B, N, d). Returns (B, K, d), 0 for a group without
+    patches.
+    """
+    weights = member / (1 + member.sum(dim=-1, keepdim=True))
+    return weights.to(values.dtype) @ values
+
+
+# --------------------------------------------------------------------------------------------------
+# Image encoder (section 3)
+
+class Binding(nn.Module):
+    """K0 group tokens become K groups, each patch belongs to one of them."""
+
+    def __init__(self, width, heads, group_tokens, groups):
+        super().__init__()
+        self.norm_tokens = nn.LayerNorm(width)
+        self.norm_patches = nn.LayerNorm(width)
+        self.mix = mlp(group_tokens, width // 2, groups)                # along the token axis
+        self.norm_groups = nn.LayerNorm(width)
+        self.cross = CrossBlock(width, heads)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = mlp(width, 4 * width, width)
+
+    def forward(self, tokens, patches):
+        """tokens: (B, K0, d). patches: (B, N, d). Returns groups Z and queries (B, K, d), keys
+        (B, N, d)."""
+        patches = self.norm_patches(patches)
+        groups = self.mix(self.norm_tokens(tokens).transpose(1, 2)).transpose(1, 2)
+        groups = self.cross(self.norm_groups(groups), patches)                      # P, (B, K, d)
+        queries = self.query(groups)
+        keys = self.key(patches)
+        logits = patch_logits(queries, keys)                                        # (B, K, N)
+        noise = 0.0
+        if self.training:
+            drawn = global_rows(lambda rows: logits.new_empty(rows, *logits.shape[1:])
+                                .exponential_(), len(logits))
+            noise = -drawn.log()                                                    # Gumbel
+        member = assign_patches(logits, noise)                                      # A, (B, K, N)
+        groups = groups + self.proj(group_sums(member, self.value(patches)))
+        return groups + self.mlp(self.norm(groups)), queries, keys
+
+
+class ImageEncoder(nn.Module):
+    """A vision transformer cut in two: its lower half sees patches and group tokens, its upper half
+    the groups only.
+
+    channels, patch: of the maps that come in, (3, 16) for pixels. grid: of the position table.
+    drop_path: of the last block, rising from 0. init_std: of linear maps and tokens.
+    """
+
+    def __init__(self, width=768, heads=8, layers=12, channels=3, patch=16, grid=14,
+                 group_tokens=64, groups=8, drop_path=0.1, init_std=0.02):
+        super().__init__()
+        self.config = {"width": width, "heads": heads, "layers": layers, "channels": channels,
+                       "patch": patch, "grid": grid, "group_tokens": group_tokens,
+                       "groups": groups, "drop_path": drop_path, "init_std": init_std}
+        self.patch_embed = nn.Conv2d(channels, width, patch, patch)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, width))
+        self.group_tokens = nn.Parameter(torch.zeros(1, group_tokens, width))
+        rates = [drop_path * i / max(1, layers - 1) for i in range(layers)]
+        self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
+        self.binding = Binding(width, heads, group_tokens, groups)
+        self.norm = nn.LayerNorm(width)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=init_std)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=init_std)
+        nn.init.trunc_normal_(self.group_tokens, std=init_std)
+
+    def positions(self, h, w):
+        """The position table (1, N, d) for a grid of h x w patches, resized bicubically."""
+        grid = self.config["grid"]
+        if (h, w) == (grid, grid):
+            return self.pos_embed
+        table = self.pos_embed.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        return F.interpolate(table, (h, w), mode="bicubic").flatten(2).transpose(1, 2)
+
+    def forward(self, maps):
+        """maps: (B, channels, H, W). Returns groups F and queries (B, K, d), keys (B, N, d) and the
+        grid (h, w)."""
+        x = self.patch_embed(maps)                                                  # (B, d, h, w)
+        h, w = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2) + self.positions(h, w)                     # (B, N, d)
+        x = torch.cat([x, self.group_tokens.expand(len(x), -1, -1)], dim=1)         # (B, N + K0, d)
+        cut = len(self.blocks) // 2
+        for block in self.blocks[:cut]:
+            x = block(x)
+        groups, queries, keys = self.binding(x[:, h * w:], x[:, :h * w])
+        for block in self.blocks[cut:]:
+            groups = block(groups)
+        return self.norm(groups), queries, keys, (h, w)
+
+    def fill(self, trunk):
+        """Take the initial values of a timm vision transformer. Raises ValueError."""
+        try:
+            self.patch_embed.load_state_dict(trunk.patch_embed.proj.state_dict())
+            self.pos_embed.data.copy_(trunk.pos_embed[:, -self.pos_embed.shape[1]:])
+            self.blocks.load_state_dict(trunk.blocks.state_dict())
+            self.norm.load_state_dict(trunk.norm.state_dict())
+        except (AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{type(trunk).__name__} does not fit the image encoder of --width, "
+                             f"--layers and --patch ({reason})") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Projectors and entity decoder (sections 4 and 5)
+
+class Projector(nn.Module):
+    """To the joint space: two linear maps with BatchNorm and ReLU between them."""
+
+    def __init__(self, width, hidden, output):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.norm = GlobalBatchNorm(hidden)
+        self.fc2 = nn.Linear(hidden, output)
+
+    def forward(self, x, counts=True):
+        """counts: see `GlobalBatchNorm`."""
+        return self.fc2(F.relu(self.norm(self.fc1(x), counts)))
+
+
+class EntityDecoder(nn.Module):
+    """The question looks at the groups; one layer (section 5)."""
+
+    def __init__(self, image_width, text_width, heads):
+        super().__init__()
+        width = min(image_width, text_width)
+        self.narrow_image = self.narrow_text = nn.Identity()
+        if image_width > width:
+            self.narrow_image = nn.Linear(image_width, width)
+        if text_width > width:
+            self.narrow_text = nn.Linear(text_width, width)
+        self.norm_groups = nn.LayerNorm(width)
+        self.norm_text = nn.LayerNorm(width)
+        self.cross = CrossBlock(width, heads)
+        self.block = Block(width, heads)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, groups, states, mask=None):
+        """groups: (B, K, d). states: of the question (B, T, d_t). mask: (B, T) bool, its tokens
+        without padding; None = padding takes part. Returns (B, T, min(d, d_t))."""
+        groups = self.norm_groups(self.narrow_image(groups))
+        u = self.cross(self.norm_text(self.narrow_text(states)), groups)
+        return self.norm(self.block(u, mask) + u)
