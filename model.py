@@ -264,7 +264,6 @@ class SimZSS(Method):
     TOY = {"backbone": "toy", "text_width": 256, "text_layers": 1, "batch": 64, "epochs": 16,
            "base_rate": 0.012, "class_embedding": "concept", "output": "runs/toy"}
     HAS_CHUNKS = True                               # see `backward`
-    SCORES_PATCH_TOKENS = True
     CONFIG = ("backbone", "bank")
     FROZEN = ("backbone.",)                         # not in states and checkpoints
 

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from machinery.errors import one_line_errors
 from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
 from machinery.pictures import count_pixels, row_bands
 from machinery.protocol import add_model_flags, embed, open_model, refuse_toy_model, windows
-from machinery.refine import refine, scores_by_affinity
+from machinery.refine import refine
 
 LONG_SIDE = 2048                                    # the usual bound, for very elongated images
 
@@ -94,14 +93,11 @@ class WindowBatch:
                    "(--batch)", file=sys.stderr)
 
 
-def slide(model, pixels, class_embeddings, window, stride, batch, affinity=0.0):
+def slide(model, pixels, class_embeddings, window, stride, batch):
     """Score of every class at every pixel, averaged where windows overlap: (C, h, w).
 
-    pixels: uint8 (3, h, w), the resized photo. batch: WindowBatch. affinity: see `segment_image`.
+    pixels: uint8 (3, h, w), the resized photo. batch: WindowBatch.
     """
-    patch_scores = model.patch_scores
-    if affinity:
-        patch_scores = partial(scores_by_affinity, model, temperature=affinity)
     h, w = pixels.shape[-2:]
     corners = [(y, x) for y in window_starts(h, window, stride)
                for x in window_starts(w, window, stride)]
@@ -112,7 +108,7 @@ def slide(model, pixels, class_embeddings, window, stride, batch, affinity=0.0):
         crops = torch.stack([pixels[:, y:y + window, x:x + window] for y, x in now])
         try:
             # (windows, C, rows, columns) of patches, and the pixels that they cover
-            scores, covered = patch_scores(crops, class_embeddings)
+            scores, covered = model.patch_scores(crops, class_embeddings)
         except torch.OutOfMemoryError:
             if batch.size == 1:
                 raise
@@ -128,23 +124,22 @@ def slide(model, pixels, class_embeddings, window, stride, batch, affinity=0.0):
 
 
 def score_maps(model, image, class_embeddings, window=448, stride=224, short_side=448, batch=8,
-               scales=(1,), affinity=0.0, refine_steps=0):
+               scales=(1,), refine_steps=0):
     """Score of every class at every pixel of the resized photo: (C, h, w). Arguments: see
     `segment_image`."""
     batch = batch if isinstance(batch, WindowBatch) else WindowBatch(batch)
-    positive = min(short_side, batch.size, *scales) > 0 and min(affinity, refine_steps) >= 0
-    if not (positive and 0 < stride <= window):
+    if min(short_side, batch.size, *scales) <= 0 or not 0 < stride <= window or refine_steps < 0:
         raise ValueError(f"short_side {short_side}, scales {scales}, window {window}, stride "
-                         f"{stride}, batch {batch.size}, affinity {affinity}, refine_steps "
-                         f"{refine_steps}: expected positive numbers, and a stride of at most the "
-                         "window, or pixels would be left out")
+                         f"{stride}, batch {batch.size}, refine_steps {refine_steps}: expected "
+                         "positive numbers, and a stride of at most the window, or pixels would be "
+                         "left out")
     photo = to_pixels(image)                                                        # (3, H, W)
     size = resized_size(*photo.shape[-2:], short_side)                              # (h, w)
     total = 0
     for scale in scales:
         scaled = resized_size(*photo.shape[-2:], scale * short_side, scale * LONG_SIDE)
         pixels = resize(photo, *scaled).to(class_embeddings.device)
-        maps = slide(model, pixels, class_embeddings, window, stride, batch, affinity)
+        maps = slide(model, pixels, class_embeddings, window, stride, batch)
         if scaled != size:
             maps = F.interpolate(maps[None], size, mode="bilinear")[0]
         total = total + maps / len(scales)                                          # (C, h, w)
@@ -155,18 +150,18 @@ def score_maps(model, image, class_embeddings, window=448, stride=224, short_sid
 
 @torch.no_grad()
 def segment_image(model, image, class_embeddings, window=448, stride=224, short_side=448, batch=8,
-                  scales=(1,), affinity=0.0, refine_steps=0):
+                  scales=(1,), refine_steps=0):
     """Name every pixel of one photo.
 
     model: anything with `patch_scores`, like SimZSS. image: RGB PIL image or uint8 (H, W, 3) array.
     class_embeddings: (C, D) or (C, S, D). window, stride, short_side: pixels. batch: windows at a
     time, a number or a `WindowBatch`. scales: of the short side; scores are averaged over them.
-    affinity: temperature of `scores_by_affinity`, 0 = none. refine_steps: of `refine`, 0 = none.
-    Returns (index mask (H, W), score (H, W) float32): the best class and its score, CPU tensors.
+    refine_steps: of `machinery.refine`, 0 = none. Returns (index mask (H, W), score (H, W)
+    float32): the best class and its score, CPU tensors.
     """
     W, H = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
     maps = score_maps(model, image, class_embeddings, window, stride, short_side, batch, scales,
-                      affinity, refine_steps)
+                      refine_steps)
     score = torch.empty(H, W)
     mask = torch.empty(H, W, dtype=torch.uint8 if len(maps) <= 256 else torch.int16)
     for band in row_bands(H, len(maps) * W):        # never C x H x W at the photo's own size

@@ -68,7 +68,6 @@ class Method(nn.Module):
     CONFIG = ()                 # names that `config` has at least; a file without them is broken
     FROZEN = ()                 # name prefixes of parts that never change and are built anew
     TRAINING_ONLY = ()          # name prefixes of parts that only training needs (a teacher, say)
-    SCORES_PATCH_TOKENS = False # True: `patch_scores` gives products of class embeddings and tokens
     HAS_BACKGROUND_RULE = False # True: `patch_scores` knows --background own:T, see `prepare`
     learning_rate = None        # a schedule of its own, like train.learning_rate; None = that one
     autocast = nullcontext      # precision of the networks' arithmetic; train.py sets it

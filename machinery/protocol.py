@@ -13,7 +13,7 @@ from machinery.toy import is_scene
 
 PROTOCOL = {"templates": "imagenet80", "short_side": 448, "window": 448, "stride": 224}
 SLIDING = ("short_side", "window", "stride")        # what `segment_image` needs of a protocol ...
-REFINING = ("scales", "affinity", "refine_steps")   # ... and what it may get
+REFINING = ("scales", "refine_steps")               # ... and what it may get
 
 
 def add_model_flags(parser):
@@ -30,9 +30,6 @@ def add_model_flags(parser):
     add("--scales", type=float, nargs="+", metavar="S",
         help="average the scores over several sizes of the photo, such as 1 1.5 times the short "
              "side (default: 1)")
-    add("--affinity", type=float, metavar="TAU",
-        help="average the scores of each patch over those that resemble it, with this temperature; "
-             "0.1 is usual (default: off)")
     add("--refine-steps", type=int, metavar="N",
         help="steps of pixel-adaptive refinement, which moves borders to those of the photo's "
              "colours; 10 is usual (default: 0)")

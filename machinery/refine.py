@@ -1,7 +1,7 @@
-"""What makes scores better at test time: patches that look alike, and pixels of like colour, agree.
+"""Pixel-adaptive refinement: each pixel's scores become a mean over nearby pixels of like colour.
 
-The pixels' part is from Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels",
-CVPR 2020, where it is called PAMR. It moves the borders of a mask to those of the photo's colours.
+From Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, where it
+is called PAMR. It moves the borders of a mask to those of the photo's colours.
 """
 import torch
 import torch.nn.functional as F
@@ -9,26 +9,6 @@ import torch.nn.functional as F
 DISTANCES = (1, 2, 4, 8, 12, 24)                    # pixels to the eight neighbours
 SHARPNESS = 0.1                                     # of the weights; smaller: only like colours
 CLASSES = 16                                        # refined at a time, to bound the memory
-
-
-def scores_by_affinity(model, pixels, class_embeddings, temperature):
-    """`Method.patch_scores`, each patch's scores averaged over the patches that resemble it.
-
-    The weight of patch m for patch n is softmax_m(v_n . v_m / temperature), with the patch tokens v
-    of the same image. Raises ValueError for a method that scores no patch tokens.
-    """
-    if not getattr(model, "SCORES_PATCH_TOKENS", False):
-        raise ValueError(f"--affinity compares patch tokens, and {model.name} does not score such")
-    C, *synonyms, D = class_embeddings.shape
-    axes = torch.eye(D).to(class_embeddings)        # products with them: the tokens
-    axes = axes.view(D, *[1] * len(synonyms), D).expand(D, *synonyms, D)
-    products, covered = model.patch_scores(pixels, torch.cat([class_embeddings, axes]))
-    smooth = []
-    for of_image in products.flatten(2):                                            # (C + D, N)
-        scores, tokens = of_image.split([C, D])
-        weights = (tokens.T @ tokens / temperature).softmax(dim=-1)                 # (N, N)
-        smooth.append(scores @ weights.T)
-    return torch.stack(smooth).unflatten(-1, products.shape[-2:]), covered
 
 
 def neighbours(maps):

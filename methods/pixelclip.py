@@ -233,9 +233,7 @@ class PixelCLIP(Method):
                 "input": "squash"}
     NEEDS_CAPTIONS = False
     NEEDS_CONCEPTS = False
-    SCORES_PATCH_TOKENS = True
     HAS_CHUNKS = True
-    SCORES_PATCH_TOKENS = True
     CONFIG = ("backbone", "size")
     TRAINING_ONLY = ("teacher.", "decoder.", "prompts")
 

@@ -696,8 +696,6 @@ def test_dense_clip_needs_no_training(photos, weights, tmp_path, capsys):
     image = Image.open(photos / "0.png").convert("RGB")
     again, _ = segment.segment_image(model, image, own, 2048, 2048, 640)
     assert (again.numpy() == mask).mean() > 0.999
-    alike, score = segment.segment_image(model, image, own, 2048, 2048, 640, affinity=1e6)
-    assert len(alike.unique()) == 1 and score.std() < 1e-5          # all patches have the mean
     for name in ("cat", "dog"):
         (tmp_path / "classes" / name).mkdir(parents=True)
         image.save(tmp_path / "classes" / name / "a.png")

@@ -1,40 +1,9 @@
-"""What may be switched on at test time: affinity of patches, several sizes of a photo, refinement by
-its colours."""
-import pytest
+"""What may be switched on at test time: several sizes of a photo, refinement by its colours."""
 import torch
 import torch.nn.functional as F
 
-from conftest import tiny
-from machinery.refine import (DISTANCES, neighbour_weights, neighbours, refine,
-                              scores_by_affinity)
-from model import best_synonym
+from machinery.refine import DISTANCES, neighbour_weights, neighbours, refine
 from segment import resized_size, score_maps
-
-
-@pytest.mark.parametrize("S", [None, 3])
-def test_affinity_by_loops(S):
-    """A patch's scores are the mean over the patches of its own image, weighted by the softmax of
-    the cosines of their tokens; at a high temperature all patches have the same."""
-    model = tiny().eval()
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (2, 3, 24, 40), generator=generator, dtype=torch.uint8)
-    shape = (5, model.backbone.width) if S is None else (5, S, model.backbone.width)
-    classes = F.normalize(torch.randn(shape, generator=generator), dim=-1)
-    found, covered = scores_by_affinity(model, pixels, classes, 0.2)
-    _, tokens, (h, w) = model.backbone(model.backbone.normalise(pixels))
-    plain = best_synonym(tokens, classes)                                           # (2, 5, N)
-    assert found.shape == (2, 5, h, w) and covered == (24, 40)
-    for image in range(2):
-        for n in range(h * w):
-            weights = torch.exp(tokens[image] @ tokens[image, n] / 0.2)
-            expected = (plain[image] * weights).sum(dim=1) / weights.sum()
-            torch.testing.assert_close(found[image, :, n // w, n % w], expected)
-    same, _ = scores_by_affinity(model, pixels, classes, 1e6)
-    mean = plain.mean(dim=2)[..., None, None].expand_as(same)
-    torch.testing.assert_close(same, mean, atol=1e-5, rtol=0)
-    model.SCORES_PATCH_TOKENS = False
-    with pytest.raises(ValueError, match="--affinity compares patch tokens, and simzss does not"):
-        scores_by_affinity(model, pixels, classes, 0.1)
 
 
 def test_neighbours_are_the_eight_around_at_each_distance():

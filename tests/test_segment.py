@@ -691,8 +691,7 @@ def test_photos_of_the_same_name_do_not_overwrite_each_other(checkpoint, tmp_pat
 
 @pytest.mark.parametrize("more", [["--class-embedding", "caption"],
                                   ["--class-embedding", "concept"],
-                                  ["--scales", "1", "1.5", "--affinity", "0.1",
-                                   "--refine-steps", "2"]])
+                                  ["--scales", "1", "1.5", "--refine-steps", "2"]])
 def test_segment_and_eval_give_the_identical_mask(checkpoint, folder, tmp_path, more):
     """Scored against segment.py's own masks, eval.py finds not one wrong pixel; of absent classes
     it says null."""

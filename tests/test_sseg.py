@@ -683,9 +683,6 @@ def test_the_scripts_use_it(whole, folder, tmp_path, fails):
                                                                           "grass"]
     fails(eval.main, [*command, "--without", "background", "--protocol", "merge=best"],
           "merge 'best'", "soft, fine, hard")
-    fails(eval.main, [*command, "--without", "background", "--affinity", "0.1", "--output",
-                      tmp_path / "affinity.json"],
-          "--affinity compares patch tokens, and sseg does not score such")
 
 
 def test_regions_are_named_by_their_majority():
