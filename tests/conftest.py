@@ -4,6 +4,7 @@ script fails.
 Everything runs on the CPU, without network and without downloads.
 """
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -77,6 +78,14 @@ def folder(tmp_path):
         mask[:5] = 255
         Image.fromarray(mask).save(folder / "masks" / f"photo{i}.png")
     return folder
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Parser processes that need not import everything again; `test_command_after_a_kill` of
+    test_shards.py also starts real ones."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr("machinery.workers.multiprocessing.get_context", lambda kind: fork)
 
 
 @pytest.fixture

@@ -3,17 +3,11 @@
 A linear layer on the toy backbone's patch tokens learns to put each image near a fixed bag of words
 of its caption. It has all that makes training hard to repeat: a buffer that every batch changes, a
 teacher that follows by a moving average, a random number in each step, random rows in each batch.
-
-    torchrun --nproc_per_node 2 tests/linear_method.py --method linear --train-data toy ...
 """
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from concepts import tokenize
 from data import random_resized_crop
 from machinery.images import to_pixels
@@ -114,8 +108,3 @@ class Linear(Method):
         projected = F.normalize(self.student(patches - self.mean), dim=-1)
         scores = best_synonym(projected, class_embeddings)
         return scores.unflatten(-1, (h, w)), (8 * h, 8 * w)
-
-
-if __name__ == "__main__":
-    import train
-    train.main()

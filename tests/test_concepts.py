@@ -265,7 +265,7 @@ def test_pipeline_that_finds_nothing():
         list(annotate(["a dog"], ConceptBank(["dog"]), spacy.blank("en")))
 
 
-def test_processes():
+def test_processes(forked):
     """Two parser processes give the annotations of one, in the same order, also of more captions
     than a process gets at a time."""
     captions = ["a dog", "two cats", "", "a cat and a dog"]

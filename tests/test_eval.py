@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -25,6 +24,7 @@ from machinery.classify import LabelledImages, classify
 from machinery.images import load_image, to_pixels
 from machinery.pictures import NOT_SCORED, palette
 from machinery.results import made_with, write_result
+from processes import Processes
 
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
 needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photographs in {PHOTOS}")
@@ -581,40 +581,36 @@ def test_limit_marks_the_result(checkpoint, folder, tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------
 # Several processes
 
-DRIVER = """
-import sys, torch, eval
-from pathlib import Path
-counted, folder = eval.scores, Path(sys.argv[1])
-def keep(matrix):
-    torch.save(matrix, folder / f"matrix{torch.distributed.get_rank()}.pt")
-    return counted(matrix)
-eval.scores = keep
-eval.main(sys.argv[2:])
-"""
+def score_and_keep(folder, *arguments):
+    """eval.py, with the confusion matrix of each process in a file of its own."""
+    counted = eval.scores
+
+    def keep(matrix):
+        torch.save(matrix, folder / f"matrix{os.environ['RANK']}.pt")
+        return counted(matrix)
+    eval.scores = keep
+    eval.main([str(argument) for argument in arguments])
 
 
 def test_two_processes_count_what_one_counts(checkpoint, folder, tmp_path, monkeypatch):
-    """torchrun with two processes and three images gives, in both, the confusion matrix of one
-    process, bit for bit, the same result file and the same pictures."""
+    """Two processes give for three images, each of them, the confusion matrix of one process, bit
+    for bit, the same result file and the same pictures."""
+    both = Processes(tmp_path, 2, score_and_keep, tmp_path, "--dataset", folder, "--checkpoint",
+                     checkpoint, "--output", tmp_path / "two.json", "--save-images", "3",
+                     "--workers", "0")
+    assert both.wait() == [0, 0], both.output()
     one = []
     counted = eval.scores
     monkeypatch.setattr(eval, "scores",
                         lambda matrix: one.append(matrix.clone()) or counted(matrix))
     alone = run(checkpoint, folder, tmp_path / "one.json", "--save-images", "3")
-    (tmp_path / "driver.py").write_text(DRIVER)
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         tmp_path / "driver.py", tmp_path, "--dataset", folder, "--checkpoint", checkpoint,
-         "--output", tmp_path / "two.json", "--save-images", "3", "--workers", "0"],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert ended.returncode == 0, ended.stderr
     for rank in range(2):
         assert torch.load(tmp_path / f"matrix{rank}.pt").equal(one[0])
     together = json.loads((tmp_path / "two.json").read_text())
     same = set(alone) - {"seconds", "images_per_second", "processes", "date"}
     assert {key: together[key] for key in same} == {key: alone[key] for key in same}
     assert together["processes"] == 2
-    assert ended.stdout.count("mIoU") == 1
+    assert both.output().count("mIoU") == 1
     for i in range(3):
         two, one = (tmp_path / f"{name}_images" / f"000{i}.png" for name in ("two", "one"))
         assert two.read_bytes() == one.read_bytes()

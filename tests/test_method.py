@@ -2,8 +2,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -15,7 +13,7 @@ import eval
 import linear_method
 import segment
 import train
-from conftest import ROOT, read_log, without_times
+from conftest import read_log, without_times
 from machinery.checkpoint import load_model
 from machinery.method import METHODS, find_method
 from machinery.resume import states
@@ -105,11 +103,9 @@ def test_a_recipe_may_count_in_steps(monkeypatch):
 
 
 def test_two_processes_train_as_one(whole, tmp_path):
-    """By torchrun in two processes every logged loss, and the buffer, are those of one process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", ROOT / "tests" / "linear_method.py", *RUN, "--output", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    """In two processes every logged loss, and the buffer, are those of one process."""
+    both = Processes(tmp_path, 2, run, tmp_path)
+    assert both.wait() == [0, 0], both.output()
     for one, two in zip(read_log(whole), read_log(tmp_path), strict=True):
         for key in ("loss", "contrast", "lag", "weight", "grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7), (one["step"], key)

@@ -664,7 +664,7 @@ def test_stage_2_goes_on_and_resumes(stage_1, tmp_path, fails):
                        bank, "--resume", "auto"], "the bank differs")
 
 
-def test_shards(stage_1, tmp_path):
+def test_shards(stage_1, tmp_path, forked):
     """Stage 2 streams tars; a partner is another sample of the same tar."""
     rng = np.random.default_rng(0)
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:

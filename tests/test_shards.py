@@ -1,6 +1,5 @@
 """Tests of tar shards: machinery/shards.py, `data.open_shards` and `concepts.py --shards`."""
 import io
-import multiprocessing
 import os
 import re
 import subprocess
@@ -715,14 +714,6 @@ def test_concepts_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError):
         annotate_tar(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.concepts.npz", "a.tar"]
-
-
-@pytest.fixture
-def forked(monkeypatch):
-    """Processes that need not import everything again; `test_command_after_a_kill` also starts real
-    ones."""
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr("machinery.workers.multiprocessing.get_context", lambda kind: fork)
 
 
 def test_command(tmp_path, capsys, forked):
