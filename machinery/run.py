@@ -227,7 +227,7 @@ class Run:
         a killed process left half-written. Returns what the run cost: seconds, trained_parameters,
         peak_gib of this process."""
         cost = {"seconds": round(time.time() - self.started, 1),
-                "trained_parameters": sum(p.numel() for p in self.method.trained().values()),
+                "trained_parameters": count_trained(self.method),
                 "peak_gib": round(peak_memory(self.processes.device_type), 2)}
         if self.processes.rank > 0:
             return cost
@@ -244,6 +244,11 @@ class Run:
         return cost
 
 
+def count_trained(method):
+    """Number of trained parameters."""
+    return sum(p.numel() for p in method.trained().values())
+
+
 def print_run(run, pairs):
     """One line on what is trained, and on how much."""
     if run.processes.rank > 0:
@@ -252,10 +257,9 @@ def print_run(run, pairs):
         amount = f"{len(pairs.paths):,} shards"
     else:
         amount = f"{run.config['pairs']:,} pairs"
-    trained = sum(p.numel() for p in run.method.trained().values()) / 1e6
-    line = (f"{amount}, {run.steps.stop} steps of {run.args.batch}, {trained:.1f} M trained "
-            f"parameters, {run.processes.world} x {run.processes.device}, "
-            f"{run.config['arithmetic']}")
+    line = (f"{amount}, {run.steps.stop} steps of {run.args.batch}, "
+            f"{count_trained(run.method) / 1e6:.1f} M trained parameters, "
+            f"{run.processes.world} x {run.processes.device}, {run.config['arithmetic']}")
     if run.steps.start:
         line += f", resumed at step {run.steps.start}"
     print(line)

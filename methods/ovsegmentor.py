@@ -35,6 +35,7 @@ from machinery.captions import CONTEXT_LENGTH
 from machinery.checkpoint import load_model, model_file, read_checkpoint
 from machinery.classes import CLASSES, plural, read_templates
 from machinery.clustering import assign
+from machinery.errors import check_positive
 from machinery.grouping import EntityDecoder, ImageEncoder, Projector, patch_logits
 from machinery.images import to_pixels
 from machinery.method import Method, best_synonym, moving_average, prompt_ensemble
@@ -348,8 +349,7 @@ class OVSegmentor(Method):
                                  "share, at most 1")
         if args.drop_path >= 1:
             raise ValueError(f"--drop-path is {args.drop_path}; expected less than 1")
-        if args.mask_size is not None and args.mask_size < 1:
-            raise ValueError(f"--mask-size is {args.mask_size}; expected a positive number")
+        check_positive(args, "mask_size")
         check_recipe(args.rand_augment, args.image_size)
         if args.image_token != "class":
             raise ValueError("--image-token: OVSegmentor uses no class token")

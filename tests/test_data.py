@@ -20,7 +20,7 @@ from concepts import ConceptBank, annotate, load_annotations, tokenize
 from data import CaptionedImages, GlobalBatches, collate, load_pairs, random_resized_crop
 from machinery import toy
 from machinery.benchmarks import open_dataset
-from machinery.captions import read_captions
+from machinery.captions import Annotations, as_arrays, read_captions
 from machinery.features import FeatureCache
 from machinery.images import load_image, to_pixels
 from machinery.toy import PLURALS, STUFF, THINGS, TOY_CLASSES, ToyScenes, is_scene, toy_scene
@@ -548,6 +548,22 @@ def test_real_captions(tmp_path):
     assert found == read_captions(captions)
     assert all(path.is_file() for path in pairs.images)
     assert (np.diff(pairs.annotations.offsets) > 0).mean() > 0.5
+
+
+def test_partners_share_a_concept():
+    """A partner is a caption with one of the caption's concepts, and every occurrence of such a
+    concept can be drawn, also after captions without any; a caption without concepts has none."""
+    found = [[], [(4, 1, 2), (7, 3, 4)], [], [], [(7, 1, 2)], [(2, 1, 2)],
+             [(4, 2, 3), (4, 5, 6)], []]
+    annotations = Annotations(*as_arrays(found))
+    rng = np.random.default_rng(0)
+    for i, rows in enumerate(found):
+        assert annotations.of(i).tolist() == [list(row) for row in rows]
+        drawn = {annotations.partner(i, rng) for _ in range(200)}
+        own = {concept for concept, _, _ in rows}
+        expected = {(j, concept) for j, others in enumerate(found) for concept, _, _ in others
+                    if concept in own}
+        assert drawn == (expected or {None})
 
 
 # --------------------------------------------------------------------------------------------------

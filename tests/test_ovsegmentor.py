@@ -696,6 +696,7 @@ def test_mistakes_in_flags(stage_1, checkpoint, tmp_path, fails):
     fails(train.main, [*start, "--drop-path", "1"], "--drop-path is 1.0; expected less than 1")
     fails(train.main, [*start, "--least-area", "2"], "--least-area is 2.0", "at most 1")
     fails(train.main, [*start, "--context", "100"], "--context is 100", "at most 77")
+    fails(train.main, [*start, "--mask-size", "0"], "--mask-size is 0; expected a positive number")
     fails(train.main, [*start, "--rand-augment", "bogus"], "RandAugment 'bogus'")
     fails(train.main, [*start, "--mask-weight", "nan"], "--mask-weight is nan")
     fails(train.main, [*start, "--patches", "convolution", "--pixel-mean", "0", "0", "0"],

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 import train
-from data import GlobalBatches
 from conftest import read_log, without_times
+from data import GlobalBatches
 from machinery.checkpoint import load_model
 from machinery.resume import find_state, states
 from machinery.run import note_signals

@@ -264,6 +264,30 @@ def test_images_alone(tmp_path):
     assert all(map(torch.equal, found, expected)) and not state[-len(BAD):].any()
 
 
+def test_partners_are_of_the_same_tar(tmp_path):
+    """With a concepts file, a sample's partner is another whole sample of its tar that shares the
+    concept: caption and image belong together."""
+    folder = write_shards(tmp_path, [4, 4])
+    for path in find_shards(folder):
+        annotate_tar(path)
+    drawn = []
+
+    def keep(pair, rng):
+        partner, concept = pair.partner(rng)
+        drawn.append((pair.caption, partner.caption, BANK.names[concept],
+                      to_pixels(partner.image())))
+        return {"tokens": tokenize(pair.caption)}
+
+    shards = open_shards(folder, BANK, "match", SIZE, keep)
+    [state] = shards.begin(1)
+    list(islice(shards.read(state), 80))
+    pictures = {caption(i): to_pixels(load_image(io.BytesIO(picture(i)))) for i in range(8)}
+    for own, other, concept, pixels in drawn:
+        assert concept in own and concept in other and torch.equal(pixels, pictures[other])
+        assert (int(own[0]) < 4) == (int(other[0]) < 4)
+    assert len({other for _, other, _, _ in drawn}) == 8
+
+
 def with_files(*files):
     return [("bad" + suffix, content) for suffix, content in files]
 
