@@ -21,7 +21,6 @@ The losses are those of the global batch: sums and gathers run over all processe
 """
 import math
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +29,12 @@ from torch import nn
 from concepts import tokenize
 from data import random_resized_crop
 from machinery import backbones
+from machinery.buckets import backward_in_buckets
 from machinery.captions import CONTEXT_LENGTH
 from machinery.classes import read_templates
 from machinery.errors import check_positive
 from machinery.images import to_pixels
+from machinery.layers import Normalise
 from machinery.method import Method, best_synonym, prompt_ensemble
 from machinery.parallel import gather_rows, rank, sum_over_processes
 
@@ -41,8 +42,6 @@ DEFAULT_BACKBONE = "vit_base_patch14_reg4_dinov2.lvd142m"
 TEXT_TOWERS = {384: (384, 6), 1024: (768, 12)}      # D -> (width, heads) of CLIP's tower
 DEFAULT_TEXT_TOWER = (512, 8)                       # for ViT-B's D, 768, and any other
 MAX_LOGIT_SCALE = 100.0                             # CLIP's bound on the learned 1 / temperature
-BUCKET = 16                                         # captions of similar length encoded together
-GPU_BUCKET = 256                                    # a GPU needs more to be busy
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,11 +145,7 @@ class VisionBackbone(nn.Module):
         super().__init__()
         if image_token not in ("class", "mean"):
             raise ValueError(f"image token must be 'class' or 'mean', found {image_token!r}")
-        source = "random"
-        if pretrained or name == "toy":             # the toy backbone is ready as it is
-            source = "pretrained"
-        if weights:
-            source = str(Path(weights).resolve())   # found again from any folder
+        source = backbones.source(name, pretrained, weights)
         self.trunk = backbones.create_trunk(name, source, options)
         self.width = self.trunk.num_features                                        # D
         self.patch_size = backbones.patch_size(self.trunk)
@@ -161,18 +156,13 @@ class VisionBackbone(nn.Module):
         self.eval().requires_grad_(False)           # frozen
         mean = mean or self.trunk.pretrained_cfg["mean"]
         std = std or self.trunk.pretrained_cfg["std"]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.normalise = Normalise(mean, std)
         self.config = {"name": name, "weights": source, "options": options, "mean": list(mean),
                        "std": list(std), "denoiser": bool(denoiser), "image_token": image_token,
                        "sha256": backbones.sha256(self.state_dict())}
 
     def train(self, mode=True):
         return super().train(False)                 # no dropout, no batch statistics, ever
-
-    def normalise(self, pixels):
-        """uint8 (..., 3, H, W) -> float32, with the statistics that the checkpoint keeps."""
-        return (pixels.float() / 255 - self.mean) / self.std
 
     @torch.no_grad()
     def forward(self, images):
@@ -236,14 +226,6 @@ class TextEncoder(nn.Module):
         return x[torch.arange(len(x), device=x.device), end], x
 
 
-def buckets(tokens, size):
-    """Row numbers of tokens (B, 77) in groups of up to size captions of similar length.
-
-    Within a bucket almost no padding is computed.
-    """
-    return tokens.argmax(dim=-1).argsort(stable=True).split(size)
-
-
 # --------------------------------------------------------------------------------------------------
 # The whole
 
@@ -302,9 +284,8 @@ class SimZSS(Method):
     def features(self, batch):
         """class_token (B, D) and patch_tokens (B, N, D) in place of pixels. train.py calls this on
         each part of a batch that was loaded."""
-        if "pixels" not in batch:                   # cached, in float16
-            return {name: value.float() if value.is_floating_point() else value
-                    for name, value in batch.items()}
+        if "pixels" not in batch:                   # they come from a cache, in float16
+            return batch
         batch = dict(batch)
         with self.autocast():                       # mixed precision, set by train.py
             class_token, patch_tokens, _ = self.backbone(
@@ -319,17 +300,6 @@ class SimZSS(Method):
         caption, token_embeddings = self.text(tokens, embedded)             # (B, D), (B, T, D)
         with torch.autocast(caption.device.type, enabled=False):
             return caption, concept_embeddings(token_embeddings, spans)
-
-    def encode_text_in_buckets(self, tokens, spans, size):
-        """`encode_text` with up to size captions at a time, of similar length: the same, faster."""
-        if size >= len(tokens):
-            return self.encode_text(tokens, spans)
-        groups = buckets(tokens, size)
-        # Looked up once: the gradient of the embedding table is as large as the vocabulary.
-        embedded = self.text.tower.token_embedding(tokens)                  # (B, 77, width)
-        parts = [self.encode_text(tokens[rows], spans[rows], embedded[rows]) for rows in groups]
-        order = torch.cat(groups).argsort()
-        return tuple(torch.cat(part)[order] for part in zip(*parts))
 
     def add_prompts(self, tokens, spans, ids):
         """Append a prompt for each concept of these pairs, if `prompt_weight` asks for them.
@@ -381,35 +351,17 @@ class SimZSS(Method):
         return losses
 
     def backward(self, batch, scale, chunk=None):
-        """See `Method.backward`. scale: `GradScaler.scale`, or the identity.
-
-        chunk (--micro-batch) smaller than the batch means gradient caching: (1) encode all captions
-        without gradient; (2) compute the loss, and its gradient with respect to their embeddings;
-        (3) encode the captions again, bucket by bucket, and pass that gradient on. The gradients
-        are the same up to rounding, and memory holds the activations of one bucket only.
-        """
-        tokens = batch["tokens"]                                                    # (B, 77)
+        """`forward` from features on, and its gradients; see `Method.backward`."""
         ids = batch["concepts"][..., 0]                                             # (B, M)
         spans = batch["concepts"][..., 1:]                                          # (B, M, 2)
-        twice = chunk is not None and chunk < len(tokens)
-        tokens, spans, prompt_ids = self.add_prompts(tokens, spans, ids)
-        size = GPU_BUCKET if tokens.is_cuda else BUCKET
-        if twice:
-            size = min(size, chunk)
-        with self.autocast(), torch.set_grad_enabled(not twice):
-            text = self.encode_text_in_buckets(tokens, spans, size)         # (B, D), (B, M, D)
-        if twice:
-            text = [embeddings.requires_grad_() for embeddings in text]
-        losses = self.combine(batch["class_token"].float(), batch["patch_tokens"].float(), *text,
-                              ids, prompt_ids)
-        scale(losses["loss"]).backward()
-        if twice:
-            for rows in buckets(tokens, size):
-                # A new autocast context: the first one keeps casts that were made without gradient.
-                with self.autocast():
-                    again = self.encode_text(tokens[rows], spans[rows])
-                torch.autograd.backward(again, [embeddings.grad[rows] for embeddings in text])
-        return losses
+        tokens, spans, prompt_ids = self.add_prompts(batch["tokens"], spans, ids)
+
+        def losses_of(texts, concepts):
+            return self.combine(batch["class_token"].float(), batch["patch_tokens"].float(), texts,
+                                concepts, ids, prompt_ids)
+
+        return backward_in_buckets(self.encode_text, self.text.tower.token_embedding, tokens,
+                                   spans, losses_of, scale, self.autocast, chunk)
 
     def forward(self, images, tokens, ids, spans):
         """All of the above in a row, to read and to test; train.py calls `features` and `backward`.
@@ -437,11 +389,10 @@ class SimZSS(Method):
         if class_embedding not in ("caption", "concept"):
             raise ValueError(f"class embedding must be 'caption' or 'concept', found "
                              f"{class_embedding!r}")
-        device = self.logit_scale.device
 
         def embed(prompts):
             whole = [before + name + after for before, name, after in prompts]
-            tokens = torch.stack([tokenize(text) for text in whole]).to(device)     # (P, 77)
+            tokens = torch.stack([tokenize(text) for text in whole]).to(self.device)
             caption, states = self.text(tokens)                             # (P, D), (P, T, D)
             if class_embedding == "caption":
                 return caption
@@ -449,7 +400,7 @@ class SimZSS(Method):
             # what would follow: the name begins where `before` ends.
             spans = [[tokenize(before).argmax(), tokenize(before + name).argmax()]
                      for before, name, _ in prompts]
-            spans = torch.tensor(spans, device=device)[:, None]                     # (P, 1, 2)
+            spans = torch.tensor(spans, device=self.device)[:, None]                # (P, 1, 2)
             return concept_embeddings(states, spans)[:, 0]                          # (P, D)
 
         return prompt_ensemble(classes, templates, embed, batch)

@@ -6,10 +6,22 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+
+from machinery.images import to_pixels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def augment(image, rng, recipe, erase):
+    """A PIL image -> uint8 (3, H, W): half of them are mirrored; then `rand_augment`, unless recipe
+    is "none", and `random_erase` with the probability erase."""
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    if recipe != "none":
+        image = rand_augment(image, recipe, rng)
+    return random_erase(to_pixels(image), erase, rng)
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@ import hashlib
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +54,11 @@ def add_text_flags(parser, layers=12):
     add("--text-layers", type=int, default=layers, help="its layers (default: %(default)s)")
 
 
-def check_flags(args):
-    """Raise ValueError for numbers of a backbone or text tower that cannot be."""
+def check_flags(args, image_token=True):
+    """Raise ValueError for settings of a backbone or text tower that cannot be. image_token:
+    whether the method has a token of the whole image."""
+    if args.image_token != "class" and not image_token:
+        raise ValueError(f"--image-token: {args.method} uses the backbone's patch tokens only")
     check_positive(args, "text_width", "text_heads", "text_layers")
     if args.pixel_std and not min(args.pixel_std) > 0:
         raise ValueError(f"--pixel-std {args.pixel_std}: expected positive numbers")
@@ -103,11 +107,21 @@ def from_config(config):
 # --------------------------------------------------------------------------------------------------
 # timm models
 
+def source(name, pretrained, weights):
+    """Where weights come from: "pretrained", "random" or the path of a local file.
+
+    name: the toy backbone is ready as it is.
+    """
+    if weights:
+        return str(Path(weights).resolve())         # found again from any folder
+    return "pretrained" if pretrained or name == "toy" else "random"
+
+
 def create_trunk(name, source, options, flag="--backbone-weights"):
     """A timm model without its head that takes images of any size where it can.
 
-    source: "pretrained", "random" or a local weights file. Opens nothing else: name and options may
-    come from a checkpoint. flag: its name in errors. Raises ValueError, FileNotFoundError.
+    source: of `source`. Opens nothing else: name and options may come from a checkpoint. flag: its
+    name in errors. Raises ValueError, FileNotFoundError.
     """
     if name == "toy":
         if source != "pretrained" or options:
@@ -232,10 +246,12 @@ def warn_if_random(config):
 
 
 def stored_tensors(backbone):
-    """Tensors of a `VisionBackbone` that a checkpoint has to hold, with their names in a method.
+    """Tensors of a `VisionBackbone`, or None, that a checkpoint has to hold, by their names there.
 
     A random or imported backbone cannot be downloaded again, and no denoiser can.
     """
+    if backbone is None:
+        return {}
     whole = backbone.config["weights"] in STORED
     return {f"backbone.{name}": value for name, value in backbone.state_dict().items()
             if whole or name.startswith("denoiser.")}

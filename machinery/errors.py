@@ -1,6 +1,7 @@
 """How a script ends when something is wrong: one line, and a status that is not zero."""
 import contextlib
 import logging
+import math
 import sys
 
 
@@ -38,6 +39,15 @@ def check_positive(args, *names, or_zero=False):
         if not is_good:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected "
                              f"{'0 or ' if or_zero else ''}a positive number")
+
+
+def check_bounds(args, bounds):
+    """Raise ValueError for the first flag out of its bounds. bounds: {name: (least, most)}."""
+    for name, (least, most) in bounds.items():
+        value = getattr(args, name)
+        if not least <= value <= most:              # nan is out of all bounds
+            expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {expected}")
 
 
 def one_line(error):

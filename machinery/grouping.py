@@ -4,7 +4,7 @@
 
     B   images          d     width of the image encoder     K0   group tokens that go in
     N   patches         d_t   width of the text encoder      K    groups that come out
-    T   text tokens
+    T   text tokens     P     pixels of an enlarged mask
 
 The blocks have timm's names, so that DINO's weights fit.
 """
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from machinery.backbones import create_trunk
 from machinery.layers import Block, CrossBlock, GlobalBatchNorm, mlp
-from machinery.parallel import global_rows
+from machinery.parallel import global_mean, global_rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -46,6 +47,21 @@ def group_sums(member, values):
     """
     weights = member / (1 + member.sum(dim=-1, keepdim=True))
     return weights.to(values.dtype) @ values
+
+
+def enlarge(logits, grid, size):
+    """Maps (B, K, N) of a grid (h, w), bilinearly to size x size pixels: (B, K, P)."""
+    maps = F.interpolate(logits.unflatten(-1, grid), (size, size), mode="bilinear",
+                         align_corners=True)
+    return maps.flatten(2)
+
+
+@torch.no_grad()
+def groups_in_use(queries, keys):
+    """How many groups of an image own a patch, on average; to be logged."""
+    owner = patch_logits(queries, keys).argmax(dim=1)                               # (B, N)
+    owns = F.one_hot(owner, queries.shape[1]).any(dim=1)                            # (B, K)
+    return global_mean(owns.sum(dim=1).float())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,7 +155,7 @@ class ImageEncoder(nn.Module):
         return self.norm(groups), queries, keys, (h, w)
 
     def fill(self, trunk):
-        """Take the initial values of a timm vision transformer. Raises ValueError."""
+        """Take the initial values of an `initial_trunk`. Raises ValueError if it does not fit."""
         try:
             self.patch_embed.load_state_dict(trunk.patch_embed.proj.state_dict())
             self.pos_embed.data.copy_(trunk.pos_embed[:, -self.pos_embed.shape[1]:])
@@ -149,6 +165,16 @@ class ImageEncoder(nn.Module):
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{type(trunk).__name__} does not fit the image encoder of --width, "
                              f"--layers and --patch ({reason})") from None
+
+
+def initial_trunk(name, weights):
+    """A timm vision transformer for `ImageEncoder.fill`. weights: local file, or None for timm's
+    download. Raises ValueError for another kind of network."""
+    trunk = create_trunk(name, weights or "pretrained", {})
+    if getattr(trunk, "pos_embed", None) is None:
+        raise ValueError(f"--backbone {name} is no vision transformer, whose weights --patches "
+                         "convolution takes; use --patches frozen")
+    return trunk
 
 
 # --------------------------------------------------------------------------------------------------

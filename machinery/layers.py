@@ -1,5 +1,5 @@
-"""Layers: transformer blocks with the parameter names of timm's vision transformers, and BatchNorm
-over the global batch."""
+"""Layers: pixel statistics, transformer blocks with the parameter names of timm's vision
+transformers, and BatchNorm over the global batch."""
 from collections import OrderedDict
 
 import torch
@@ -7,6 +7,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from machinery.parallel import GlobalDropPath, sum_over_processes, world_size
+
+
+class Normalise(nn.Module):
+    """Pixels uint8 (..., 3, H, W) -> float32. mean, std: of the three colours, in 0..1."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels):
+        return (pixels.float() / 255 - self.mean) / self.std
 
 
 def mlp(width, hidden, output):

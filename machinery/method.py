@@ -126,6 +126,10 @@ class Method(nn.Module):
 
     # Training
 
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
     def features(self, batch):
         """The batch with what frozen networks make of it in place of what only they need."""
         return batch

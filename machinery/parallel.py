@@ -53,6 +53,11 @@ def sum_over_processes(x):
     return _SumOverProcesses.apply(x) if world_size() > 1 else x
 
 
+def global_mean(values):
+    """Mean of values (B,) over the global batch; every process has as many."""
+    return sum_over_processes(values.sum()) / (len(values) * world_size())
+
+
 def gather_rows(x):
     """(rows, ...) of every process -> (world * rows, ...) in rank order, with gradient.
 

@@ -17,30 +17,28 @@ Losses and batch statistics are those of the global batch.
 import argparse
 import copy
 import math
-import os
 from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
 from concepts import ConceptBank, tokenizer
 from data import random_resized_crop
-from machinery import backbones, bert
-from machinery.augment import (IMAGENET_MEAN, IMAGENET_STD, check_recipe, rand_augment,
-                               random_erase)
-from machinery.captions import CONTEXT_LENGTH
+from machinery import backbones, sentences
+from machinery.augment import IMAGENET_MEAN, IMAGENET_STD, augment, check_recipe
 from machinery.checkpoint import load_model, model_file, read_checkpoint
 from machinery.classes import CLASSES, plural, read_templates
 from machinery.clustering import assign
-from machinery.errors import check_positive
-from machinery.grouping import EntityDecoder, ImageEncoder, Projector, patch_logits
-from machinery.images import to_pixels
+from machinery.errors import check_bounds, check_positive
+from machinery.grouping import (EntityDecoder, ImageEncoder, Projector, groups_in_use,
+                                enlarge, initial_trunk, patch_logits)
+from machinery.layers import Normalise
 from machinery.method import Method, best_synonym, moving_average, prompt_ensemble
-from machinery.parallel import sum_over_processes, world_size
-from model import MAX_LOGIT_SCALE, TextEncoder, VisionBackbone, global_loss
+from machinery.parallel import global_mean
+from model import MAX_LOGIT_SCALE, VisionBackbone, global_loss
 
 MASK = "[MASK]"                                     # BERT's mask token
 RARE_WORD = "jekyll"                                # stands for it in CLIP's vocabulary: one token
@@ -81,18 +79,13 @@ def tokenize(text, encoder, context):
     """Text -> (context,) int64, cut or padded. encoder: "scratch", or a pretrained BERT's name."""
     if encoder == "scratch":
         return tokenizer()(text.replace(MASK, RARE_WORD), context_length=context)[0]
-    return bert.tokenize(text, encoder, context)
+    return sentences.tokenize(text, encoder, context)
 
 
-def augment(image, size, rng, least_area, recipe, erase):
-    """Random crop and flip of a PIL image; RandAugment unless "none", erasing with a probability.
-    Returns uint8 (3, size, size)."""
-    image = random_resized_crop(image, size, rng, (least_area, 1.0), resample=Image.BILINEAR)
-    if rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-    if recipe != "none":
-        image = rand_augment(image, recipe, rng)
-    return random_erase(to_pixels(image), erase, rng)
+def random_view(image, rng, size, least_area, recipe, erase):
+    """A random crop of a PIL image, changed by `augment`: uint8 (3, size, size)."""
+    crop = random_resized_crop(image, size, rng, (least_area, 1.0), resample=Image.BILINEAR)
+    return augment(crop, rng, recipe, erase)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,29 +120,9 @@ def mask_distance(student, teacher, prediction="minmax"):
     return 1 - (2 * overlap + 1) / (mask.sum(dim=(1, 2)) + target.sum(dim=(1, 2)) + 1)
 
 
-def enlarge(logits, grid, size):
-    """Maps (B, K, N) of a grid (h, w), bilinearly to size x size pixels: (B, K, P)."""
-    maps = F.interpolate(logits.unflatten(-1, grid), (size, size), mode="bilinear",
-                         align_corners=True)
-    return maps.flatten(2)
-
-
 def contrastive_loss(a, b, scale):
     """The symmetric contrastive loss of rows that belong together, (B, D) both (section 6)."""
     return global_loss(F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1), scale)
-
-
-def global_mean(values):
-    """Mean of values (B,) over the global batch."""
-    return sum_over_processes(values.sum()) / (len(values) * world_size())
-
-
-@torch.no_grad()
-def groups_in_use(queries, keys):
-    """How many groups of an image own a patch, on average; to be logged."""
-    owner = patch_logits(queries, keys).argmax(dim=1)                               # (B, N)
-    owns = F.one_hot(owner, queries.shape[1]).any(dim=1)                            # (B, K)
-    return global_mean(owns.sum(dim=1).float())
 
 
 def group_scores(group_logits, image_logits, keep):
@@ -164,56 +137,15 @@ def group_scores(group_logits, image_logits, keep):
     return group_logits.softmax(dim=-1) * among_kept
 
 
-def learning_rate(step, steps, peak, warmup, final):
-    """Linear warm-up, then cosine to final x peak. The cosine counts from step 0, not from the end
-    of the warm-up, so the rate drops a little there (section 7)."""
-    rising = round(warmup * steps)
-    if step < rising:
-        first = WARMUP_START * peak
-        return first + (peak - first) * step / rising
-    last = final * peak
-    return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-# --------------------------------------------------------------------------------------------------
-# Text encoder (section 4)
-
-class ScratchText(nn.Module):
-    """SimZSS's text tower without its projection, where there is no BERT. Its attention is causal,
-    so a sentence's state is that of its end token. context: tokens of a text, T."""
-
-    def __init__(self, width=None, heads=None, layers=12, context=77):
-        super().__init__()
-        encoder = TextEncoder(768, width, heads, layers)
-        self.tower = encoder.tower
-        self.tower.text_projection = None           # the projector of the method does its work
-        self.config = {"kind": "scratch", "width": encoder.config["width"],
-                       "heads": encoder.config["heads"], "layers": layers, "context": context}
-
-    def forward(self, tokens):
-        """tokens: (B, T). Returns states (B, T, d_t), those of padding too, and of the sentence
-        (B, d_t)."""
-        T = tokens.shape[1]
-        x = self.tower.token_embedding(tokens) + self.tower.positional_embedding[:T]
-        x = self.tower.transformer(x, attn_mask=self.tower.attn_mask[:T, :T])
-        states = self.tower.ln_final(x)
-        return states, self.sentence(states, tokens)
-
-    @staticmethod
-    def sentence(states, tokens):
-        """States (B, T, w) -> that of the end token, which has the highest id, (B, w)."""
-        return states[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
-
-
 # --------------------------------------------------------------------------------------------------
 # The whole
 
 class OVSegmentor(Method):
     """L_contrast + L_entity, and in stage 2 + 0.1 L_mask (section 6).
 
-    image: ImageEncoder. text: ScratchText or Bert. backbone: frozen network whose patch tokens the
-    image encoder takes in place of pixels, or None. embedding: D. hidden: width inside the
-    projectors. bank: names of the entities. switches: dict of SWITCHES, see `add_flags`.
+    image: ImageEncoder. text: of machinery/sentences.py. backbone: frozen network whose patch
+    tokens the image encoder takes in place of pixels, or None. embedding: D. hidden: width inside
+    the projectors. bank: names of the entities. switches: dict of SWITCHES, see `add_flags`.
     """
 
     name = "ovsegmentor"
@@ -252,28 +184,26 @@ class OVSegmentor(Method):
     PROTOCOL = {"templates": "photo", "keep_classes": 5}
     SWITCHES = ("entity_weight", "mask_weight", "mask_size", "mask_prediction", "bn_double_pass",
                 "mask_padding")
-    NUMBERS = {                                     # flags with a number: its default, its meaning
-        "context": (77, "text tokens at most"),
-        "patch": (16, "pixels a side of a patch of the convolution"),
-        "width": (768, "d, of the image encoder"),
-        "heads": (8, "of image encoder and entity decoder; DINO was trained with 12"),
-        "layers": (12, "of the image encoder, both halves"),
-        "drop_path": (0.1, "of the image encoder's last block, rising from 0"),
-        "init_std": (0.02, "of the image encoder's new weights; small widths need more"),
-        "group_tokens": (64, "K0"),
-        "groups": (8, "K"),
-        "embedding": (256, "D"),
-        "hidden": (4096, "width inside the projectors"),
-        "entity_weight": (1.0, "of L_entity; 0 leaves it out"),
-        "mask_weight": (0.1, "of L_mask in stage 2; 0 leaves it out"),
-        "least_area": (0.08, "least share of the image in a random crop"),
-        "erase": (0.25, "probability of erasing a rectangle of the image"),
-        "keep_classes": (5, "at test time, classes that can score in a window, its best ones"),
+    NUMBERS = {         # flags with a number: default, most, meaning; the least is 1, of floats 0
+        "patch": (16, math.inf, "pixels a side of a patch of the convolution"),
+        "width": (768, math.inf, "d, of the image encoder"),
+        "heads": (8, math.inf, "of image encoder and entity decoder; DINO was trained with 12"),
+        "layers": (12, math.inf, "of the image encoder, both halves"),
+        "drop_path": (0.1, 0.9, "of the image encoder's last block, rising from 0"),
+        "init_std": (0.02, math.inf, "of the image encoder's new weights; small widths need more"),
+        "group_tokens": (64, math.inf, "K0"),
+        "groups": (8, math.inf, "K"),
+        "embedding": (256, math.inf, "D"),
+        "hidden": (4096, math.inf, "width inside the projectors"),
+        "entity_weight": (1.0, math.inf, "of L_entity; 0 leaves it out"),
+        "mask_weight": (0.1, math.inf, "of L_mask in stage 2; 0 leaves it out"),
+        "least_area": (0.08, 1, "least share of the image in a random crop"),
+        "erase": (0.25, 1, "probability of erasing a rectangle of the image"),
+        "keep_classes": (5, math.inf, "at test time, best classes of a window that can score"),
     }
     FROZEN = ("backbone.",)
     TRAINING_ONLY = ("teacher.",)
     HAS_BACKGROUND_RULE = True
-    learning_rate = staticmethod(learning_rate)
 
     def __init__(self, image, text, backbone, embedding, hidden, bank, switches):
         super().__init__()
@@ -293,22 +223,18 @@ class OVSegmentor(Method):
         self.switches = SimpleNamespace(**switches)
         self.background_threshold = None            # of --background own:T
         self.keep_classes = self.PROTOCOL["keep_classes"]
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
 
     # Building
 
     @classmethod
     def add_flags(cls, parser):
         backbones.add_flags(parser, "vit_base_patch16_224.dino")
-        backbones.add_text_flags(parser)
+        sentences.add_flags(parser)
         add = parser.add_argument_group("OVSegmentor").add_argument
         add("--stage", type=int, choices=[1, 2], default=1,
             help="2 adds mask consistency to a model of stage 1 (default: %(default)s)")
         add("--init", metavar="FILE", help="checkpoint of stage 1, which stage 2 starts from")
-        add("--text", default="auto",
-            help="text encoder: a pretrained BERT by its name or folder, or scratch; auto = "
-                 f"{bert.BASE} if transformers is installed, else scratch (default: %(default)s)")
         add("--patches", choices=["convolution", "frozen"], default="convolution",
             help="what the image encoder takes: pixels through a trained patch convolution, with "
                  "the backbone's weights as initial values, or the frozen backbone's patch tokens "
@@ -325,7 +251,7 @@ class OVSegmentor(Method):
                  "statistics, as in the release (default: %(default)s)")
         add("--mask-padding", action=argparse.BooleanOptionalAction, default=False,
             help="hide the question's padding from the entity decoder (default: %(default)s)")
-        for name, (default, meaning) in cls.NUMBERS.items():
+        for name, (default, _, meaning) in cls.NUMBERS.items():
             add(f"--{name.replace('_', '-')}", type=type(default), default=default,
                 help=f"{meaning} (default: %(default)s)")
 
@@ -337,22 +263,11 @@ class OVSegmentor(Method):
 
     @classmethod
     def check_flags(cls, args):
-        backbones.check_flags(args)
-        for name, (default, _) in cls.NUMBERS.items():
-            least = 1 if type(default) is int else 0
-            if not getattr(args, name) >= least:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected "
-                                 f"at least {least}")
-        for name in ("least_area", "erase"):
-            if getattr(args, name) > 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a "
-                                 "share, at most 1")
-        if args.drop_path >= 1:
-            raise ValueError(f"--drop-path is {args.drop_path}; expected less than 1")
+        backbones.check_flags(args, image_token=False)
+        check_bounds(args, {name: (int(type(default) is int), most)
+                            for name, (default, most, _) in cls.NUMBERS.items()})
         check_positive(args, "mask_size")
         check_recipe(args.rand_augment, args.image_size)
-        if args.image_token != "class":
-            raise ValueError("--image-token: OVSegmentor uses no class token")
         if (args.stage == 2) != bool(args.init):
             raise ValueError(f"--stage {args.stage} with --init {args.init}: stage 2, and no "
                              "other, starts from a checkpoint of stage 1; name it with --init")
@@ -370,15 +285,7 @@ class OVSegmentor(Method):
                                  f"expected one of {cls.name}")
             args.text = header["config"]["text"]["kind"]
             args.context = header["config"]["text"]["context"]
-        if args.text == "auto":
-            args.text = bert.BASE if bert.installed() else "scratch"
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(f"text encoder: {args.text} (--text)")
-        if args.text == "scratch" and args.context > CONTEXT_LENGTH:
-            raise ValueError(f"--context is {args.context}; the text encoder of --text scratch "
-                             f"takes at most {CONTEXT_LENGTH}")
-        if os.path.isdir(args.text):
-            args.text = os.path.abspath(args.text)      # found again from any folder
+        sentences.check_flags(args)
         args.mask_size = args.mask_size or args.image_size
 
     @classmethod
@@ -388,10 +295,7 @@ class OVSegmentor(Method):
             weights = None if args.backbone_weights == "random" else args.backbone_weights
             model = load_model(args.init, backbone_weights=weights)
             return model.begin_stage_2(switches, bank.names)
-        if args.text == "scratch":
-            text = ScratchText(args.text_width, args.text_heads, args.text_layers, args.context)
-        else:
-            text = bert.Bert(args.text, args.context)
+        text = sentences.from_flags(args)
         backbone = None
         trunk = None
         channels = 3
@@ -403,10 +307,7 @@ class OVSegmentor(Method):
             patch = 1
             grid = math.ceil(args.image_size / backbone.patch_size[0])
         elif args.backbone_weights != "random":
-            trunk = backbones.create_trunk(args.backbone, args.backbone_weights or "pretrained", {})
-            if getattr(trunk, "pos_embed", None) is None:
-                raise ValueError(f"--backbone {args.backbone} is no vision transformer, whose "
-                                 "weights --patches convolution takes; use --patches frozen")
+            trunk = initial_trunk(args.backbone, args.backbone_weights)
             grid = math.isqrt(trunk.pos_embed.shape[1])         # a class token adds less than a row
         image = ImageEncoder(args.width, args.heads, args.layers, channels, patch, grid,
                              args.group_tokens, args.groups, args.drop_path, args.init_std)
@@ -425,27 +326,20 @@ class OVSegmentor(Method):
 
     @classmethod
     def rebuild(cls, config):
-        text = dict(config["text"])
-        if text.pop("kind") == "scratch":
-            text = ScratchText(**text)
-        else:
-            text = bert.Bert(config["text"]["kind"], text["context"], text["shape"])
-        backbone = None
-        if "backbone" in config:
-            backbone = VisionBackbone(**backbones.from_config(config["backbone"]))
+        text = sentences.from_config(config["text"])
+        backbone = config.get("backbone")
+        if backbone:
+            backbone = VisionBackbone(**backbones.from_config(backbone))
         return cls(ImageEncoder(**config["image"]), text, backbone, **config["sizes"],
                    bank=config["bank"], switches=config["switches"])
 
     def config(self):
-        config = {"image": self.image.config, "text": self.text.config, "sizes": self.sizes,
-                  "bank": self.bank, "switches": vars(self.switches)}
-        if self.backbone:
-            config["backbone"] = self.backbone.config
-        return config
+        return {"image": self.image.config, "text": self.text.config, "sizes": self.sizes,
+                "bank": self.bank, "switches": vars(self.switches),
+                "backbone": self.backbone and self.backbone.config}
 
     def checkpoint(self):
-        stored = backbones.stored_tensors(self.backbone) if self.backbone else {}
-        return {**super().checkpoint(), **stored}
+        return {**super().checkpoint(), **backbones.stored_tensors(self.backbone)}
 
     def check_frozen(self, config, path):
         if self.backbone:
@@ -466,7 +360,7 @@ class OVSegmentor(Method):
                        names=bank.names if args.stage == 2 else None,
                        templates=read_templates("imagenet80"),
                        tokens=partial(tokenize, encoder=args.text, context=args.context),
-                       see=partial(augment, size=args.image_size, least_area=args.least_area,
+                       see=partial(random_view, size=args.image_size, least_area=args.least_area,
                                    recipe=args.rand_augment, erase=args.erase))
 
     @staticmethod
@@ -495,7 +389,7 @@ class OVSegmentor(Method):
             return patches.transpose(1, 2).unflatten(2, grid)
         patch = self.image.config["patch"]
         H, W = pixels.shape[-2:]
-        return F.pad((pixels.float() / 255 - self.mean) / self.std, (0, -W % patch, 0, -H % patch))
+        return F.pad(self.normalise(pixels), (0, -W % patch, 0, -H % patch))
 
     # Training
 
@@ -567,6 +461,17 @@ class OVSegmentor(Method):
                                  self.switches.mask_prediction)                     # (B,)
         return MASK_LOSS_SCALE * global_mean(distance)
 
+    @staticmethod
+    def learning_rate(step, steps, peak, warmup, final):
+        """Linear warm-up, then cosine to final x peak. The cosine counts from step 0, not from the
+        end of the warm-up, so the rate drops a little there (section 7)."""
+        rising = round(warmup * steps)
+        if step < rising:
+            first = WARMUP_START * peak
+            return first + (peak - first) * step / rising
+        last = final * peak
+        return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
     @torch.no_grad()
     def after_step(self, step, steps):
         if self.teacher:
@@ -589,7 +494,7 @@ class OVSegmentor(Method):
         def embed(prompts):
             tokens = [tokenize("".join(prompt), self.text.config["kind"],
                                self.text.config["context"]) for prompt in prompts]
-            return self.embed_text(torch.stack(tokens).to(self.theta.device))       # (P, D)
+            return self.embed_text(torch.stack(tokens).to(self.device))       # (P, D)
 
         return prompt_ensemble(classes, templates, embed, normalise_each=False)
 

@@ -27,8 +27,9 @@ from machinery import backbones
 from machinery.checkpoint import load_model, model_file, read_checkpoint
 from machinery.clip import DenseToy, create_clip
 from machinery.clustering import kmeans
-from machinery.errors import check_positive
+from machinery.errors import check_bounds, check_positive
 from machinery.images import to_pixels
+from machinery.layers import Normalise
 from machinery.method import Method, best_synonym, moving_average, prompt_ensemble
 from machinery.parallel import gather_rows, global_rows, sum_over_processes
 from machinery.views import (masks_at, random_rectangle, random_square, strong_colours,
@@ -145,6 +146,8 @@ class MaskGenerator(nn.Module):
                                             "--mask-weights")
         self.name = name
         self.patch_size = backbones.patch_size(self.trunk)
+        self.normalise = Normalise(self.trunk.pretrained_cfg["mean"],
+                                   self.trunk.pretrained_cfg["std"])
         self.clusters = clusters
         self.grid = grid
         self.eval().requires_grad_(False)
@@ -156,9 +159,7 @@ class MaskGenerator(nn.Module):
     def forward(self, pixels, seeds):
         """pixels: uint8 (B, 3, H, W), whole patches. seeds: (B,) int64, of the first centres.
         Returns (B, K, G, G) bool; an image's masks cover it without overlap."""
-        mean, std = (torch.tensor(self.trunk.pretrained_cfg[key], device=pixels.device)
-                     for key in ("mean", "std"))
-        images = (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        images = self.normalise(pixels)
         _, tokens, (h, w) = backbones.tokens(self.trunk, images, self.name)         # (B, N, D)
         first = [torch.randperm(h * w, generator=torch.Generator().manual_seed(int(seed)))
                  for seed in seeds]
@@ -201,9 +202,7 @@ def load_clip(name, weights):
     text.requires_grad_(False)
     for parameter_name, parameter in encoder.named_parameters():
         parameter.requires_grad_(any(word in parameter_name for word in encoder.TRAINED))
-    for key in ("mean", "std"):
-        values = torch.tensor(statistics[key]).view(3, 1, 1)
-        encoder.register_buffer(key, values, persistent=False)
+    encoder.normalise = Normalise(statistics["mean"], statistics["std"])
     tensors = {**encoder.state_dict(), **text.state_dict(prefix="text.")}
     # The toy's block begins anew each time, so it is not what a checkpoint's CLIP is known by.
     tensors = {key: value for key, value in tensors.items() if not key.startswith("block.")}
@@ -340,7 +339,7 @@ class PixelCLIP(Method):
 
     def network_input(self, pixels, size=None):
         """uint8 (B, 3, H, W) -> normalised float32, resized to size (a number or a pair)."""
-        images = (pixels / 255 - self.backbone.mean) / self.backbone.std
+        images = self.backbone.normalise(pixels)
         size = size or self.size
         return F.interpolate(images, size, mode="bilinear", align_corners=False)
 
@@ -424,7 +423,7 @@ class PixelCLIP(Method):
         def embed(prompts):
             texts = [before + name + after for before, name, after in prompts]
             tokens = torch.stack([tokenize(text) for text in texts])                # (P, 77)
-            return self.text(tokens.to(self.backbone.mean.device))[0]
+            return self.text(tokens.to(self.device))[0]
 
         return prompt_ensemble(classes, templates, embed, batch)
 
@@ -503,8 +502,7 @@ class PixelCLIP(Method):
         check_positive(args, "network_size", "clusters", "mask_grid", "resize", "pseudo_classes",
                        "free_tokens")
         check_positive(args, "visual_rate", "prompt_rate", "colours", or_zero=True)
-        if not 0 <= args.ema <= 1:
-            raise ValueError(f"--ema is {args.ema}; expected a share, 0 to 1")
+        check_bounds(args, {"ema": (0, 1)})
         first_channels, second_channels = args.decoder_channels
         if first_channels < 1 or second_channels < 1 or first_channels % 4 or second_channels % 2:
             raise ValueError(f"--decoder-channels {args.decoder_channels}: expected multiples of 4 "

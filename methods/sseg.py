@@ -25,7 +25,9 @@ from concepts import tokenize
 from data import random_resized_crop
 from machinery import backbones
 from machinery.clustering import assign, kmeans
+from machinery.errors import check_bounds
 from machinery.images import to_pixels
+from machinery.layers import Normalise
 from machinery.maskformer import (STRIDE, PixelDecoder, SwinMaps, ToyMaps, TransformerDecoder,
                                   mlp)
 from machinery.method import Method, best_synonym, prompt_ensemble
@@ -236,9 +238,8 @@ class SSeg(Method):
         self.clusters = clusters
         self.deep_supervision = deep_supervision
         self.contrastive_weight = contrastive_weight
-        for name in ("mean", "std"):                # one tensor of pixels feeds both networks
-            statistics = torch.tensor(teacher_config[name]).view(3, 1, 1)
-            self.register_buffer(name, statistics, persistent=False)
+        # One tensor of pixels feeds both networks
+        self.normalise = Normalise(teacher_config["mean"], teacher_config["std"])
         self.merge = "soft"
 
     @staticmethod
@@ -282,18 +283,12 @@ class SSeg(Method):
 
     @staticmethod
     def check_flags(args):
-        backbones.check_flags(args)
-        bounds = {"decoder_width": (32, math.inf), "decoder_layers": (1, math.inf),
-                  "decoder_heads": (1, math.inf), "decoder_ffn": (1, math.inf),
-                  "joint_width": (1, math.inf), "clusters": (1, args.queries),
-                  "dropout": (0, 0.9), "drop_path": (0, 0.9), "least_crop": (0.01, 1),
-                  "contrastive_weight": (0, math.inf)}
-        for name, (least, most) in bounds.items():
-            if not least <= getattr(args, name) <= most:            # `not <=` refuses nan, too
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected "
-                                 f"{least} to {most}")
-        if args.image_token != "class":
-            raise ValueError("--image-token: S-Seg uses the teacher's patch tokens only")
+        backbones.check_flags(args, image_token=False)
+        check_bounds(args, {"decoder_width": (32, math.inf), "decoder_layers": (1, math.inf),
+                            "decoder_heads": (1, math.inf), "decoder_ffn": (1, math.inf),
+                            "joint_width": (1, math.inf), "clusters": (1, args.queries),
+                            "dropout": (0, 0.9), "drop_path": (0, 0.9), "least_crop": (0.01, 1),
+                            "contrastive_weight": (0, math.inf)})
         if args.image_size % STRIDE:
             raise ValueError(f"--image-size {args.image_size}: expected a multiple of {STRIDE}")
         if args.decoder_width % 32 or args.decoder_width % args.decoder_heads:
@@ -339,9 +334,6 @@ class SSeg(Method):
     @classmethod
     def sampler(cls, args):
         return partial(cls.sample, size=args.image_size, least_crop=args.least_crop)
-
-    def normalise(self, pixels):
-        return (pixels.float() / 255 - self.mean) / self.std
 
     def features(self, batch):
         """The batch with labels (B, h, w), the pseudo-masks of the very crops that the student
@@ -411,7 +403,7 @@ class SSeg(Method):
     def embed_classes(self, classes, templates=("{}",), **options):
         def embed(prompts):
             tokens = torch.stack([tokenize("".join(prompt)) for prompt in prompts])
-            return self.embed_text(tokens.to(self.logit_scale.device))
+            return self.embed_text(tokens.to(self.device))
         return prompt_ensemble(classes, templates, embed)
 
     @torch.no_grad()

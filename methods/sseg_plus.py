@@ -22,6 +22,7 @@ from torch import nn
 from machinery import backbones
 from machinery.classes import normalise_name
 from machinery.images import read_mask, to_pixels
+from machinery.layers import Normalise
 from machinery.method import Method, best_synonym
 from machinery.parallel import sum_over_processes
 
@@ -115,8 +116,7 @@ class SegmentationNetwork(nn.Module):
                                   nn.Conv2d(head_width, classes, 1))
         mean = mean or self.trunk.pretrained_cfg["mean"]
         std = std or self.trunk.pretrained_cfg["std"]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.normalise = Normalise(mean, std)
         self.config = {"name": name, "head_width": head_width, "mean": list(mean),
                        "std": list(std), "options": options}
 
@@ -127,8 +127,8 @@ class SegmentationNetwork(nn.Module):
 
     def forward(self, pixels):
         """uint8 (B, 3, H, W) -> logits (B, K, h, w), and the size in pixels that they cover."""
-        images = (pixels.float() / 255 - self.mean) / self.std
-        _, patches, (h, w) = backbones.tokens(self.trunk, images, self.config["name"])
+        _, patches, (h, w) = backbones.tokens(self.trunk, self.normalise(pixels),
+                                              self.config["name"])
         ph, pw = self.patch_size
         return self.head(patches.mT.unflatten(2, (h, w))), (h * ph, w * pw)
 
@@ -192,8 +192,9 @@ class SSegPlus(Method):
     @classmethod
     def build(cls, args, bank):
         settings = backbones.from_flags(args)
-        source = settings["weights"] or ("pretrained" if settings["pretrained"] else "random")
-        options = backbones.parse_options(args.backbone_option, "--backbone-option")
+        source = backbones.source(args.backbone, settings["pretrained"], settings["weights"])
+        options = {key: value for key, value in settings.items()
+                   if key in backbones.SHAPE_OPTIONS}
         classes = read_class_list(args.labels)
         network = SegmentationNetwork(args.backbone, source, len(classes), args.head_width,
                                       args.pixel_mean, args.pixel_std, options)
@@ -290,7 +291,7 @@ class SSegPlus(Method):
             found.append(known)
         S = max(map(len, found))
         index = torch.tensor([known + known[:1] * (S - len(known)) for known in found])
-        return F.one_hot(index, len(self.classes)).float().to(self.network.mean.device)
+        return F.one_hot(index, len(self.classes)).float().to(self.device)
 
     @torch.no_grad()
     def patch_scores(self, pixels, class_embeddings):

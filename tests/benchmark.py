@@ -26,12 +26,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from concepts import ConceptBank, annotate, load_annotations, load_parser, tokenize
 from data import CaptionedImages, open_stream, random_resized_crop
+from machinery.buckets import BUCKET, encode_in_buckets
 from machinery.loading import join
 from machinery.features import FeatureCache
 from machinery.images import load_image, to_pixels
 from machinery.parallel import Processes
 from machinery.pictures import row_bands
-from model import (BUCKET, DEFAULT_BACKBONE, SimZSS, TextEncoder, VisionBackbone, global_loss)
+from model import DEFAULT_BACKBONE, SimZSS, TextEncoder, VisionBackbone, global_loss
 from segment import enlarge, segment_image
 
 WORDS = ("a the two large black white dog cat person car bus on in with near grass street table "
@@ -90,7 +91,8 @@ def text_rows(model, captions, rounds, batch=256):
 
     def encode(tokens, size):
         model.zero_grad()
-        caption, concepts = model.encode_text_in_buckets(tokens, spans, size)
+        caption, concepts = encode_in_buckets(model.encode_text, model.text.tower.token_embedding,
+                                              tokens, spans, size)
         (caption.sum() + concepts.sum()).backward()
 
     full, cut, in_buckets = interleaved(rounds, lambda: encode(padded, batch),
@@ -127,7 +129,8 @@ def step_rows(model, optimizer, captions, bank, rounds, batch=32, size=224):
 
     def lit(batch):
         spans = batch["concepts"][..., 1:]
-        caption, _ = model.encode_text_in_buckets(batch["tokens"], spans, BUCKET)
+        caption, _ = encode_in_buckets(model.encode_text, model.text.tower.token_embedding,
+                                       batch["tokens"], spans, BUCKET)
         class_token = batch["class_token"].float()
         global_loss(class_token, caption, model.logit_scale.exp()).backward()
 

@@ -21,7 +21,7 @@ import segment
 import train
 from concepts import ConceptBank
 from conftest import without_times
-from machinery import bert
+from machinery import sentences
 from machinery.augment import rand_augment, random_erase
 from machinery.checkpoint import load_model
 from machinery.classes import read_templates
@@ -33,8 +33,8 @@ from machinery.resume import states
 from machinery.run import Run
 from machinery.toy import toy_scene
 from methods import ovsegmentor
-from methods.ovsegmentor import (OVSegmentor, ScratchText, answer_sentence, contrastive_loss,
-                                 entity_forms, group_scores, learning_rate, mask_distance,
+from methods.ovsegmentor import (OVSegmentor, answer_sentence, contrastive_loss,
+                                 entity_forms, group_scores, mask_distance,
                                  mask_entities, tokenize)
 from processes import Processes
 
@@ -62,8 +62,8 @@ def encoder(drop_path=0.0, **options):
 def tiny(stage=1, drop_path=0.0, **switches):
     """A small OVSegmentor; in stage 2 with a teacher that differs a little from the student."""
     torch.manual_seed(0)
-    model = OVSegmentor(encoder(drop_path), ScratchText(32, 2, 1, CONTEXT), None, 16, 64, BANK,
-                        {**SWITCHES, **switches})
+    text = sentences.ScratchText(32, 2, 1, CONTEXT)
+    model = OVSegmentor(encoder(drop_path), text, None, 16, 64, BANK, {**SWITCHES, **switches})
     if stage == 2:
         model.begin_stage_2({**SWITCHES, **switches}, model.bank)
         with torch.no_grad():
@@ -205,7 +205,7 @@ def rates(steps, batch, stage):
     args = train.parse_args(["--method", "ovsegmentor", "--stage", str(stage)])
     assert args.batch == batch
     peak = args.base_rate * args.batch / 256
-    return lambda step: learning_rate(step, steps, peak, args.warmup, args.final_rate)
+    return lambda step: OVSegmentor.learning_rate(step, steps, peak, args.warmup, args.final_rate)
 
 
 def test_the_rates_of_both_stages():
@@ -383,7 +383,7 @@ def test_the_decoder_sees_groups_as_a_set():
 
 def test_a_sentence_is_its_end_token():
     """The scratch text encoder gives the state at the end token, which padding does not change."""
-    text = ScratchText(32, 2, 1, CONTEXT).eval()
+    text = sentences.ScratchText(32, 2, 1, CONTEXT).eval()
     states, end = text(words(["a cow", "two boats on the sea"]))
     assert torch.equal(end[0], states[0, 3]) and torch.equal(end[1], states[1, 6])
     torch.testing.assert_close(text(words(["a cow"])[:, :6])[1], end[:1])
@@ -693,9 +693,9 @@ def test_mistakes_in_flags(stage_1, checkpoint, tmp_path, fails):
     fails(train.main, [*start, "--stage", "2", "--init", checkpoint], "is a checkpoint of simzss")
     fails(train.main, [*start, "--bank", "none"], "--bank none")
     fails(train.main, [*start, "--groups", "0"], "--groups is 0; expected at least 1")
-    fails(train.main, [*start, "--drop-path", "1"], "--drop-path is 1.0; expected less than 1")
-    fails(train.main, [*start, "--least-area", "2"], "--least-area is 2.0", "at most 1")
-    fails(train.main, [*start, "--context", "100"], "--context is 100", "at most 77")
+    fails(train.main, [*start, "--drop-path", "1"], "--drop-path is 1.0; expected 0 to 0.9")
+    fails(train.main, [*start, "--least-area", "2"], "--least-area is 2.0", "expected 0 to 1")
+    fails(train.main, [*start, "--context", "100"], "--context is 100", "expected 1 to 77")
     fails(train.main, [*start, "--mask-size", "0"], "--mask-size is 0; expected a positive number")
     fails(train.main, [*start, "--rand-augment", "bogus"], "RandAugment 'bogus'")
     fails(train.main, [*start, "--mask-weight", "nan"], "--mask-weight is nan")
@@ -811,7 +811,7 @@ def test_a_picture_of_groups(stage_1, tmp_path, capsys):
 
 def test_without_transformers(monkeypatch, tmp_path, fails):
     """Asked for where the package is missing, BERT is refused with the install command."""
-    monkeypatch.setattr(bert, "installed", lambda: False)
+    monkeypatch.setattr(sentences, "installed", lambda: False)
     fails(train.main, [*TOY, "--text", "bert-base-uncased", "--output", tmp_path],
           "pip install transformers")
 
@@ -834,17 +834,17 @@ def test_a_bert(tmp_path):
     """A pretrained BERT trains: its words are WordPieces, [MASK] is its mask token, a sentence is
     its first token whatever the padding; the checkpoint holds its weights and says its name."""
     name = bert_folder(tmp_path / "bert")
-    tokens = bert.tokenize("A [MASK] and cows", name, 10)
+    tokens = sentences.tokenize("A [MASK] and cows", name, 10)
     assert tokens.tolist() == [2, 5, 4, 1, 7, 6, 3, 0, 0, 0]
     args = train.parse_args([*TOY, "--text", name])
     built = OVSegmentor.build(args, ConceptBank(BANK))
     assert built.training and built.text.bert.training      # its dropout is on
-    text = bert.Bert(name, 10).eval()
+    text = sentences.Bert(name, 10).eval()
     states, sentence = text(tokens[None])
     assert torch.equal(sentence, states[:, 0])
     torch.testing.assert_close(text(tokens[None, :7])[1], sentence)
     run(tmp_path / "out", "--text", name, "--steps", "2")
     model = load_model(tmp_path / "out")
-    assert model.config()["text"]["kind"] == name and isinstance(model.text, bert.Bert)
+    assert model.config()["text"]["kind"] == name and isinstance(model.text, sentences.Bert)
     changed = model.text.bert.embeddings.word_embeddings.weight
     assert not torch.equal(changed, text.bert.embeddings.word_embeddings.weight)

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model as model_file
 from concepts import ConceptBank, tokenize
 from conftest import ROOT, read_log, tiny
 from data import GlobalBatches, load_pairs
+from machinery import buckets
 from machinery.parallel import (GlobalDropout, GlobalDropPath, average_gradients,
                                 join_processes)
 from model import SimZSS, class_weights, concept_loss, similarity_pool
@@ -57,7 +57,7 @@ def losses_and_gradients(model, case, rank=0, world=1):
     model.prompt_weight = 0.3 if target == "concept" else 0.0
     model.zero_grad()
     torch.manual_seed(0)                            # prompts are drawn
-    with patch.object(model_file, "BUCKET", bucket):
+    with patch.object(buckets, "BUCKET", bucket):
         losses = model.backward(batch, unscaled, chunk)
     average_gradients(list(model.trained().values()))
     return ({key: value.item() for key, value in losses.items()},
@@ -163,7 +163,7 @@ def test_encoding_twice_keeps_its_precision():
         model.autocast = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=share_casts)
         batch = whole_batch(model, ("mixed",))
         batch["concepts"][..., 1:] = torch.tensor([1, 2])
-        with patch.object(model_file, "BUCKET", 4):
+        with patch.object(buckets, "BUCKET", 4):
             model.backward(batch, unscaled, chunk)
         found.append({name: p.grad for name, p in model.trained().items()})
     for name, gradient in found[0].items():

@@ -22,6 +22,7 @@ from conftest import PROTOCOL, without_times
 from conftest import tiny as simzss_of_the_toy
 from machinery.checkpoint import load_model, save_model
 from machinery.clip import position_table, value_path
+from machinery.layers import Normalise
 from machinery.method import Pair
 from machinery.parallel import join_processes
 from machinery.resume import states
@@ -232,7 +233,7 @@ def test_scores_of_whole_images_are_clips():
     model = tiny().eval()
     pixels = some_batch()["weak"]
     classes = F.normalize(torch.randn(5, 16), dim=-1)
-    own = model.backbone.visual((pixels / 255 - model.backbone.mean) / model.backbone.std)
+    own = model.backbone.visual(model.backbone.normalise(pixels))
     torch.testing.assert_close(model.image_scores(pixels, classes),
                                F.normalize(own, dim=-1) @ classes.T)
 
@@ -513,8 +514,7 @@ def tiny_convnext():
     for p in visual.parameters():                   # blocks begin with a weight of almost 0
         p.data += 0.1 * torch.randn_like(p)
     encoder = DenseConvNeXt(visual)
-    encoder.register_buffer("mean", torch.full((3, 1, 1), 0.5))
-    encoder.register_buffer("std", torch.full((3, 1, 1), 0.5))
+    encoder.normalise = Normalise([0.5] * 3, [0.5] * 3)
     return encoder
 
 
@@ -771,7 +771,7 @@ def test_a_file_of_another_clip(weights, photos, tmp_path, fails):
     (["--clip-model", "runs/toy-clip"], "python train.py --train-data toy --lambda 0 --output"),
     (["--prompt", "a photo"], "expected one {} in it"),
     (["--warmup", "0.1"], "schedule has none"),
-    (["--ema", "2"], "--ema is 2.0; expected a share"),
+    (["--ema", "2"], "--ema is 2.0; expected 0 to 1"),
     (["--prompt-rate", "-1"], "--prompt-rate is -1.0; expected 0"),
     (["--clusters", "300"], "--clusters is 300; there are only"),
     (["--free-tokens", "80"], "longer than the context of 77"),
