@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from machinery.images import to_pixels
 
 BAND = 2 ** 22                                      # values worked on at a time, 16 MB
-NOT_SCORED = (128, 128, 128)                        # colour of pixels that no class has
+NOT_SCORED = (224, 224, 192)                        # pixels without a class: as in Pascal VOC
 # Fonts with many letters, tried in this order where Pillow's own lacks one of a name.
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf",
          "Arial.ttf", "PingFang.ttc", "msyh.ttc", "NotoColorEmoji.ttf")
@@ -96,7 +96,7 @@ def lettering(texts, size):
 
 def paint(image, mask, count, opacity=0.6):
     """The photo under its mask. mask: (H, W) int of count classes; other values stay as they are,
-    or are grey if the mask is opaque."""
+    or become `NOT_SCORED` if the mask is opaque."""
     mask = np.asarray(mask)
     colours = palette(count)
     painted = np.array(image)

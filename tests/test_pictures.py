@@ -87,9 +87,10 @@ def test_a_legend_in_letters_of_the_system():
 # --------------------------------------------------------------------------------------------------
 # Panels
 
-def test_pixels_that_are_not_scored_are_grey():
-    """In the truth panel of a comparison such pixels are grey, named in the legend; the photo does
-    not show through."""
+def test_pixels_that_are_not_scored_have_their_colour():
+    """In the truth panel of a comparison such pixels have a colour that no class of VOC has, named
+    in the legend; the photo does not show through."""
+    assert NOT_SCORED not in map(tuple, palette(20).tolist())
     photo = Image.new("RGB", (64, 64), (250, 10, 10))
     truth = np.zeros((64, 64), int)
     truth[:32] = IGNORE
