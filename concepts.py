@@ -134,7 +134,7 @@ def tokenize(caption):
 def token_spans(text):
     """Characters of each byte-pair token of a caption, in `clean(text)`: [(start, end)].
 
-    "a surfboarder" -> [(0, 1), (2, 11), (11, 13)]. One span per token, without start and end tokens
+    "a surfboarder" -> [(0, 1), (2, 6), (6, 13)]. One span per token, without start and end tokens
     and without truncation. Tokens that share a character, as the bytes of an emoji do, have
     overlapping spans.
     """
@@ -286,7 +286,7 @@ def load_annotations(path, captions, bank, parser, processes=1, device="cpu"):
     annotations = annotate(captions, bank, parser if processes > 1 else pipeline, processes, device)
     offsets, rows = caption_files.as_arrays(list(tqdm(
         annotations, total=len(captions), desc="concepts", unit=" captions",
-        disable=None if path else True)))
+        disable=None if path else True)))           # None: shown on a terminal only
     if path:
         seconds = time.time() - start
         print(f"annotated {len(captions):,} captions in {seconds:.1f} s "
@@ -312,7 +312,10 @@ def make_pipeline(bank, parser, device):
     """(bank, pipeline) of a process. device: "auto" and "cuda" let spaCy use a GPU."""
     if device in ("auto", "cuda") and parser != "match":
         import spacy
-        (spacy.require_gpu if device == "cuda" else spacy.prefer_gpu)()
+        if device == "cuda":
+            spacy.require_gpu()
+        else:
+            spacy.prefer_gpu()
     return bank, load_parser(parser, bank)
 
 

@@ -101,8 +101,8 @@ class CaptionedImages(Dataset):
         drawn = self.annotations.partner(i, rng)
         return drawn and (self.pair(drawn[0]), drawn[1])
 
-    def __getitem__(self, key):
-        position, wanted = key
+    def __getitem__(self, place):
+        position, wanted = place
         for bad in range(10):
             i = (wanted + bad) % len(self)
             rng = np.random.default_rng((self.seed, position))
@@ -113,23 +113,23 @@ class CaptionedImages(Dataset):
                 failure = error
         raise ValueError(f"ten unreadable images in a row, the last: {failure}")
 
-    def name(self, key):
-        """Words for an item's key, to find the pair again."""
-        image = self.images[key]
-        return f"pair {key}" + ("" if isinstance(image, np.ndarray) else f", {image}")
+    def name(self, i):
+        """Words for pair i, to find it again."""
+        image = self.images[i]
+        return f"pair {i}" + ("" if isinstance(image, np.ndarray) else f", {image}")
 
 
 def collate(items):
     """Items -> batch. Tensors of different first lengths are padded with -1, so concepts become
-    (B, M, 3). bad: sum of the items' counts."""
+    (B, M, 3). bad: unreadable images that were passed over."""
     batch = {"bad": sum(item["bad"] for item in items)}
-    for key in items[0]:
-        if key != "bad":
-            values = [item[key] for item in items]
+    for name in items[0]:
+        if name != "bad":
+            values = [item[name] for item in items]
             if len({value.shape for value in values}) == 1:
-                batch[key] = torch.stack(values)
+                batch[name] = torch.stack(values)
             else:
-                batch[key] = torch.nn.utils.rnn.pad_sequence(values, True, padding_value=-1)
+                batch[name] = torch.nn.utils.rnn.pad_sequence(values, True, padding_value=-1)
     return batch
 
 

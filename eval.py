@@ -180,11 +180,10 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
 def score_dataset(args, name, dataset, model, protocol):
     """Score one dataset and write what was asked for. Returns the result."""
     path = output_path(args, name)
-    if args.background and (args.dataset != "all" or dataset.background_class is not None):
-        protocol = {**protocol, "background": args.background}      # five of the eight have none
-    thresholds = None
-    if args.sweep_background and (args.dataset != "all" or dataset.background_class is not None):
-        thresholds = torch.arange(-100, 101) / 100
+    fits = args.dataset != "all" or dataset.background_class is not None
+    if args.background and fits:                    # five of the eight have no background
+        protocol = {**protocol, "background": args.background}
+    thresholds = torch.arange(-100, 101) / 100 if args.sweep_background and fits else None
     result, shown = evaluate(model, dataset, protocol, args.batch, args.save_images, args.limit,
                              args.workers, thresholds)
     folder = path.with_name(f"{path.stem}_images")

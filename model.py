@@ -4,9 +4,9 @@ Paper: "A Simple Framework for Open-Vocabulary Zero-Shot Segmentation", ICLR 202
 docs/method.md explains every formula; "section n" below is a section of that page. This file is in
 the order of the paper: its formulas as functions of tensors, both towers, the whole.
 
-One legend of letters for every shape in this project:
+Letters of shapes:
 
-    B   images (= captions) in the batch          T   text tokens of a caption, cut to the longest
+    B   images (= captions) in the batch          T   text tokens of the longest caption
     N   patch tokens of an image, N = h * w       M   concepts found in a caption, padded with -1
     D   width of the shared space                 C   concepts in the bank, or classes at test time
     P   prompts                                   S   names (synonyms) of a class
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from concepts import tokenize
+from concepts import tokenize, tokenizer
 from data import random_resized_crop
 from machinery import backbones
 from machinery.buckets import backward_in_buckets
@@ -114,14 +114,13 @@ def concept_loss(visual, ids, weights, counts, temperature, target="concept"):
     present = counts > 0                                                            # (C,)
     found = ids >= 0                                                                # (B, M)
     logits = visual[found] @ weights[present].T / temperature       # (occurrences, present)
-    if len(logits) == 0:
-        # Zero, but connected to the inputs: another process may have occurrences, and in backward
-        # it waits for this one to take part in the all-reduce.
-        loss = visual.sum() * 0 + weights.sum() * 0
-    else:
-        column = present.cumsum(0) - 1                              # bank id -> column of logits
-        truth = column[ids[found]] if target == "concept" else logits.argmax(dim=-1)
-        loss = F.cross_entropy(logits, truth, reduction="sum")
+    column = present.cumsum(0) - 1                                  # bank id -> column of logits
+    truth = column[ids[found]]
+    if target == "argmax" and len(logits):
+        truth = logits.argmax(dim=-1)
+    # Without occurrences it is 0, but connected to the inputs: another process may have some, and
+    # in backward it waits for this one to take part in the all-reduce.
+    loss = F.cross_entropy(logits, truth, reduction="sum")
     return sum_over_processes(loss) / counts.sum().clamp(min=1)
 
 
@@ -131,7 +130,7 @@ def concept_loss(visual, ids, weights, counts, temperature, target="concept"):
 class VisionBackbone(nn.Module):
     """Any timm vision transformer or CNN by name, or "toy"; it never learns (section 3).
 
-    name: timm model name. pretrained: download timm's weights; False alone means random weights.
+    name: timm model name. pretrained: download timm's weights; False without weights: random.
     weights: local weights file instead. mean, std: pixel statistics, 3 floats each; None = the
     backbone's own. denoiser: file of a `Denoiser` for the patch tokens; True = one that is still to
     be filled. image_token: what stands for the whole image, "class", the class token if there is
@@ -166,7 +165,7 @@ class VisionBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """images: normalised (B, 3, H, W) of any size, zero-padded right and bottom to patches.
+        """images: normalised (B, 3, H, W), any size; padded here, right and bottom, to patches.
 
         Returns class token (B, D) and patch tokens (B, N, D), float32 and unit-norm, and the grid
         (h, w). The last patches may reach beyond the image; segment.py cuts that away.
@@ -230,7 +229,7 @@ class TextEncoder(nn.Module):
 # The whole
 
 class SimZSS(Method):
-    """L = L_g + lambda * L_l; with lambda = 0 it is LiT (section 8).
+    """L = L_g + lambda * L_l; with lambda = 0 only the global loss is left, LiT (section 8).
 
     bank: names of the C concepts. local_weight: lambda. pool_temperature: tau_pool.
     local_temperature: tau_local. local_target: see `concept_loss`. pool_query: what pools the
@@ -312,10 +311,10 @@ class SimZSS(Method):
         present = ids[ids >= 0].unique()                                            # (P,)
         templates = read_templates(self.prompts)
         drawn = torch.randint(len(templates), (len(self.bank),)).tolist()
-        prompts = [templates[drawn[id]].replace("{}", self.bank[id]) for id in present.tolist()]
-        prompts = [tokenize(prompt).to(tokens.device)[None] for prompt in prompts]
+        texts = [templates[drawn[id]].replace("{}", self.bank[id]) for id in present.tolist()]
+        prompts = tokenizer()(texts).to(tokens.device)                              # (P, 77)
         padding = spans.new_full((len(present), *spans.shape[1:]), -1)
-        return torch.cat([tokens, *prompts]), torch.cat([spans, padding]), present
+        return torch.cat([tokens, prompts]), torch.cat([spans, padding]), present
 
     def local_loss(self, queries, patches, ids, weights, counts):
         """L_l of queries (B, M, D): pool the patches, classify what was pooled."""
@@ -331,12 +330,12 @@ class SimZSS(Method):
         """
         caption, prompts = texts.split([len(ids), len(prompt_ids)])         # (B, D), (P, D)
         concepts = concepts[:len(ids)]                                              # (B, M, D)
-        padded = ids.clamp(min=0)                       # padding is dropped in `concept_loss`
+        index = ids.clamp(min=0)        # padding reads concept 0; `concept_loss` leaves it out
         with torch.autocast(caption.device.type, enabled=False):
             logit_scale = self.logit_scale.exp()
             loss_global = global_loss(class_token, caption, logit_scale)
             weights, counts = class_weights(concepts, ids, len(self.bank), self.weights_over)
-            queries = weights[padded]                                               # (B, M, D)
+            queries = weights[index]                                                # (B, M, D)
             if self.pool_query == "caption":
                 queries = F.normalize(concepts, dim=-1)
             loss_local = self.local_loss(queries, patches, ids, weights, counts)
@@ -346,12 +345,12 @@ class SimZSS(Method):
             if self.prompt_weight:                      # w_c is the end token of a prompt of c
                 weights, _ = class_weights(prompts[:, None], prompt_ids[:, None], len(self.bank),
                                            self.weights_over)
-                losses["prompt"] = self.local_loss(weights[padded], patches, ids, weights, counts)
+                losses["prompt"] = self.local_loss(weights[index], patches, ids, weights, counts)
                 losses["loss"] = losses["loss"] + self.prompt_weight * losses["prompt"]
         return losses
 
     def backward(self, batch, scale, chunk=None):
-        """`forward` from features on, and its gradients; see `Method.backward`."""
+        """Losses of a batch that has its features, and their gradients; see `Method.backward`."""
         ids = batch["concepts"][..., 0]                                             # (B, M)
         spans = batch["concepts"][..., 1:]                                          # (B, M, 2)
         tokens, spans, prompt_ids = self.add_prompts(batch["tokens"], spans, ids)
@@ -391,8 +390,8 @@ class SimZSS(Method):
                              f"{class_embedding!r}")
 
         def embed(prompts):
-            whole = [before + name + after for before, name, after in prompts]
-            tokens = torch.stack([tokenize(text) for text in whole]).to(self.device)
+            texts = ["".join(prompt) for prompt in prompts]
+            tokens = tokenizer()(texts).to(self.device)                             # (P, 77)
             caption, states = self.text(tokens)                             # (P, D), (P, T, D)
             if class_embedding == "caption":
                 return caption

@@ -9,6 +9,8 @@ here and in eval.py: the photo is resized to a short side of 448; a window of 44
 it in steps of 224; in each window the method scores its patches for every class; the scores are
 enlarged to pixels, averaged where windows overlap, and enlarged to the photo's size; the class with
 the highest score wins.
+
+(H, W) is the photo, (h, w) the resized photo; in other files (h, w) is the grid of patches.
 """
 import argparse
 import contextlib
@@ -24,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from machinery import pictures
-from machinery.checkpoint import load_model, write_text     # load_model, read_templates: for you
+from machinery.checkpoint import load_model, write_text     # the two for use from Python
 from machinery.classes import check_classes, read_classes, read_templates, split_names
 from machinery.errors import one_line_errors
 from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
@@ -46,7 +48,7 @@ def resized_size(height, width, short_side, long_side=LONG_SIDE):
 
 
 def enlarge(maps, height, width, first=0, last=None):
-    """Rows first..last of maps (C, h, w) resized bilinearly to (C, height, width), float32.
+    """Resize maps (C, h, w) bilinearly to (C, height, width); return rows first..last, float32.
 
     All rows together are `F.interpolate(..., align_corners=False)` without anti-aliasing; a few
     rows at a time need little memory.
@@ -66,7 +68,7 @@ def enlarge(maps, height, width, first=0, last=None):
 def resize(pixels, height, width):
     """uint8 (3, H, W) -> uint8 (3, height, width), bilinear without anti-aliasing.
 
-    So the benchmarks are resized, with OpenCV, up to one grey level in about 12 % of the values.
+    Benchmarks are resized so with OpenCV; about 12 % of its values differ, by one grey level.
     """
     if pixels.shape[-2:] == (height, width):
         return pixels
@@ -76,8 +78,8 @@ def resize(pixels, height, width):
 
 def window_starts(length, window, stride):
     """Where windows begin along one axis; the last is shifted back to end with the image."""
-    count = max(length - window + stride - 1, 0) // stride + 1
-    return [max(min(i * stride + window, length) - window, 0) for i in range(count)]
+    last = max(length - window, 0)
+    return [*range(0, last, stride), last]
 
 
 class WindowBatch:

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 train.py                # the paper's run on COCO Captions
 
 A run writes into its output folder: model.safetensors, log.jsonl (a line per step) and, if it was
-scored at the end, result.json and predictions.png; until it is finished, also the two newest
-state-STEP.safetensors, from which --resume auto goes on as if nothing had happened.
+scored at the end, result.json, predictions.png and example.png; until it is finished, also the two
+newest state-STEP.safetensors, from which --resume auto goes on as if nothing had happened.
 """
 import argparse
 import math
@@ -161,7 +161,7 @@ def run_steps(run, args, method, optimizer, scaler, stream):
             optimizer.zero_grad()
             losses = method.backward(batch, scaler.scale, args.micro_batch)
             average_gradients(parameters)
-            losses["grad_norm"] = gradient_norm(parameters, scaler, args.clip)
+            losses["grad_norm"] = clip_gradients(parameters, scaler, args.clip)
 
             # The update. A step whose loss or gradient is not finite is skipped. In float16 a
             # gradient may overflow though the loss is finite: the scaler then skips the step
@@ -173,7 +173,7 @@ def run_steps(run, args, method, optimizer, scaler, stream):
                 scaler.step(optimizer)
                 scaler.update()
             method.after_step(step, steps)
-            is_overflow = has_loss and scaler.get_scale() > 1
+            is_overflow = has_loss and not is_finite and scaler.get_scale() > 1    # can be lowered
 
             run.end_step(step, values, rate, is_finite, is_overflow)
 
@@ -182,7 +182,7 @@ def run_steps(run, args, method, optimizer, scaler, stream):
 # Its parts
 
 def length_of_run(args, pairs):
-    """(steps, pairs of one pass). Raises ValueError for a run that is shorter than a step."""
+    """(steps, pairs of one pass). Raises ValueError for flags that do not fit the data."""
     if isinstance(pairs, Shards):
         if args.cache_features:
             raise ValueError("--cache-features needs single images and a captions file; shards are "
@@ -214,8 +214,9 @@ def settings_of_run(args, method, pairs, processes, steps, pass_pairs, precision
             "cached": bool(args.cache_features)}
 
 
-def gradient_norm(parameters, scaler, clip):
-    """Norm of all gradients, the loss scale of float16 taken out; they are clipped to clip > 0."""
+def clip_gradients(parameters, scaler, clip):
+    """Scale all gradients down to the norm clip, unless it is 0. Returns their norm before that,
+    without the loss scale of float16."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip * scaler.get_scale(), norm)
@@ -246,25 +247,25 @@ def score(args, method, config, cost):
 
 def parse_args(argv=None):
     known, _ = first_flags().parse_known_args(argv)
-    method = find_method(known.method)
+    method_class = find_method(known.method)
     parser = argparse.ArgumentParser(
         parents=[first_flags()],
         description="Train SimZSS, or another method. The defaults are the method's recipe; "
                     "--train-data toy has smaller ones of its own.")
     add_common_flags(parser.add_argument_group("common").add_argument)
     add_recipe_flags(parser.add_argument_group("recipe").add_argument)
-    method.add_flags(parser)
+    method_class.add_flags(parser)
     add_test_flags(parser.add_argument_group("at test time").add_argument)
     add_safety_flags(parser.add_argument_group("when something goes wrong").add_argument)
-    defaults = {**RECIPE, **PROTOCOL, "output": f"runs/{known.method}", **method.RECIPE,
-                **method.PROTOCOL}
+    defaults = {**RECIPE, **PROTOCOL, "output": f"runs/{known.method}", **method_class.RECIPE,
+                **method_class.PROTOCOL}
     if known.train_data == "toy":
-        defaults = {**defaults, **TOY, **method.TOY}
+        defaults = {**defaults, **TOY, **method_class.TOY}
     if "steps" in defaults:                         # a recipe that counts in steps, not in passes
         defaults["epochs"] = None
     parser.set_defaults(**defaults)
     args, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**method.further_defaults(args))
+    parser.set_defaults(**method_class.further_defaults(args))
     if "steps" in defaults and args.epochs:         # passes are asked for all the same
         parser.set_defaults(steps=None)
     return parser.parse_args(argv)
@@ -371,11 +372,11 @@ def check_numbers(args, world):
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} is the global batch; it must be a multiple of the "
                          f"{world} processes")
-    method = find_method(args.method)
-    if args.micro_batch and args.micro_batch < args.batch // world and not method.HAS_CHUNKS:
+    method_class = find_method(args.method)
+    if args.micro_batch and args.micro_batch < args.batch // world and not method_class.HAS_CHUNKS:
         raise ValueError(f"--micro-batch: {args.method} computes its batch as a whole; lower "
                          "--batch")
-    method.check_flags(args)
+    method_class.check_flags(args)
 
 
 def main(argv=None):

@@ -190,9 +190,9 @@ def prefix_tokens(trunk):
 def tokens(trunk, images, name):
     """Tokens of a `create_trunk` for images (B, 3, H, W), zero-padded right and bottom to patches.
 
-    name: the trunk's, for errors. Returns prefix tokens (B, P, D), class token and registers, none
-    of a CNN; patch tokens (B, N, D); the grid (h, w) of the patches. Raises ValueError for images
-    of a size that the trunk does not take, and patches that lie on no regular grid.
+    name: the trunk's, for errors. Returns prefix tokens, class token and registers (B, prefix, D),
+    none of a CNN; patch tokens (B, N, D); the grid (h, w) of the patches. Raises ValueError for
+    images of a size that the trunk does not take, and patches that lie on no regular grid.
     """
     ph, pw = patch_size(trunk)
     H, W = images.shape[-2:]

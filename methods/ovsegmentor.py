@@ -33,8 +33,8 @@ from machinery.checkpoint import load_model, model_file, read_checkpoint
 from machinery.classes import CLASSES, plural, read_templates
 from machinery.clustering import assign
 from machinery.errors import check_bounds, check_positive
-from machinery.grouping import (EntityDecoder, ImageEncoder, Projector, groups_in_use,
-                                enlarge, initial_trunk, patch_logits)
+from machinery.grouping import (EntityDecoder, ImageEncoder, Projector, enlarge, groups_in_use,
+                                initial_trunk, patch_logits)
 from machinery.layers import Normalise
 from machinery.method import Method, best_synonym, moving_average, prompt_ensemble
 from machinery.parallel import global_mean
