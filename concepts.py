@@ -312,10 +312,8 @@ def make_pipeline(bank, parser, device):
     """(bank, pipeline) of a process. device: "auto" and "cuda" let spaCy use a GPU."""
     if device in ("auto", "cuda") and parser != "match":
         import spacy
-        if device == "cuda":
-            spacy.require_gpu()
-        else:
-            spacy.prefer_gpu()
+        use_gpu = spacy.require_gpu if device == "cuda" else spacy.prefer_gpu
+        use_gpu()
     return bank, load_parser(parser, bank)
 
 
