@@ -284,7 +284,8 @@ class SimZSS(Method):
         """class_token (B, D) and patch_tokens (B, N, D) in place of pixels. train.py calls this on
         each part of a batch that was loaded."""
         if "pixels" not in batch:                   # they come from a cache, in float16
-            return batch
+            return {name: value.float() if value.is_floating_point() else value
+                    for name, value in batch.items()}
         batch = dict(batch)
         with self.autocast():                       # mixed precision, set by train.py
             class_token, patch_tokens, _ = self.backbone(
@@ -353,6 +354,8 @@ class SimZSS(Method):
         """Losses of a batch that has its features, and their gradients; see `Method.backward`."""
         ids = batch["concepts"][..., 0]                                             # (B, M)
         spans = batch["concepts"][..., 1:]                                          # (B, M, 2)
+        if chunk is not None and chunk >= len(ids):         # prompts do not count as pairs
+            chunk = None
         tokens, spans, prompt_ids = self.add_prompts(batch["tokens"], spans, ids)
 
         def losses_of(texts, concepts):

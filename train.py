@@ -362,7 +362,7 @@ def add_safety_flags(add):
 def check_numbers(args, world):
     """Raise ValueError for numbers that cannot be."""
     check_positive(args, "batch", "micro_batch", "epochs", "pairs", "epoch_pairs", "steps",
-                   "image_size", "base_rate")
+                   "image_size", "base_rate", "short_side")
     check_positive(args, "weight_decay", "final_rate", "clip", or_zero=True)
     if not 0 <= args.warmup <= 1:
         raise ValueError(f"--warmup is {args.warmup}; expected a share of the steps, 0 to 1")

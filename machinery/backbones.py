@@ -1,6 +1,7 @@
 """Where vision backbones and their weights come from: timm, local files, the toy world."""
 import hashlib
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,7 @@ def check_flags(args, image_token=True):
     if args.image_token != "class" and not image_token:
         raise ValueError(f"--image-token: {args.method} uses the backbone's patch tokens only")
     check_positive(args, "text_width", "text_heads", "text_layers")
-    if args.pixel_std and not min(args.pixel_std) > 0:
+    if args.pixel_std and not all(0 < value < math.inf for value in args.pixel_std):
         raise ValueError(f"--pixel-std {args.pixel_std}: expected positive numbers")
 
 
@@ -148,7 +149,7 @@ def create_trunk(name, source, options, flag="--backbone-weights"):
             f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). "
             f"Connect to the network once, or pass {flag} FILE with a local copy (or {flag} "
             "random for a trial that cannot give useful masks).") from None
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AssertionError, ArithmeticError) as error:
         raise ValueError(f"unknown backbone {name!r} with options {options}: {error}") from None
     if source not in ("pretrained", "random"):
         load_trunk(trunk, source, flag)

@@ -88,9 +88,10 @@ class State:
         """
         then = upgrade_settings(self.training)      # with what older runs did not have
         now = json.loads(json.dumps(config))        # tuples become lists, as in the file
+        prompted = {"templates"} if now.get("prompt_weight") else set()
         differ = [f"{'lambda' if name == 'local_weight' else name} was {then.get(name)}, is "
                   f"{now[name]}" for name in now
-                  if name not in MAY_DIFFER and then.get(name) != now[name]]
+                  if name not in MAY_DIFFER - prompted and then.get(name) != now[name]]
         model_now = json.loads(json.dumps(method.config()))
         differ += [f"the {words} differs" for part, words in COMPARED.items()
                    if contents(self.config.get(part)) != contents(model_now.get(part))]

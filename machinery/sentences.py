@@ -41,7 +41,7 @@ def check_flags(args):
             print(f"text encoder: {args.text} (--text)")
     most = CONTEXT_LENGTH if args.text == "scratch" else math.inf
     check_bounds(args, {"context": (1, most)})
-    if os.path.isdir(args.text):
+    if args.text != "scratch" and os.path.isdir(args.text):
         args.text = os.path.abspath(args.text)      # found again from any folder
 
 

@@ -266,7 +266,7 @@ class OVSegmentor(Method):
         backbones.check_flags(args, image_token=False)
         check_bounds(args, {name: (int(type(default) is int), most)
                             for name, (default, most, _) in cls.NUMBERS.items()})
-        check_positive(args, "mask_size")
+        check_positive(args, "mask_size", "init_std")
         check_recipe(args.rand_augment, args.image_size)
         if (args.stage == 2) != bool(args.init):
             raise ValueError(f"--stage {args.stage} with --init {args.init}: stage 2, and no "

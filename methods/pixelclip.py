@@ -416,6 +416,8 @@ class PixelCLIP(Method):
 
     def prepare(self, protocol):
         torch.backends.cuda.matmul.allow_tf32 = False       # training alone uses it
+        if protocol["input"] not in ("squash", "native"):
+            raise ValueError(f"input {protocol['input']!r}: expected squash or native")
         self.input = protocol["input"]
 
     def embed_classes(self, classes, templates=("{}",), batch=256, **options):
