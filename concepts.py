@@ -22,13 +22,13 @@ from functools import lru_cache
 import numpy as np
 from tqdm import tqdm
 
-from machinery import captions as caption_files
-from machinery import shards
-from machinery.captions import CONTEXT_LENGTH
-from machinery.classes import (BENCHMARK_NAMES, CLASSES, check_classes, merge_equal_names,
+from machinery.training import captions as caption_files
+from machinery.training import shards
+from machinery.training.captions import CONTEXT_LENGTH
+from machinery.names import (BENCHMARK_NAMES, CLASSES, check_classes, merge_equal_names,
                                normalise_name, plural, read_classes, read_lines, split_names)
 from machinery.errors import one_line_errors
-from machinery.workers import process_pool
+from machinery.training.workers import process_pool
 
 DEFAULT_PARSER = "en_core_web_trf"                  # the paper's; en_core_web_sm is the light one
 CACHE_VERSION = 2                                   # raise it when annotations change

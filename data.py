@@ -16,11 +16,11 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from concepts import annotate, annotation_key, forget_words, load_annotations, load_parser
-from machinery.captions import Annotations, as_arrays, find_images, read_captions
+from machinery.training.captions import Annotations, as_arrays, find_images, read_captions
 from machinery.images import IMAGE_SUFFIXES, load_image, read_segments
-from machinery.loading import BatchStream, loader_batch_size
-from machinery.method import Pair
-from machinery.shards import BAD, Shards, find_shards, read_sidecar
+from machinery.training.loading import BatchStream, loader_batch_size
+from machinery.contract import Pair
+from machinery.training.shards import BAD, Shards, find_shards, read_sidecar
 from machinery.toy import toy_scene
 
 MAX_PIXELS = 2 ** 26                                # of a training image, decoded: 67 megapixels

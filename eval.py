@@ -20,19 +20,19 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from machinery.benchmarks import BENCHMARKS, IGNORE, THRESHOLD
-from machinery.check import verified_datasets
-from machinery.checkpoint import newest_model
-from machinery.classes import CLASSES, check_classes
-from machinery.classify import LabelledImages, classify
+from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, THRESHOLD
+from machinery.scoring.check import verified_datasets
+from machinery.networks.checkpoint import newest_model
+from machinery.names import CLASSES, check_classes
+from machinery.scoring.classify import LabelledImages, classify
 from machinery.errors import one_line_errors
 from machinery.parallel import own_indices, pick_device, rank, sum_counts, world_size
-from machinery.pictures import comparison
-from machinery.protocol import (SLIDING, add_model_flags, embed, open_model, refuse_toy_model,
+from machinery.scoring.pictures import comparison
+from machinery.scoring.protocol import (SLIDING, add_model_flags, embed, open_model, refuse_toy_model,
                                 windows)
-from machinery.results import (ThresholdSweep, compare, full_name, made_with, output_path,
+from machinery.scoring.results import (ThresholdSweep, compare, full_name, made_with, output_path,
                                print_result, show_sweep, write_result)
-from machinery.workers import cores_per_process, end_with_torchrun, start_data_worker
+from machinery.training.workers import cores_per_process, end_with_torchrun, start_data_worker
 from segment import WindowBatch, parse_background, put_background, segment_image
 
 
@@ -127,7 +127,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
 
     model: anything with `embed_classes` and `patch_scores`, like SimZSS. dataset: its items are
     (name, RGB image, mask (H, W) of classes or IGNORE), and it has `name` and `classes`, see
-    machinery/benchmarks.py. protocol: templates, short_side, window, stride, the method's own
+    machinery/scoring/benchmarks.py. protocol: templates, short_side, window, stride, the method's own
     entries, and background (default: the dataset's). batch: windows at a time. pictures: number of
     images of which `shown` has (photo, truth, prediction). limit: score the first images only.
     thresholds: rising (K,) tensor; adds "sweep", the mIoU with each as background threshold. With

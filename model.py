@@ -28,14 +28,14 @@ from torch import nn
 
 from concepts import tokenize, tokenizer
 from data import random_resized_crop
-from machinery import backbones
-from machinery.buckets import backward_in_buckets
-from machinery.captions import CONTEXT_LENGTH
-from machinery.classes import read_templates
+from machinery.networks import backbones
+from machinery.training.buckets import backward_in_buckets
+from machinery.training.captions import CONTEXT_LENGTH
+from machinery.names import read_templates
 from machinery.errors import check_positive
 from machinery.images import to_pixels
-from machinery.layers import Normalise
-from machinery.method import Method, best_synonym, prompt_ensemble
+from machinery.networks.layers import Normalise
+from machinery.contract import Method, best_synonym, prompt_ensemble
 from machinery.parallel import gather_rows, rank, sum_over_processes
 
 DEFAULT_BACKBONE = "vit_base_patch14_reg4_dinov2.lvd142m"
@@ -239,7 +239,7 @@ class SimZSS(Method):
     prompts: its templates, see `read_templates`.
     """
 
-    # What the scripts ask for; machinery/method.py explains each
+    # What the scripts ask for; machinery/contract.py explains each
     name = "simzss"
     PROTOCOL = {"class_embedding": "caption"}       # see `embed_classes`
     TOY = {"backbone": "toy", "text_width": 256, "text_layers": 1, "batch": 64, "epochs": 16,

@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from machinery import pictures
-from machinery.checkpoint import load_model, write_text     # the two for use from Python
-from machinery.classes import check_classes, read_classes, read_templates, split_names
+from machinery.scoring import pictures
+from machinery.networks.checkpoint import load_model, write_text     # the two for use from Python
+from machinery.names import check_classes, read_classes, read_templates, split_names
 from machinery.errors import one_line_errors
 from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
-from machinery.pictures import count_pixels, row_bands
-from machinery.protocol import add_model_flags, embed, open_model, refuse_toy_model, windows
-from machinery.refine import refine
+from machinery.scoring.pictures import count_pixels, row_bands
+from machinery.scoring.protocol import add_model_flags, embed, open_model, refuse_toy_model, windows
+from machinery.scoring.refine import refine
 
 LONG_SIDE = 2048                                    # the usual bound, for very elongated images
 
@@ -158,7 +158,7 @@ def segment_image(model, image, class_embeddings, window=448, stride=224, short_
     model: anything with `patch_scores`, like SimZSS. image: RGB PIL image or uint8 (H, W, 3) array.
     class_embeddings: (C, D) or (C, S, D). window, stride, short_side: pixels. batch: windows at a
     time, a number or a `WindowBatch`. scales: of the short side; scores are averaged over them.
-    refine_steps: of `machinery.refine`, 0 = none. Returns (index mask (H, W), score (H, W)
+    refine_steps: of `machinery.scoring.refine`, 0 = none. Returns (index mask (H, W), score (H, W)
     float32): the best class and its score, CPU tensors.
     """
     W, H = image.size if isinstance(image, Image.Image) else image.shape[1::-1]

@@ -18,23 +18,23 @@ import torch
 from concepts import DEFAULT_PARSER, ConceptBank
 from data import load_pairs, open_stream
 from eval import evaluate
-from machinery import backbones
-from machinery.benchmarks import open_dataset
-from machinery.checkpoint import save_model         # for use from Python
-from machinery.classes import read_templates
+from machinery.networks import backbones
+from machinery.scoring.benchmarks import open_dataset
+from machinery.networks.checkpoint import save_model         # for use from Python
+from machinery.names import read_templates
 from machinery.errors import check_positive, one_line_errors
-from machinery.features import open_cache
-from machinery.loading import join, loader_batch_size
-from machinery.method import METHODS, find_method
+from machinery.training.features import open_cache
+from machinery.training.loading import join, loader_batch_size
+from machinery.contract import METHODS, find_method
 from machinery.parallel import average_gradients, join_processes, pick_precision
-from machinery.pictures import comparison
-from machinery.protocol import PROTOCOL
-from machinery.results import print_result, write_result
-from machinery.resume import agree_on, find_state, seed_step, states
-from machinery.run import MAX_BAD, Run, print_run
-from machinery.shards import Shards
+from machinery.scoring.pictures import comparison
+from machinery.scoring.protocol import PROTOCOL
+from machinery.scoring.results import print_result, write_result
+from machinery.training.resume import agree_on, find_state, seed_step, states
+from machinery.training.run import MAX_BAD, Run, print_run
+from machinery.training.shards import Shards
 from machinery.toy import save_scene
-from machinery.workers import cores_per_process
+from machinery.training.workers import cores_per_process
 
 # The paper's run on COCO Captions (docs/method.md, section 9). These are the defaults of the flags
 # of the same names. A method may replace some (its RECIPE), and so does the toy world (TOY below,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from machinery.workers import end_with_torchrun
+from machinery.training.workers import end_with_torchrun
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,16 +27,17 @@ from torch import nn
 
 from concepts import ConceptBank, tokenizer
 from data import random_resized_crop
-from machinery import backbones, sentences
-from machinery.augment import IMAGENET_MEAN, IMAGENET_STD, augment, check_recipe
-from machinery.checkpoint import load_model, model_file, read_checkpoint
-from machinery.classes import CLASSES, plural, read_templates
-from machinery.clustering import assign
+from machinery.networks import backbones
+from methods.parts import sentences
+from methods.parts.augment import IMAGENET_MEAN, IMAGENET_STD, augment, check_recipe
+from machinery.networks.checkpoint import load_model, model_file, read_checkpoint
+from machinery.names import CLASSES, plural, read_templates
+from methods.parts.clustering import assign
 from machinery.errors import check_bounds, check_positive
-from machinery.grouping import (EntityDecoder, ImageEncoder, Projector, enlarge, groups_in_use,
+from methods.parts.grouping import (EntityDecoder, ImageEncoder, Projector, enlarge, groups_in_use,
                                 initial_trunk, patch_logits)
-from machinery.layers import Normalise
-from machinery.method import Method, best_synonym, moving_average, prompt_ensemble
+from machinery.networks.layers import Normalise
+from machinery.contract import Method, best_synonym, moving_average, prompt_ensemble
 from machinery.parallel import global_mean
 from model import MAX_LOGIT_SCALE, VisionBackbone, global_loss
 
@@ -89,7 +90,7 @@ def random_view(image, rng, size, least_area, recipe, erase):
 
 
 # --------------------------------------------------------------------------------------------------
-# Formulas of the losses and of inference; how patches get their groups is in machinery/grouping.py
+# Formulas of the losses and of inference; how patches get their groups is in methods/parts/grouping.py
 
 def match_groups(student, teacher):
     """For each of a student's groups the teacher's, one to one, with the least total distance of
@@ -143,7 +144,7 @@ def group_scores(group_logits, image_logits, keep):
 class OVSegmentor(Method):
     """L_contrast + L_entity, and in stage 2 + 0.1 L_mask (section 6).
 
-    image: ImageEncoder. text: of machinery/sentences.py. backbone: frozen network whose patch
+    image: ImageEncoder. text: of methods/parts/sentences.py. backbone: frozen network whose patch
     tokens the image encoder takes in place of pixels, or None. embedding: D. hidden: width inside
     the projectors. bank: names of the entities. switches: dict of SWITCHES, see `add_flags`.
     """

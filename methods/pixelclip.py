@@ -23,16 +23,16 @@ from PIL import Image
 from torch import nn
 
 from concepts import tokenize
-from machinery import backbones
-from machinery.checkpoint import load_model, model_file, read_checkpoint
-from machinery.clip import DenseToy, create_clip
-from machinery.clustering import kmeans
+from machinery.networks import backbones
+from machinery.networks.checkpoint import load_model, model_file, read_checkpoint
+from methods.parts.dense_clip import DenseToy, create_clip
+from methods.parts.clustering import kmeans
 from machinery.errors import check_bounds, check_positive
 from machinery.images import to_pixels
-from machinery.layers import Normalise
-from machinery.method import Method, best_synonym, moving_average, prompt_ensemble
+from machinery.networks.layers import Normalise
+from machinery.contract import Method, best_synonym, moving_average, prompt_ensemble
 from machinery.parallel import gather_rows, global_rows, sum_over_processes
-from machinery.views import (masks_at, random_rectangle, random_square, strong_colours,
+from methods.parts.views import (masks_at, random_rectangle, random_square, strong_colours,
                              weak_colours)
 from model import TextEncoder
 

@@ -3,7 +3,7 @@
 Paper: Zihang Lai, "Exploring Simple Open-Vocabulary Semantic Segmentation", CVPR 2025, arXiv
 2401.12217. Its author published no code. docs/sseg.md has every formula, and says what
 is known and what is our choice; "section n" below is a section there. This file is in its order.
-The layers of the network are MaskFormer's, in machinery/maskformer.py.
+The layers of the network are MaskFormer's, in methods/parts/maskformer.py.
 
     python train.py --method sseg --train-data toy
 
@@ -23,14 +23,14 @@ from torch import nn
 
 from concepts import tokenize
 from data import random_resized_crop
-from machinery import backbones
-from machinery.clustering import assign, kmeans
+from machinery.networks import backbones
+from methods.parts.clustering import assign, kmeans
 from machinery.errors import check_bounds
 from machinery.images import to_pixels
-from machinery.layers import Normalise
-from machinery.maskformer import (STRIDE, PixelDecoder, SwinMaps, ToyMaps, TransformerDecoder,
+from machinery.networks.layers import Normalise
+from methods.parts.maskformer import (STRIDE, PixelDecoder, SwinMaps, ToyMaps, TransformerDecoder,
                                   mlp)
-from machinery.method import Method, best_synonym, prompt_ensemble
+from machinery.contract import Method, best_synonym, prompt_ensemble
 from machinery.parallel import sum_over_processes
 from model import MAX_LOGIT_SCALE, TextEncoder, VisionBackbone, global_loss
 

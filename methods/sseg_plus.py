@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
-from machinery import backbones
-from machinery.classes import normalise_name
+from machinery.networks import backbones
+from machinery.names import normalise_name
 from machinery.images import read_mask, to_pixels
-from machinery.layers import Normalise
-from machinery.method import Method, best_synonym
+from machinery.networks.layers import Normalise
+from machinery.contract import Method, best_synonym
 from machinery.parallel import sum_over_processes
 
 POWER = 0.9                                         # of the learning rate's polynomial

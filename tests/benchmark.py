@@ -26,12 +26,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from concepts import ConceptBank, annotate, load_annotations, load_parser, tokenize
 from data import CaptionedImages, open_stream, random_resized_crop
-from machinery.buckets import BUCKET, encode_in_buckets
-from machinery.loading import join
-from machinery.features import FeatureCache
+from machinery.training.buckets import BUCKET, encode_in_buckets
+from machinery.training.loading import join
+from machinery.training.features import FeatureCache
 from machinery.images import load_image, to_pixels
 from machinery.parallel import Processes
-from machinery.pictures import row_bands
+from machinery.scoring.pictures import row_bands
 from model import DEFAULT_BACKBONE, SimZSS, TextEncoder, VisionBackbone, global_loss
 from segment import enlarge, segment_image
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from machinery.checkpoint import save_model
+from machinery.networks.checkpoint import save_model
 from machinery.toy import save_scene, toy_scene
 from model import SimZSS, TextEncoder, VisionBackbone
 
@@ -85,7 +85,7 @@ def forked(monkeypatch):
     """Parser processes that need not import everything again; `test_command_after_a_kill` of
     test_shards.py also starts real ones."""
     fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr("machinery.workers.multiprocessing.get_context", lambda kind: fork)
+    monkeypatch.setattr("machinery.training.workers.multiprocessing.get_context", lambda kind: fork)
 
 
 @pytest.fixture

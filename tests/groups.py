@@ -18,9 +18,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from eval import confusion_matrix, scores
-from machinery.benchmarks import IGNORE, open_dataset
-from machinery.checkpoint import load_model
-from machinery.grouping import patch_logits
+from machinery.scoring.benchmarks import IGNORE, open_dataset
+from machinery.networks.checkpoint import load_model
+from methods.parts.grouping import patch_logits
 from machinery.images import to_pixels
 
 ROWS = 8                                            # of the picture

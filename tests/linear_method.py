@@ -11,7 +11,7 @@ from torch import nn
 from concepts import tokenize
 from data import random_resized_crop
 from machinery.images import to_pixels
-from machinery.method import (METHODS, PRETRAINED, Method, best_synonym, moving_average,
+from machinery.contract import (METHODS, PRETRAINED, Method, best_synonym, moving_average,
                               prompt_ensemble)
 from machinery.parallel import global_rows, sum_over_processes, world_size
 from model import VisionBackbone, global_loss

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from eval import confusion_matrix, scores
-from machinery import backbones
-from machinery.benchmarks import BENCHMARKS, IGNORE, open_dataset
-from machinery.checkpoint import load_model
+from machinery.networks import backbones
+from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, open_dataset
+from machinery.networks.checkpoint import load_model
 from machinery.errors import one_line_errors
 from machinery.images import to_pixels
 from methods.sseg import SSeg, pseudo_masks

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import eval
-from machinery import benchmarks
-from machinery.benchmarks import BENCHMARKS, IGNORE, open_benchmark
+from machinery.scoring import benchmarks
+from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, open_benchmark
 from machinery.images import decode_runs
-from machinery.pictures import palette
+from machinery.scoring.pictures import palette
 
 # (height, width) of the photos; their short side is the protocol's
 SIZES = [(16, 21), (23, 16), (16, 16)]

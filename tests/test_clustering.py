@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from machinery.clustering import assign, farthest_tokens, kmeans
+from methods.parts.clustering import assign, farthest_tokens, kmeans
 
 
 def test_kmeans_by_hand():

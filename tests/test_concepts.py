@@ -1,4 +1,4 @@
-"""Tests of concepts.py, machinery/captions.py and machinery/classes.py: captions -> concepts ->
+"""Tests of concepts.py, machinery/training/captions.py and machinery/names.py: captions -> concepts ->
 tokens."""
 import io
 import json
@@ -15,8 +15,8 @@ from spacy.tokens import Doc
 
 from concepts import (ConceptBank, annotate, clean, load_annotations, load_parser, main,
                       noun_concepts, plural, token_spans, tokenize)
-from machinery.captions import read_captions
-from machinery.classes import BENCHMARK_NAMES, CLASSES, read_classes
+from machinery.training.captions import read_captions
+from machinery.names import BENCHMARK_NAMES, CLASSES, read_classes
 
 TOKENIZER = SimpleTokenizer()
 ENGLISH = spacy.blank("en")

@@ -1,5 +1,5 @@
 """Tests of the data that training reads: images, crops, pairs, batches, cached features and the
-toy world (data.py, machinery/images.py, machinery/features.py, machinery/toy.py)."""
+toy world (data.py, machinery/images.py, machinery/training/features.py, machinery/toy.py)."""
 import io
 import json
 import pickle
@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from concepts import ConceptBank, annotate, load_annotations, tokenize
 from data import CaptionedImages, GlobalBatches, collate, load_pairs, random_resized_crop
 from machinery import toy
-from machinery.benchmarks import open_dataset
-from machinery.captions import Annotations, as_arrays, read_captions
-from machinery.features import FeatureCache
+from machinery.scoring.benchmarks import open_dataset
+from machinery.training.captions import Annotations, as_arrays, read_captions
+from machinery.training.features import FeatureCache
 from machinery.images import load_image, to_pixels
 from machinery.toy import PLURALS, STUFF, THINGS, TOY_CLASSES, ToyScenes, is_scene, toy_scene
 from model import SimZSS, TextEncoder, VisionBackbone

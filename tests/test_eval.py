@@ -15,15 +15,15 @@ from PIL import Image
 import eval
 from conftest import PROTOCOL, ROOT, tiny
 from eval import confusion_matrix, evaluate, scores
-from machinery import check as check_file
-from machinery import results
-from machinery.benchmarks import IGNORE, THRESHOLD, open_folder
-from machinery.check import check
-from machinery.checkpoint import save_model
-from machinery.classify import LabelledImages, classify
+from machinery.scoring import check as check_file
+from machinery.scoring import results
+from machinery.scoring.benchmarks import IGNORE, THRESHOLD, open_folder
+from machinery.scoring.check import check
+from machinery.networks.checkpoint import save_model
+from machinery.scoring.classify import LabelledImages, classify
 from machinery.images import load_image, to_pixels
-from machinery.pictures import NOT_SCORED, palette
-from machinery.results import made_with, write_result
+from machinery.scoring.pictures import NOT_SCORED, palette
+from machinery.scoring.results import made_with, write_result
 from processes import Processes
 
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"

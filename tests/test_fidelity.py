@@ -19,8 +19,8 @@ import eval
 import train
 from concepts import noun_concepts
 from conftest import BANK, tiny
-from machinery.checkpoint import load_model, save_model
-from machinery.release import backbone_name
+from machinery.networks.checkpoint import load_model, save_model
+from machinery.networks.release import backbone_name
 from machinery.toy import toy_scene
 from model import SimZSS, TextEncoder, VisionBackbone
 from test_concepts import PIPELINE, needs_pipeline

@@ -26,14 +26,14 @@ import segment
 import train
 from conftest import ROOT, tiny
 from data import MAX_PIXELS
-from machinery.captions import read_captions
-from machinery.checkpoint import load_model, save_model
+from machinery.training.captions import read_captions
+from machinery.networks.checkpoint import load_model, save_model
 from machinery.images import load_image
-from machinery.release import read_tensors
-from machinery.resume import State, find_state
-from machinery.results import compare
-from machinery.shards import read_samples
-from machinery.workers import cores_per_process
+from machinery.networks.release import read_tensors
+from machinery.training.resume import State, find_state
+from machinery.scoring.results import compare
+from machinery.training.shards import read_samples
+from machinery.training.workers import cores_per_process
 from model import VisionBackbone
 from test_fidelity import denoiser_state, release
 from test_shards import BANK, MATCH, opened, sample, write_tar
@@ -140,7 +140,7 @@ SLOW_EVAL = """
 import sys, time
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import eval
-from machinery.benchmarks import MaskedImages
+from machinery.scoring.benchmarks import MaskedImages
 def slow(self, i, item=MaskedImages.__getitem__):
     time.sleep(30)
     return item(self, i)
@@ -197,7 +197,7 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 import numpy as np, torch
 from torch.utils.data import DataLoader
-from machinery.features import FeatureCache
+from machinery.training.features import FeatureCache
 images = [np.full((4, 4, 3), i, np.uint8) for i in range(200)]
 from PIL import Image
 cache = FeatureCache(images, lambda i: Image.fromarray(images[i]), 4, sys.argv[1], {}, 10, 1)

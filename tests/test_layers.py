@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from machinery.layers import Attention, Block, CrossBlock, GlobalBatchNorm
+from machinery.networks.layers import Attention, Block, CrossBlock, GlobalBatchNorm
 from machinery.parallel import (GlobalDropPath, average_gradients, join_processes,
                                 sum_over_processes)
 from processes import Processes

@@ -14,10 +14,10 @@ import linear_method
 import segment
 import train
 from conftest import read_log, without_times
-from machinery.checkpoint import load_model
-from machinery.method import METHODS, find_method
-from machinery.resume import states
-from machinery.run import Run
+from machinery.networks.checkpoint import load_model
+from machinery.contract import METHODS, find_method
+from machinery.training.resume import states
+from machinery.training.run import Run
 from processes import Processes
 
 STEPS = 12

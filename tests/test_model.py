@@ -14,9 +14,9 @@ from torch import nn
 
 from concepts import ConceptBank, annotate, token_spans, tokenize
 from conftest import BANK, tiny
-from machinery.backbones import SHAPE_OPTIONS
-from machinery.checkpoint import SINCE, load_model, save_model
-from machinery.classes import read_templates
+from machinery.networks.backbones import SHAPE_OPTIONS
+from machinery.networks.checkpoint import SINCE, load_model, save_model
+from machinery.names import read_templates
 from model import (SimZSS, TextEncoder, VisionBackbone, class_weights, concept_embeddings,
                    concept_loss, global_loss, similarity_pool)
 

@@ -21,16 +21,16 @@ import segment
 import train
 from concepts import ConceptBank
 from conftest import without_times
-from machinery import sentences
-from machinery.augment import rand_augment, random_erase
-from machinery.checkpoint import load_model
-from machinery.classes import read_templates
-from machinery.grouping import (EntityDecoder, ImageEncoder, Projector, assign_patches,
+from methods.parts import sentences
+from methods.parts.augment import rand_augment, random_erase
+from machinery.networks.checkpoint import load_model
+from machinery.names import read_templates
+from methods.parts.grouping import (EntityDecoder, ImageEncoder, Projector, assign_patches,
                                 group_sums, patch_logits)
-from machinery.method import Pair
+from machinery.contract import Pair
 from machinery.parallel import average_gradients, join_processes
-from machinery.resume import states
-from machinery.run import Run
+from machinery.training.resume import states
+from machinery.training.run import Run
 from machinery.toy import toy_scene
 from methods import ovsegmentor
 from methods.ovsegmentor import (OVSegmentor, answer_sentence, contrastive_loss,

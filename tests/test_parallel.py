@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from concepts import ConceptBank, tokenize
 from conftest import ROOT, read_log, tiny
 from data import GlobalBatches, load_pairs
-from machinery import buckets
+from machinery.training import buckets
 from machinery.parallel import (GlobalDropout, GlobalDropPath, average_gradients,
                                 join_processes)
 from model import SimZSS, class_weights, concept_loss, similarity_pool

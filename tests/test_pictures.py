@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import eval
 import segment
-from machinery import pictures
-from machinery.benchmarks import IGNORE, open_dataset, open_folder
-from machinery.check import check, check_warnings
-from machinery.classes import read_labels
-from machinery.pictures import (NOT_SCORED, comparison, has_letters, legend, lettering, overlay,
+from machinery.scoring import pictures
+from machinery.scoring.benchmarks import IGNORE, open_dataset, open_folder
+from machinery.scoring.check import check, check_warnings
+from machinery.names import read_labels
+from machinery.scoring.pictures import (NOT_SCORED, comparison, has_letters, legend, lettering, overlay,
                                 palette, plain, similarity_view)
 
 

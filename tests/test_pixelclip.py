@@ -20,13 +20,13 @@ import segment
 import train
 from conftest import PROTOCOL, without_times
 from conftest import tiny as simzss_of_the_toy
-from machinery.checkpoint import load_model, save_model
-from machinery.clip import position_table, value_path
-from machinery.layers import Normalise
-from machinery.method import Pair
+from machinery.networks.checkpoint import load_model, save_model
+from methods.parts.dense_clip import position_table, value_path
+from machinery.networks.layers import Normalise
+from machinery.contract import Pair
 from machinery.parallel import join_processes
-from machinery.resume import states
-from machinery.run import Run
+from machinery.training.resume import states
+from machinery.training.run import Run
 from methods.pixelclip import (Decoder, MaskGenerator, PixelCLIP, load_clip, pixel_loss,
                                pooling_weights, prompt_tokens, sinkhorn, union_of_masks)
 from processes import Processes
@@ -507,7 +507,7 @@ def test_chunks_are_exact(clip):
 
 
 def tiny_convnext():
-    from machinery.clip import DenseConvNeXt
+    from methods.parts.dense_clip import DenseConvNeXt
     from open_clip.timm_model import TimmModel
     visual = TimmModel("convnext_atto", 16, 64, pool="", proj="linear", drop_path=0.5,
                        pretrained=False)

@@ -10,7 +10,7 @@ import eval
 import segment
 import train
 from conftest import ROOT
-from machinery.method import METHODS
+from machinery.contract import METHODS
 
 README = (ROOT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}

@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from machinery.refine import DISTANCES, neighbour_weights, neighbours, refine
+from machinery.scoring.refine import DISTANCES, neighbour_weights, neighbours, refine
 from segment import resized_size, score_maps
 
 

@@ -13,9 +13,9 @@ import torch
 import train
 from conftest import read_log, without_times
 from data import GlobalBatches
-from machinery.checkpoint import load_model
-from machinery.resume import find_state, states
-from machinery.run import note_signals
+from machinery.networks.checkpoint import load_model
+from machinery.training.resume import find_state, states
+from machinery.training.run import note_signals
 from processes import Processes
 from test_shards import flawed, write_shards
 
@@ -312,7 +312,7 @@ def test_processes_go_on_from_one_state(tmp_path, fails, monkeypatch):
     """Processes that find different states, because they share no folder, do not go on."""
     interrupted(tmp_path)
     # as if there were a second process whose step is twice as large
-    monkeypatch.setattr("machinery.resume.sum_over_processes", lambda step: 2 * step)
+    monkeypatch.setattr("machinery.training.resume.sum_over_processes", lambda step: 2 * step)
     fails(train.main, [*RUN, "--output", tmp_path, "--resume", "auto"],
           "different states", "--output", "share")
 

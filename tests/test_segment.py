@@ -11,9 +11,9 @@ from PIL import Image
 import eval
 import segment
 from conftest import PROTOCOL
-from machinery import pictures
-from machinery.checkpoint import save_model
-from machinery.pictures import overlay, palette, pca_view, save_mask, similarity_view
+from machinery.scoring import pictures
+from machinery.networks.checkpoint import save_model
+from machinery.scoring.pictures import overlay, palette, pca_view, save_mask, similarity_view
 from machinery.toy import save_scene, toy_scene
 from segment import (WindowBatch, embed, enlarge, parse_background, put_background, resize,
                      resized_size, score_maps, segment_image, window_starts)

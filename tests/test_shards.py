@@ -1,4 +1,4 @@
-"""Tests of tar shards: machinery/shards.py, `data.open_shards` and `concepts.py --shards`."""
+"""Tests of tar shards: machinery/training/shards.py, `data.open_shards` and `concepts.py --shards`."""
 import io
 import os
 import re
@@ -24,8 +24,8 @@ from concepts import (ConceptBank, annotate, annotate_shard, annotation_key,
 from conftest import ROOT
 from data import load_pairs, open_shards, random_resized_crop
 from machinery.images import load_image, to_pixels
-from machinery.shards import BAD, bad_line, find_shards, read_samples, read_sidecar
-from machinery.workers import start_data_worker
+from machinery.training.shards import BAD, bad_line, find_shards, read_samples, read_sidecar
+from machinery.training.workers import start_data_worker
 from model import SimZSS
 
 BANK = ConceptBank(["dog", "cat", "grass"])
@@ -807,7 +807,7 @@ def test_command_errors(tmp_path, monkeypatch, fails, forked):
     fails(main, ["--shards", tmp_path, "--parser", "no_parser"],
           "the parser 'no_parser' could not be loaded")
     fails(main, ["--shards", gone], f"no tar files in {gone}; expected")
-    monkeypatch.setattr("machinery.workers.ProcessPoolExecutor", Broken)
+    monkeypatch.setattr("machinery.training.workers.ProcessPoolExecutor", Broken)
     fails(main, ["--shards", tmp_path, "--parser", "match"], "a parser process died",
           "Finished shards are kept")
 

@@ -19,10 +19,10 @@ import segment
 import train
 from concepts import tokenize
 from conftest import without_times
-from machinery.checkpoint import load_model
-from machinery.maskformer import sine_code
-from machinery.method import Pair
-from machinery.resume import states
+from machinery.networks.checkpoint import load_model
+from methods.parts.maskformer import sine_code
+from machinery.contract import Pair
+from machinery.training.resume import states
 from machinery.toy import toy_scene
 from methods.sseg import (MaskNetwork, SSeg, dice_loss, focal_loss, mask_loss, match,
                           matching_costs, merge_masks)

@@ -16,8 +16,8 @@ import eval
 import segment
 import train
 from machinery import toy
-from machinery.checkpoint import load_model
-from machinery.method import Pair
+from machinery.networks.checkpoint import load_model
+from machinery.contract import Pair
 from methods.sseg_plus import SegmentationNetwork, SSegPlus, jitter, read_class_list
 from processes import check_two_processes
 

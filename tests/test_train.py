@@ -15,9 +15,9 @@ import train
 from concepts import ConceptBank, load_annotations
 from conftest import BANK, read_log, tiny
 from data import CaptionedImages, collate
-from machinery.loading import BatchStream
-from machinery import resume
-from machinery.checkpoint import load_model
+from machinery.training.loading import BatchStream
+from machinery.training import resume
+from machinery.networks.checkpoint import load_model
 from machinery.toy import toy_scene
 from model import SimZSS
 from train import learning_rate, parse_args

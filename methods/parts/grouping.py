@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from machinery.backbones import create_trunk
-from machinery.layers import Block, CrossBlock, GlobalBatchNorm, mlp
+from machinery.networks.backbones import create_trunk
+from machinery.networks.layers import Block, CrossBlock, GlobalBatchNorm, mlp
 from machinery.parallel import global_mean, global_rows
 
 

@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from machinery import backbones
-from machinery.captions import CONTEXT_LENGTH
+from machinery.networks import backbones
+from machinery.training.captions import CONTEXT_LENGTH
 from machinery.errors import check_bounds
 
 BASE = "bert-base-uncased"

@@ -20,9 +20,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from machinery.captions import Annotations, as_arrays, check_annotations, save_arrays
+from machinery.training.captions import Annotations, as_arrays, check_annotations, save_arrays
 from machinery.images import IMAGE_SUFFIXES
-from machinery.method import Pair
+from machinery.contract import Pair
 
 MAX_CAPTION = 2000                                  # characters; a longer text is no caption
 MAX_IMAGE = 100 * 2 ** 20                           # bytes; a header may claim any size

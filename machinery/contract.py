@@ -61,7 +61,7 @@ class Method(nn.Module):
     name = ""                   # its key in METHODS
     RECIPE = {}                 # train.py's flags: what differs from the defaults there
     TOY = {}                    # the same, with --train-data toy
-    PROTOCOL = {}               # machinery/protocol.py: what differs from, or adds to, PROTOCOL
+    PROTOCOL = {}               # machinery/scoring/protocol.py: what differs from, or adds to, PROTOCOL
     NEEDS_CAPTIONS = True       # False: a folder of images is training data
     NEEDS_CONCEPTS = True       # False: captions are not parsed
     HAS_CHUNKS = False          # True: `backward` computes --micro-batch pairs at a time, exactly

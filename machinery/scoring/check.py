@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from machinery.benchmarks import BENCHMARKS, IGNORE, ILLEGAL, open_dataset
+from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, ILLEGAL, open_dataset
 from machinery.images import read_mask
 from machinery.parallel import rank, sum_counts
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from machinery.checkpoint import fill
+from machinery.networks.checkpoint import fill
 from machinery.errors import check_positive, quiet_hub
-from machinery.release import STORED, read_denoiser, read_tensors
+from machinery.networks.release import STORED, read_denoiser, read_tensors
 from machinery.toy import ToyTrunk
 
 # Options of timm that shape a network. Others could name files, or addresses, to load.

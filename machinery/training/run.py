@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from machinery.checkpoint import save_model, write_text
+from machinery.networks.checkpoint import save_model, write_text
 from machinery.parallel import gather_rows, peak_memory, sum_over_processes
-from machinery.resume import save_state, states
-from machinery.shards import Shards, bad_line
+from machinery.training.resume import save_state, states
+from machinery.training.shards import Shards, bad_line
 
 MAX_SKIPPED = 5                                     # steps in a row that are not finite
 MAX_BAD = 0.01                                      # share of unreadable images that is bad luck

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from machinery import backbones
+from machinery.networks import backbones
 from machinery.parallel import GlobalDropout, GlobalDropPath
 
 STRIDE = 32                                         # of the coarsest map

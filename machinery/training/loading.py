@@ -4,8 +4,8 @@ import time
 import torch
 from torch.utils.data import DataLoader
 
-from machinery.shards import BAD
-from machinery.workers import start_data_worker
+from machinery.training.shards import BAD
+from machinery.training.workers import start_data_worker
 
 LOADER_BATCH = 256                                  # pairs that a data worker loads at a time
 

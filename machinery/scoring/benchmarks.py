@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from machinery.classes import CLASSES, check_classes, normalise_name, read_classes, read_labels
+from machinery.names import CLASSES, check_classes, normalise_name, read_classes, read_labels
 from machinery.images import IMAGE_SUFFIXES, load_image, read_mask
 from machinery.toy import ToyScenes
 

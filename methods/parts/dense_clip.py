@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from machinery.captions import CONTEXT_LENGTH
+from machinery.training.captions import CONTEXT_LENGTH
 from machinery.errors import quiet_hub
 
 VOCABULARY = 49408                                  # tokens of CLIP's own text tower

@@ -3,11 +3,11 @@ import os
 
 import torch
 
-from machinery.backbones import parse_options, warn_if_random
-from machinery.checkpoint import (embed_classes, file_sha256, load_model, model_file,
+from machinery.networks.backbones import parse_options, warn_if_random
+from machinery.networks.checkpoint import (embed_classes, file_sha256, load_model, model_file,
                                   newest_model)
-from machinery.classes import read_templates
-from machinery.method import PRETRAINED, find_method
+from machinery.names import read_templates
+from machinery.contract import PRETRAINED, find_method
 from machinery.parallel import pick_device
 from machinery.toy import is_scene
 

@@ -16,9 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from machinery.checkpoint import save_tensors, write_text
+from machinery.networks.checkpoint import save_tensors, write_text
 from machinery.images import to_pixels
-from machinery.workers import start_data_worker
+from machinery.training.workers import start_data_worker
 
 IMAGES_PER_FILE = 64
 TRANSFORM = "whole image, JPEG draft of twice the size, bicubic"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machinery.checkpoint import whole_file
+from machinery.networks.checkpoint import whole_file
 
 MAX_MISSING = 0.01                                  # share of missing images that is no mistake
 CONTEXT_LENGTH = 77                                 # CLIP's: tokens, start and end included

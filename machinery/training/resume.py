@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machinery.checkpoint import (fill, read_tensors, save_tensors, upgrade,
+from machinery.networks.checkpoint import (fill, read_tensors, save_tensors, upgrade,
                                   upgrade_settings)
-from machinery.method import find_method
+from machinery.contract import find_method
 from machinery.parallel import sum_over_processes
-from machinery.shards import BAD
+from machinery.training.shards import BAD
 
 # Settings that may differ when a run is resumed: they change no loss, or are compared otherwise
 # (the bank and the backbone by their contents).

@@ -13,8 +13,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from machinery import release
-from machinery.method import find_method
+from machinery.networks import release
+from machinery.contract import find_method
 
 FORMAT = "simzss-2"
 EMBEDDINGS = 1                                      # raise it when `embed_classes` changes values

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machinery.checkpoint import upgrade_settings, write_text
-from machinery.method import PRETRAINED
-from machinery.pictures import plot
+from machinery.networks.checkpoint import upgrade_settings, write_text
+from machinery.contract import PRETRAINED
+from machinery.scoring.pictures import plot
 
 # Settings that do not make another variant of a run: they follow from the rest, or change results
 # by chance only.
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "pillow")
 
 def made_with():
     """The commit of this code and the versions of what it runs on."""
-    git = ["git", "-C", str(Path(__file__).parents[1])]
+    git = ["git", "-C", str(Path(__file__).parents[2])]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True,
                               check=True)

@@ -8,10 +8,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from machinery.classes import read_labels
+from machinery.names import read_labels
 from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
 from machinery.parallel import own_indices, rank, sum_counts, world_size
-from machinery.workers import start_data_worker
+from machinery.training.workers import start_data_worker
 
 
 class LabelledImages:
