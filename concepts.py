@@ -1,7 +1,8 @@
 """From captions to concepts: the linguistic part of SimZSS (docs/method.md, section 5).
 
     python concepts.py captions_train2017.json          # noun phrases -> concepts, cached beside it
-    python concepts.py --shards "{00000..00295}.tar"    # the same for tar shards
+    python concepts.py "shards/{00000..00295}.tar"      # the same for tars
+    python concepts.py captions_train2017.json --all-nouns > bank.txt      # a bank of its own words
 
 A caption is cleaned as the tokenizer cleans it and parsed by spaCy. Each noun chunk gives one
 concept: its root's lemma with the compound before it ("two wooden baseball bats" -> "baseball
@@ -17,21 +18,27 @@ import os
 import sys
 import time
 from collections import Counter
-from functools import lru_cache
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from machinery.training import captions as caption_files
-from machinery.training import shards
-from machinery.training.captions import CONTEXT_LENGTH
-from machinery.names import (BENCHMARK_NAMES, CLASSES, check_classes, merge_equal_names,
-                               normalise_name, plural, read_classes, read_lines, split_names)
 from machinery.errors import one_line_errors
-from machinery.training.workers import process_pool
+from machinery.names import (BENCHMARK_NAMES, CLASSES, check_classes, merge_equal_names, named_file,
+                             normalise_name, plural, read_classes, read_lines, split_names)
+from machinery.tokenizer import CONTEXT_LENGTH, clean, forget_words, tokenizer
+from machinery.training.captions import (Annotations, read_annotations, read_captions,
+                                         save_annotations)
+from machinery.training.shards import (BAD, BadSample, bad_line, captions_of_tar, count_bad,
+                                       find_tars, is_tars)
+from machinery.training.workers import start_data_worker
 
 DEFAULT_PARSER = "en_core_web_trf"                  # the paper's; en_core_web_sm is the light one
-CACHE_VERSION = 2                                   # raise it when annotations change
+CACHE_VERSION = 3                                   # raise it when annotations change
+PIECE = 1000                                        # captions that a process parses at a time
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,10 +71,12 @@ def matched_concepts(doc):
 def parse(captions, pipeline):
     """Find the concepts of captions and the tokens that name them, whether in a bank or not.
 
+    captions: iterable of str.
+    pipeline: of spaCy, one that parses ("DEP"), or the built-in matcher, which marks entities
+        ("ENT_IOB"). Raises ValueError when it is neither.
     Yields, caption by caption, [(concept, words as written, first token, end token)]; positions
     count the start-of-text token as 0, and the end token is not included. An occurrence that does
-    not fit whole into the context is left out. pipeline: of spaCy, one that parses ("DEP"), or the
-    built-in matcher, which marks entities ("ENT_IOB"). Raises ValueError when it is neither.
+    not fit whole into the context is left out.
     """
     captions, texts = itertools.tee(captions)
     for caption, doc in zip(captions, pipeline.pipe(map(clean, texts))):
@@ -87,48 +96,22 @@ def parse(captions, pipeline):
         yield found
 
 
-def annotate(captions, bank, parser, processes=1, device="cpu"):
+def annotate(captions, bank, parser):
     """Find the bank's concepts in captions and the tokens that name them.
 
-    captions: iterable of str. bank: ConceptBank; an open one grows. parser: spaCy pipeline, or name
-    for `load_parser` (a name, if processes > 1). device: of the parser processes. Yields, caption
-    by caption, [(bank id, first token, end token)], see `parse`.
+    captions: iterable of str. bank: ConceptBank. parser: spaCy pipeline, or name for `load_parser`.
+    Yields, caption by caption, [(bank id, first token, end token)], see `parse`.
     """
-    if processes > 1:
-        found = parse_in_processes(captions, bank, parser, processes, device)
-    else:
-        found = parse(captions, load_parser(parser, bank) if isinstance(parser, str) else parser)
-    for concepts in found:
+    pipeline = load_parser(parser, bank) if isinstance(parser, str) else parser
+    for concepts in parse(captions, pipeline):
         rows = []
         for concept, as_written, first, end in concepts:
             id = bank.find(concept)
-            if id < 0 and bank.open:
-                id = bank.add(concept)
-            elif id < 0:                            # a bank may hold a plural: "clouds"
+            if id < 0:                              # a bank may hold a plural: "clouds"
                 id = bank.find(as_written)
             if id >= 0:
                 rows.append((id, first, end))
         yield rows
-
-
-# --------------------------------------------------------------------------------------------------
-# From words to tokens
-
-@lru_cache(maxsize=None)
-def tokenizer():
-    from open_clip.tokenizer import SimpleTokenizer     # slow to import
-    return SimpleTokenizer()
-
-
-def clean(caption):
-    """The caption as the tokenizer sees it: repaired Unicode, HTML entities resolved, single
-    spaces, lower case."""
-    return tokenizer().clean_fn(caption)
-
-
-def tokenize(caption):
-    """Caption -> (77,) int64: start token, byte pairs (cut to fit), end token, zeros."""
-    return tokenizer()(caption)[0]
 
 
 def token_spans(text):
@@ -152,36 +135,27 @@ def token_spans(text):
     return spans
 
 
-def forget_words():
-    """Bound the memory of the tokenizer, which remembers every word; to be called now and then."""
-    if len(tokenizer().cache) > 500_000:            # words; about 100 MB
-        special = [tokenizer().decoder[id] for id in tokenizer().all_special_ids]
-        tokenizer().cache = {token: token for token in special}
-
-
 # --------------------------------------------------------------------------------------------------
 # The bank
 
 class ConceptBank:
     """The concepts that training knows: C names, each perhaps with synonyms of the same concept.
 
-    names: strings, or lists of synonyms; equal names count once. None = an open bank, to which
-    `annotate` adds every concept that it finds. excluded: names that stay out, with their plurals
-    and all synonyms that the bank has for them. source: of the names, for errors. `names[i]` is
-    concept i's first name. Raises ValueError where a name is empty or none is left.
+    names: strings, or lists of synonyms; equal names count once.
+    excluded: names that stay out, with their plurals and all synonyms that the bank has for them.
+    source: of the names, for errors.
+    `names[i]` is concept i's first name, `ids` has the id of every name. Raises ValueError where a
+    name is empty or none is left.
     """
 
     def __init__(self, names, excluded=(), source="concept bank"):
-        self.open = names is None
-        self.excluded = {form for name in map(normalise_name, excluded)
-                         for form in (name, plural(name))}
-        lists = [[name] if isinstance(name, str) else list(name) for name in names or ()]
-        lists = merge_equal_names(lists)
-        if not self.open:
-            check_classes(lists, source)
-        lists = [synonyms for synonyms in lists if not any(map(self.excludes, synonyms))]
-        if not self.open:                           # all of them may be excluded
-            check_classes(lists, "concept bank")
+        lists = [[name] if isinstance(name, str) else list(name) for name in names]
+        lists = check_classes(merge_equal_names(lists), source)
+        excluded = {form for name in map(normalise_name, excluded) for form in (name, plural(name))}
+        lists = [synonyms for synonyms in lists
+                 if excluded.isdisjoint(form for name in map(normalise_name, synonyms)
+                                        for form in (name, plural(name)))]
+        check_classes(lists, "concept bank")        # all of them may be excluded
         self.names = [normalise_name(synonyms[0]) for synonyms in lists]
         self.ids = {normalise_name(name): i for i, synonyms in enumerate(lists)
                     for name in synonyms}
@@ -200,34 +174,22 @@ class ConceptBank:
 
     @classmethod
     def by_name(cls, source=None, exclude=None):
-        """What --bank names: a file, None = the default, "none" = an open bank. exclude: a class
-        file."""
-        excluded = [name for names in read_classes(exclude) for name in names] if exclude else ()
-        if source == "none":
-            return cls(None, excluded)
-        return cls.from_file(source, excluded) if source else cls.default(excluded)
+        """What --bank and --exclude-classes name: files, or the names of those in classes/. source:
+        None = the default bank."""
+        excluded = ()
+        if exclude:
+            classes = read_classes(named_file(exclude, CLASSES, "class file"))
+            excluded = [name for synonyms in classes for name in synonyms]
+        if source is None:
+            return cls.default(excluded)
+        return cls.from_file(named_file(source, CLASSES, "concept bank"), excluded)
 
     def __len__(self):
         return len(self.names)
 
-    def excludes(self, name):
-        """Whether a name or its plural is among the excluded names."""
-        name = normalise_name(name)
-        return bool(name) and not self.excluded.isdisjoint((name, plural(name)))
-
     def find(self, name):
         """Bank id of a name, -1 if it is not in the bank."""
         return self.ids.get(normalise_name(name), -1)
-
-    def add(self, name):
-        """Take a name into an open bank. Returns its id, -1 if it is excluded."""
-        name = normalise_name(name)
-        if not name or self.excludes(name):
-            return -1
-        if name not in self.ids:
-            self.ids[name] = len(self.names)
-            self.names.append(name)
-        return self.ids[name]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,15 +198,10 @@ class ConceptBank:
 def load_parser(name, bank):
     """spaCy pipeline by name or folder; "match" = one that finds the bank's names and plurals.
 
-    Raises FileNotFoundError with the install command when the pipeline is not there, ValueError for
-    "match" with an open bank.
+    Raises FileNotFoundError with the install command when the pipeline is not there.
     """
     import spacy                                    # slow to import, and only captions need it
     if name == "match":
-        if bank.open:
-            raise ValueError("--bank none makes a concept of every noun phrase, but the built-in "
-                             "matcher looks for the names of a bank; name a spaCy pipeline with "
-                             "--parser")
         pipeline = spacy.blank("en")
         ruler = pipeline.add_pipe("entity_ruler")   # prefers the longest match
         forms = {plural(name): name for name in bank.ids} | {name: name for name in bank.ids}
@@ -262,87 +219,173 @@ def load_parser(name, bank):
 
 
 # --------------------------------------------------------------------------------------------------
-# Files of captions
+# The concepts of a source
 
-def load_annotations(path, captions, bank, parser, processes=1, device="cpu"):
-    """Annotations of all captions, from the cache beside their file if it is valid, else made anew.
+class Concepts:
+    """Finds the concepts of a source's captions, and keeps them in SOURCE.concepts.npz beside it.
 
-    path: captions file, its cache is `<path>.concepts.npz`; None = no cache. captions: list of str.
-    parser: name. Returns (offsets (captions + 1,), rows (occurrences, 3)) int32:
-    rows[offsets[i]:offsets[i + 1]] are the (bank id, first token, end token) of caption i. An open
-    bank holds the names afterwards; it is used for one file only.
+    bank: `ConceptBank`.
+    parser: name for `load_parser`.
+    processes: that parse. Each loads a pipeline of its own.
+    device: where they do: "cpu", "cuda", or "auto", which takes a GPU if spaCy can use one.
     """
-    _, pipeline = make_pipeline(bank, parser, device)
-    key = annotation_key(captions, bank, pipeline)
-    cache = f"{path}.concepts.npz" if path else None
-    if cache:
-        kept = caption_files.read_cache(cache, key, len(captions), None if bank.open else len(bank))
-        if kept:
-            offsets, rows, names = kept
-            for name in names:
-                bank.add(name)
-            return offsets, rows
-    start = time.time()
-    annotations = annotate(captions, bank, parser if processes > 1 else pipeline, processes, device)
-    offsets, rows = caption_files.as_arrays(list(tqdm(
-        annotations, total=len(captions), desc="concepts", unit=" captions",
-        disable=None if path else True)))           # None: shown on a terminal only
-    if path:
-        seconds = time.time() - start
-        print(f"annotated {len(captions):,} captions in {seconds:.1f} s "
-              f"({len(captions) / seconds:,.0f} captions/s)")
-        try:
-            caption_files.save_cache(cache, key, offsets, rows, bank.names)
-        except OSError as error:
-            print(f"the annotations were not cached, {cache}: {error.strerror}", file=sys.stderr)
-    return offsets, rows
 
+    def __init__(self, bank, parser, processes=1, device="cpu"):
+        self.bank = bank
+        self.parser = parser
+        self.processes = processes
+        self.device = device
+        self.on_gpu = False
 
-def annotation_key(captions, bank, pipeline):
-    """A hash of what annotations depend on."""
-    names = ["none", *sorted(bank.excluded)] if bank.open else sorted(bank.ids.items())
-    content = [CACHE_VERSION, captions, names, pipeline.meta]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    @cached_property
+    def pipeline(self):
+        if self.device in ("auto", "cuda") and self.parser != "match":
+            import spacy
+            use_gpu = spacy.require_gpu if self.device == "cuda" else spacy.prefer_gpu
+            self.on_gpu = use_gpu()
+        return load_parser(self.parser, self.bank)
 
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "pipeline"}
 
-# --------------------------------------------------------------------------------------------------
-# Parser processes, each with a pipeline of its own
+    @cached_property
+    def version(self):
+        """Hash of all that a caption's concepts depend on."""
+        content = [CACHE_VERSION, sorted(self.bank.ids.items()), self.pipeline.meta]
+        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
-def make_pipeline(bank, parser, device):
-    """(bank, pipeline) of a process. device: "auto" and "cuda" let spaCy use a GPU."""
-    if device in ("auto", "cuda") and parser != "match":
-        import spacy
-        use_gpu = spacy.require_gpu if device == "cuda" else spacy.prefer_gpu
-        use_gpu()
-    return bank, load_parser(parser, bank)
+    def key(self, source):
+        """What the cache of a file was made of: bank, parser, and the file's size and time."""
+        status = Path(source).stat()
+        return f"{self.version} {status.st_size} {status.st_mtime_ns}"
 
-
-def parse_batch(tool, captions):
-    return list(parse(captions, tool[1]))
-
-
-def parse_in_processes(captions, bank, parser, processes, device, batch=1000):
-    """`parse` in several processes, in the order of the captions."""
-    make_pipeline(bank, parser, device)             # a parser that is missing is told here
-    captions = list(captions)
-    batches = [captions[i:i + batch] for i in range(0, len(captions), batch)]
-    with process_pool(processes, make_pipeline, bank, parser, device) as run:
-        for found in run(parse_batch, batches):
-            yield from found
-
-
-def annotate_shard(tool, path):
-    """`shards.annotate_shard`; spaCy and the tokenizer forget the words afterwards."""
-    bank, pipeline = tool
-
-    def annotate_all(captions):
-        with pipeline.memory_zone():
-            rows = list(annotate(captions, bank, pipeline))
+    def in_captions(self, captions):
+        """Rows of (bank id, first token, end token) of each caption. Words are forgotten after it,
+        so memory does not grow."""
+        with self.pipeline.memory_zone():
+            found = list(annotate(captions, self.bank, self.pipeline))
         forget_words()
-        return rows
+        return found
 
-    return shards.annotate_shard(path, annotation_key(None, bank, pipeline), len(bank),
-                                 annotate_all)
+    def of_captions(self, captions):
+        """`Annotations` of captions in memory."""
+        found = []
+        with tqdm(total=len(captions), desc="concepts", unit=" captions", disable=None,
+                  leave=False) as bar:
+            for rows in self.in_processes(self.in_captions, pieces(captions)):
+                found += rows
+                bar.update(len(rows))
+        return Annotations.of_lists(found)
+
+    def of_file(self, path, captions):
+        """`Annotations` of the captions of a file, from its cache if that is valid."""
+        key = self.key(path)
+        cached = read_annotations(path, key, len(self.bank))
+        if cached and len(cached[0]) == len(captions):
+            return cached[0]
+        start = time.time()
+        annotations = self.of_captions(captions)
+        print_speed(len(captions), time.time() - start)
+        try:
+            save_annotations(path, key, annotations, count_bad([]))
+        except OSError as error:
+            print(f"the concepts were not cached, {path}.concepts.npz: {error.strerror}",
+                  file=sys.stderr)
+        return annotations
+
+    def of_tar(self, path):
+        """(`Annotations`, bad samples by reason) from the cache of a tar, None without one. Samples
+        without a caption, and what was cut off, have annotations, too: no rows."""
+        try:
+            return read_annotations(path, self.key(path), len(self.bank))
+        except OSError:                             # the tar is gone
+            return None
+
+    def of_caption(self, caption):
+        """Rows (M, 3) int64 of one caption of a tar without cache, by the built-in matcher. Raises
+        `BadSample` for other parsers, which are too slow in training."""
+        if self.parser != "match":
+            raise BadSample("no concepts")
+        [rows] = self.in_captions([caption])
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+
+    def cache_tar(self, path):
+        """Write the cache of a tar if there is no valid one. Returns its `in_numbers`, with bad
+        samples by reason, and how many captions are "new"."""
+        found = self.of_tar(path)
+        new = 0
+        if found is None:
+            key = self.key(path)
+            captions = list(captions_of_tar(path))
+            usable = [caption for caption in captions if isinstance(caption, str)]
+            rows = iter(self.in_captions(usable))
+            found = (Annotations.of_lists([next(rows) if isinstance(caption, str) else []
+                                           for caption in captions]),
+                     count_bad([caption for caption in captions if not isinstance(caption, str)]))
+            save_annotations(path, key, *found)
+            new = len(usable)
+        annotations, bad = found
+        numbers = in_numbers(annotations)
+        numbers.update(dict(zip(BAD, bad.tolist())), new=new, captions=-int(bad.sum()))
+        return numbers
+
+    def check_tars(self, paths, source):
+        """Raise FileNotFoundError if tars have no concepts yet. The built-in matcher needs none: it
+        is quick enough to look for them in training."""
+        without = [path for path in paths if self.parser != "match" and self.of_tar(path) is None]
+        if without:
+            raise FileNotFoundError(
+                f"{len(without):,} of the {len(paths):,} tars have no concepts yet, or those of "
+                f"another bank, parser or state of the tar; the first is {without[0]}. Run: "
+                f'python concepts.py "{source}" --parser {self.parser} (and --bank, if training '
+                "has one), or train with --parser match")
+
+    def nouns(self, piece):
+        """Counter of what every noun chunk of a piece names, in a bank or not. piece: captions, or
+        the path of a tar."""
+        if not isinstance(piece, list):
+            piece = [caption for caption in captions_of_tar(piece) if isinstance(caption, str)]
+        with self.pipeline.memory_zone():
+            found = Counter(normalise_name(concept) for concepts in parse(piece, self.pipeline)
+                            for concept, *_ in concepts)
+        forget_words()
+        return found
+
+    def in_processes(self, method, pieces):
+        """Results of a method for each piece, in order. Raises ChildProcessError if a process
+        dies."""
+        self.pipeline                               # if it cannot be loaded: one error, now
+        processes = min(self.processes, len(pieces))
+        loader = DataLoader(pieces, batch_size=None, collate_fn=method,     # called in the workers
+                            num_workers=processes if processes > 1 else 0,
+                            worker_init_fn=start_data_worker,
+                            multiprocessing_context="spawn" if self.on_gpu else None,
+                            generator=torch.Generator())    # not the one of training
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError("a parser process died, perhaps because memory was full; run "
+                                    "the command again, with fewer --processes. Finished tars are "
+                                    "kept") from None
+
+
+def pieces(captions):
+    """Captions in lists of PIECE."""
+    return [captions[i:i + PIECE] for i in range(0, len(captions), PIECE)]
+
+
+def in_numbers(annotations):
+    """Counter of "captions", of those "with a concept", and of the occurrences of each id."""
+    return Counter({"captions": len(annotations),
+                    "with a concept": int((np.diff(annotations.offsets) > 0).sum()),
+                    **Counter(annotations.rows[:, 0].tolist())})
+
+
+def print_speed(captions, seconds):
+    print(f"annotated {captions:,} captions in {seconds:.1f} s "
+          f"({captions / seconds:,.0f} captions/s)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -350,22 +393,22 @@ def annotate_shard(tool, path):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Find the concepts of captions and cache them "
-                                                 "beside their file.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("captions", nargs="?",
-                        help="COCO captions JSON, or TSV / JSONL of (image, caption)")
-    source.add_argument("--shards",
-                        help='instead, tars: a folder, or a range such as '
-                             '"shards/{00000..00295}.tar"; finished ones are skipped')
+                                                 "beside their source.")
     add = parser.add_argument
+    add("source", help="COCO captions JSON, TSV / JSONL of (image, caption), or tars: a folder, or "
+                       'a range such as "shards/{00000..00295}.tar"; finished ones are skipped')
     add("--parser", default=DEFAULT_PARSER,
         help="spaCy pipeline (name or folder), or 'match', the built-in matcher "
              "(default: %(default)s)")
-    add("--bank", help="concept bank, one name per line, or 'none', which makes a concept of every "
-                       "noun phrase (default: the eight benchmarks' classes)")
-    add("--exclude-classes", metavar="FILE",
+    add("--bank", metavar="NAME",
+        help="concept bank: a file with one name per line, synonyms after commas, or the name of "
+             "one in classes/ (default: the eight benchmarks' classes)")
+    add("--exclude-classes", metavar="NAME",
         help="class file; its names and synonyms are no concepts")
-    add("--processes", type=int, help="parser processes (default: 1; for shards one per core)")
+    add("--all-nouns", action="store_true",
+        help="print what all noun phrases name, the most frequent first, one a line: a bank")
+    add("--processes", type=int,
+        help="parser processes (default: 1 for a captions file, one per core for tars)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
         help="where the parser runs; cuda needs spaCy's cupy extra (default: %(default)s)")
     return parser.parse_args(argv)
@@ -375,42 +418,71 @@ def main(argv=None):
     args = parse_args(argv)
     with one_line_errors("pass --device cpu"):
         bank = ConceptBank.by_name(args.bank, args.exclude_classes)
-        if args.shards:
-            captions, annotated, counts = annotate_shards(args, bank)
+        has_tars = is_tars(args.source)
+        concepts = Concepts(bank, args.parser, device=args.device,
+                            processes=args.processes or (os.cpu_count() if has_tars else 1))
+        if args.all_nouns:
+            print_nouns(args.source, concepts)
+        elif has_tars:
+            print_concepts(cache_tars(find_tars(args.source), concepts), bank)
         else:
-            pairs = caption_files.read_captions(args.captions)
-            offsets, rows = load_annotations(args.captions, [caption for _, caption in pairs],
-                                             bank, args.parser, args.processes or 1,
-                                             args.device)
-            captions = len(pairs)
-            annotated = (np.diff(offsets) > 0).sum()
-            counts = Counter(rows[:, 0].tolist())
-        print_concepts(captions, annotated, counts, bank)
+            captions = [caption for _, caption in read_captions(args.source)]
+            print_concepts(in_numbers(concepts.of_file(args.source, captions)), bank)
 
 
-def annotate_shards(args, bank):
-    """Annotate all tars. Returns (captions, those with a concept, Counter of concept ids)."""
-    if bank.open:
-        raise ValueError("--bank none grows with the captions, and the processes would not know of "
-                         "each other's; name a file of concepts with --bank")
-    paths = shards.find_shards(args.shards)
-    make_pipeline(bank, args.parser, args.device)   # if it cannot be made: one line, now
-    processes = min(args.processes or os.cpu_count(), len(paths))
-    with process_pool(processes, make_pipeline, bank, args.parser, args.device) as run:
-        return shards.annotate_shards(paths, run(annotate_shard, paths))
+def cache_tars(paths, concepts):
+    """Write the caches of all tars. Returns the sum of their numbers, see `Concepts.cache_tar`."""
+    total = Counter()
+    start = time.time()
+    with tqdm(total=len(paths), desc="concepts", unit=" tars", disable=None) as bar:
+        for numbers in concepts.in_processes(concepts.cache_tar, paths):
+            total.update(numbers)
+            speed = total["new"] / (time.time() - start)
+            bar.set_postfix_str(f"{speed:,.0f} captions/s", refresh=False)
+            bar.update()
+    if total["new"]:
+        print_speed(total["new"], time.time() - start)
+    print(f"{len(paths):,} tars; skipped samples: {bad_line([total[name] for name in BAD])}")
+    if not total["captions"]:
+        raise ValueError(f"no captions in {paths[0]} and the other tars; expected a .txt or .json "
+                         "beside every image")
+    return total
 
 
-def print_concepts(captions, annotated, counts, bank):
-    print(f"{captions:,} captions; {annotated / captions:.1%} have a concept, "
-          f"{counts.total() / captions:.2f} per caption; bank of {len(bank)}")
-    for concept, times in counts.most_common(20):
+def print_concepts(numbers, bank):
+    """numbers: see `in_numbers`."""
+    captions = numbers["captions"]
+    occurrences = Counter({id: numbers[id] for id in range(len(bank)) if numbers[id]})
+    print(f"{captions:,} captions; {numbers['with a concept'] / captions:.1%} have a concept, "
+          f"{occurrences.total() / captions:.2f} per caption; bank of {len(bank)}")
+    for concept, times in occurrences.most_common(20):
         print(f"{times:8,}  {bank.names[concept]}")
     print("class names of the benchmarks: all, in the bank, found at least once in these captions")
     for benchmark in BENCHMARK_NAMES:
         classes = read_classes(CLASSES / f"{benchmark}.txt")
         ids = [bank.find(name) for names in classes for name in names]
-        known = [id for id in ids if id >= 0]
-        print(f"{len(ids):8} {len(known):5} {len(set(known) & set(counts)):5}  {benchmark}")
+        known = {id for id in ids if id >= 0}
+        print(f"{len(ids):8} {sum(id >= 0 for id in ids):5} {len(known & set(occurrences)):5}  "
+              f"{benchmark}")
+
+
+def print_nouns(source, concepts):
+    """The concepts of all noun phrases, in the form of a bank."""
+    if concepts.parser == "match":
+        raise ValueError("--all-nouns: the built-in matcher looks for the names of a bank; name a "
+                         "spaCy pipeline with --parser")
+    if is_tars(source):
+        found_in = find_tars(source)
+    else:
+        found_in = pieces([caption for _, caption in read_captions(source)])
+    total = Counter()
+    with tqdm(total=len(found_in), desc="nouns", disable=None) as bar:
+        for found in concepts.in_processes(concepts.nouns, found_in):
+            total.update(found)
+            bar.update()
+    for name, _ in total.most_common():
+        if name and "," not in name:                # a comma would part it into synonyms
+            print(name)
 
 
 if __name__ == "__main__":

@@ -1,100 +1,166 @@
-"""Captioned images to train on: cropping, pairs, global batches.
+"""Captioned images to train on: pairs, crops, the batches of a run.
 
     image --crop--> pixels uint8 (B, 3, size, size)
     caption --concepts.py--> tokens (B, 77), concepts (B, M, 3)
 
-What training needs of a pair is the method's business (`Method.sample`); which pairs are in which
-batch is decided here, by the seed and the step alone.
+What training needs of a pair is the method's business (`Method.sample`). Which pairs are in which
+batch, and the random numbers of a pair, follow from the seed and the position in the run alone.
 """
-import math
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torchvision.transforms import v2
 
-from concepts import annotate, annotation_key, forget_words, load_annotations, load_parser
-from machinery.training.captions import Annotations, as_arrays, find_images, read_captions
-from machinery.images import IMAGE_SUFFIXES, load_image, read_segments
-from machinery.training.loading import BatchStream, loader_batch_size
-from machinery.contract import Pair
-from machinery.training.shards import BAD, Shards, find_shards, read_sidecar
+from machinery.images import IMAGE_SUFFIXES, load_image, read_segments, to_pixels
+from machinery.tokenizer import forget_words, tokenize
 from machinery.toy import toy_scene
+from machinery.training.captions import find_images, read_captions
+from machinery.training.loading import loader_batch_size
+from machinery.training.shards import (BAD, BadSample, bad_line, count_bad, find_tars, is_tars,
+                                       samples_of_tar)
+from machinery.training.workers import start_data_worker
 
 MAX_PIXELS = 2 ** 26                                # of a training image, decoded: 67 megapixels
+TOY_SCENES = 2000
 
 
 # --------------------------------------------------------------------------------------------------
-# Images
+# A pair
 
-def random_resized_crop(image, size, rng, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3),
-                        resample=Image.BICUBIC):
-    """Cut out a random part and resize it to size x size (docs/method.md, section 3).
+class Pair:
+    """One training pair, as a data worker hands it to `Method.sample`. Files are opened on demand.
 
-    scale: range of the part's share of the area. ratio: range of its width / height. Where ten
-    draws do not fit into the image, its largest central part within the ratios is taken.
+    image: path of its file, an open file, or its pixels (H, W, 3) uint8.
+    size: pixels a side that training wants.
+    caption: str.
+    concepts: (M, 3) int64, rows of (bank id, first token, end token); None if there are none.
+    bank: the `ConceptBank` of these ids, or None.
+    features: what `Method.features` made of the image, with --cache-features, else None.
+    find_partner: see `partner`; None = there is none.
+    In place of image or caption there may be a `BadSample`, which is raised when it is asked for.
     """
-    W, H = image.size
-    for _ in range(10):
-        area = W * H * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w = round(math.sqrt(area * aspect))
-        h = round(math.sqrt(area / aspect))
-        if w <= W and h <= H:
-            x = rng.integers(W - w + 1)
-            y = rng.integers(H - h + 1)
-            break
-    else:
-        w = min(W, round(H * ratio[1]))
-        h = min(H, round(W / ratio[0]))
-        x = (W - w) // 2
-        y = (H - h) // 2
-    return image.resize((size, size), resample, box=(x, y, x + w, y + h))
+
+    def __init__(self, image, size, caption="", concepts=None, bank=None, features=None,
+                 find_partner=None):
+        self._image = image
+        self._caption = caption
+        self.size = size
+        self.concepts = concepts
+        self.bank = bank
+        self.features = features
+        self.find_partner = find_partner
+
+    @property
+    def path(self):
+        """Of the image's file; None for one from memory or from a tar."""
+        return self._image if isinstance(self._image, Path) else None
+
+    @property
+    def caption(self):
+        return usable(self._caption)
+
+    def image(self):
+        """RGB PIL image; a large JPEG may come reduced, to no less than twice the size. Raises
+        ValueError or OSError, upon which another pair is taken."""
+        return open_image(usable(self._image), self.size)
+
+    def crop(self, rng, scale=(0.9, 1.0), flip=0.0, interpolation=v2.InterpolationMode.BICUBIC):
+        """A random part of the image, uint8 (3, size, size) (docs/method.md, section 3).
+
+        rng: decides whether it is mirrored; the part is drawn by torch's generator. scale: range of
+        its fraction of the area; width / height is 3/4 to 4/3. flip: probability.
+        """
+        cut = v2.RandomResizedCrop(self.size, scale, interpolation=interpolation)
+        image = cut(self.image())
+        return to_pixels(ImageOps.mirror(image) if rng.random() < flip else image)
+
+    def tokens(self):
+        """(77,) int64: the caption's byte pairs between start and end token, then zeros."""
+        return tokenize(self.caption)
+
+    def masks(self):
+        """(H, W) bool arrays of the whole image, from the JSON in SA-1B's format beside it."""
+        return read_segments(self.path.with_suffix(".json"))
+
+    def partner(self, rng):
+        """(another `Pair` with a concept in common, that concept's id); None if there is none, and
+        always in tars."""
+        return self.find_partner and self.find_partner(rng)
+
+
+def usable(value):
+    """The value; a `BadSample` in its place is raised."""
+    if isinstance(value, BadSample):
+        raise BadSample(*value.args)
+    return value
+
+
+def open_image(image, size):
+    """RGB PIL image of a path, an open file or pixels. Raises ValueError or OSError."""
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    return load_image(image, 2 * size, MAX_PIXELS)
+
+
+def draw_sample(sample, pair, seed):
+    """sample(pair, rng), with torch's generator and rng, NumPy's, seeded by a tuple of numbers. The
+    state of torch's is as before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        state, = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        torch.default_generator.manual_seed(int(state))
+        return sample(pair, np.random.default_rng(seed))
 
 
 # --------------------------------------------------------------------------------------------------
-# Pairs
+# Pairs from single images
 
 class CaptionedImages(Dataset):
     """Pairs of image and caption with the caption's concepts.
 
-    images: paths or arrays (H, W, 3), one per pair. captions: str, one per pair. annotations:
-    (offsets, rows) of `load_annotations`, None = no concepts. sample: function (pair, rng=...) ->
-    dict of tensors, `Method.sampler`. size: pixels of the crops. cache: FeatureCache or None.
+    images: paths or arrays (H, W, 3), one per pair.
+    captions: str, one per pair, or `BadSample` where the images have none.
+    sample: function (pair, rng) -> dict of tensors, of `Method.sample`.
+    size: pixels a side of the crops.
+    seed: of the run.
+    annotations, bank: `Annotations` of the captions with ids of this bank; None = no concepts.
+    `cache`, a `FeatureCache`, may be set later.
 
-    An item is asked for by (position in the run, number of the pair). The position seeds the crop,
-    so it depends neither on the number of processes nor on that of workers. An unreadable image is
-    replaced by the next pair.
+    An item is asked for by (position in the run, number of the pair). The position seeds its random
+    numbers, so they depend neither on the number of processes nor on that of workers. A pair that
+    cannot be used is replaced by the next one.
     """
+    positions = None                                # only readers of tars have some
 
-    def __init__(self, images, captions, annotations, sample, size, seed=0, cache=None):
+    def __init__(self, images, captions, sample, size, seed=0, annotations=None, bank=None):
         self.images = images
         self.captions = captions
-        self.annotations = Annotations(*annotations or as_arrays([[]] * len(images)))
         self.sample = sample
         self.size = size
         self.seed = seed
-        self.cache = cache
+        self.annotations = annotations
+        self.bank = bank
+        self.cache = None
 
     def __len__(self):
         return len(self.images)
 
     def open_image(self, i):
         """Image of pair i, a large JPEG reduced. Raises ValueError or OSError."""
-        image = self.images[i]
-        if isinstance(image, np.ndarray):
-            return Image.fromarray(image)
-        return load_image(image, 2 * self.size, MAX_PIXELS)
+        return open_image(self.images[i], self.size)
 
     def pair(self, i):
-        return Pair(image=lambda: self.open_image(i), caption=self.captions[i],
-                    concepts=self.annotations.of(i),
-                    masks=lambda: read_segments(Path(self.images[i]).with_suffix(".json")),
-                    partner=lambda rng: self.partner(i, rng),
-                    features=self.cache.read(i) if self.cache else None,
-                    path=None if isinstance(self.images[i], np.ndarray) else self.images[i])
+        concepts = None
+        find_partner = None
+        if self.annotations is not None:
+            concepts = self.annotations.of(i)
+            find_partner = partial(self.partner, i)
+        features = self.cache.read(i) if self.cache else None
+        return Pair(self.images[i], self.size, self.captions[i], concepts, self.bank, features,
+                    find_partner)
 
     def partner(self, i, rng):
         """(a pair that shares a concept with pair i, the concept's id), or None if i has none."""
@@ -103,15 +169,16 @@ class CaptionedImages(Dataset):
 
     def __getitem__(self, place):
         position, wanted = place
-        for bad in range(10):
-            i = (wanted + bad) % len(self)
-            rng = np.random.default_rng((self.seed, position))
+        bad = np.zeros(len(BAD), np.int64)
+        while bad.sum() < 10:
+            i = int(wanted + bad.sum()) % len(self)
             try:
-                sample = self.sample(self.pair(i), rng=rng)
-                return {**sample, "key": torch.tensor(i), "bad": bad}
+                item = draw_sample(self.sample, self.pair(i), (self.seed, position))
+                return {**item, "key": torch.tensor(i), "bad": torch.from_numpy(bad)}
             except (ValueError, OSError) as error:
-                failure = error
-        raise ValueError(f"ten unreadable images in a row, the last: {failure}")
+                bad += count_bad([error])
+                last = error
+        raise ValueError(f"ten pairs in a row cannot be used, the last is {self.name(i)}: {last}")
 
     def name(self, i):
         """Words for pair i, to find it again."""
@@ -119,106 +186,151 @@ class CaptionedImages(Dataset):
         return f"pair {i}" + ("" if isinstance(image, np.ndarray) else f", {image}")
 
 
-def collate(items):
-    """Items -> batch. Tensors of different first lengths are padded with -1, so concepts become
-    (B, M, 3). bad: unreadable images that were passed over."""
-    batch = {"bad": sum(item["bad"] for item in items)}
-    for name in items[0]:
-        if name != "bad":
-            values = [item[name] for item in items]
-            if len({value.shape for value in values}) == 1:
-                batch[name] = torch.stack(values)
-            else:
-                batch[name] = torch.nn.utils.rnn.pad_sequence(values, True, padding_value=-1)
-    return batch
+# --------------------------------------------------------------------------------------------------
+# Pairs from tars
 
+class CaptionedTars(IterableDataset):
+    """Endless stream of pairs from tars, each read from its first sample to its last.
 
-def load_pairs(source, bank, parser, size, sample, images=None, seed=0, toy_scenes=0,
-               needs_captions=True, needs_concepts=True):
-    """Training pairs by the name of their source.
+    Every epoch shuffles the tars anew. Epoch after epoch they are dealt out in turn to all readers,
+    the data workers of all processes: no tar is shared, and no reader waits for another.
 
-    source: "toy", a captions file, tars (a folder, or a name with ranges), or a folder of images if
-    no captions are needed. images: folder of a captions file's images; by default COCO's place for
-    a COCO file (annotations/captions_X.json -> X/), else the file's own folder. toy_scenes: how
-    many scenes are drawn. sample, size: see `CaptionedImages`. Pairs whose image is missing are
-    left out and counted; more than 1 % is an error. Raises FileNotFoundError or ValueError.
+    paths: of `find_tars`.
+    sample, size, seed: see `CaptionedImages`.
+    concepts: `Concepts`; None = pairs need none.
     """
-    path = Path(source)
-    if source == "toy":
-        scenes = [toy_scene(np.random.default_rng((seed, 0, i))) for i in range(toy_scenes)]
-        captions = [caption for _, _, caption in scenes]
-        annotations = load_annotations(None, captions, bank, parser) if needs_concepts else None
-        return CaptionedImages([image for image, _, _ in scenes], captions, annotations, sample,
-                               size, seed)
-    if path.suffix == ".tar" or path.is_dir() and (needs_captions or any(path.glob("*.tar"))):
-        return open_shards(source, bank, parser, size, sample, seed, needs_captions,
-                           needs_concepts)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise FileNotFoundError(f"no images in {path}; expected {', '.join(IMAGE_SUFFIXES)}")
-        return CaptionedImages(files, [""] * len(files), None, sample, size, seed)
 
-    pairs = read_captions(path)
-    there = find_images(path, pairs, images)
+    def __init__(self, paths, sample, size, seed=0, concepts=None):
+        self.paths = paths
+        self.sample = sample
+        self.size = size
+        self.seed = seed
+        self.concepts = concepts
+        self.deal()
+
+    def deal(self, rank=0, world=1, workers=0, positions=None):
+        """Say which tars this process reads.
+
+        rank, world: this process among all.
+        workers: data workers of each process, at most; 0 = the process itself reads.
+        positions: (world, readers) int64, where the readers of an interrupted run stood in the
+            sequence of all epochs' tars. The tars in work begin again. With another number of
+            processes or workers all go on from the least, so that none is left out.
+        `self.positions`, (readers,) int64, are then those to begin with. Raises ValueError for
+        fewer tars than processes.
+        """
+        if len(self.paths) < world:
+            raise ValueError(f"{len(self.paths)} tars for {world} processes; each process reads "
+                             f"tars of its own: expected at least {world}, or fewer processes")
+        readers = min(max(1, workers), len(self.paths) // world)
+        every = torch.arange(world * readers).view(world, readers)
+        if positions is not None:
+            same = positions.shape == every.shape
+            every = positions if same else every + positions.min()
+        self.step = world * readers
+        self.positions = every[rank].clone()
+
+    def __iter__(self):
+        """Items, with key (3,): epoch, number of the tar, number in it; and position (2,): this
+        reader, and where the tar in work is in the sequence."""
+        worker = get_worker_info()
+        reader = worker.id if worker else 0
+        position = int(self.positions[reader])
+        bad = np.zeros(len(BAD), np.int64)          # since the last good pair
+        fruitless = 0                               # tars and samples since then
+        while True:
+            epoch, place = divmod(position, len(self.paths))
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.paths))
+            tar = int(order[place])
+            for number, pair in enumerate(self.read(self.paths[tar])):
+                key = (epoch, tar, number)
+                try:
+                    item = draw_sample(self.sample, pair, (self.seed, *key))
+                except (ValueError, OSError) as error:
+                    bad += count_bad([error])
+                    fruitless += 1
+                    continue
+                yield {**item, "key": torch.tensor(key), "bad": torch.from_numpy(bad),
+                       "position": torch.tensor([reader, position])}
+                bad = np.zeros(len(BAD), np.int64)
+                fruitless = 0
+            fruitless += 1                          # a tar may be empty; a thousand are not
+            if fruitless > 1000:
+                raise ValueError(f"no usable pair for long, now in {self.paths[tar]}; left out "
+                                 f"since the last one: {bad_line(bad)}")
+            position += self.step
+            forget_words()
+
+    def read(self, path):
+        """The pairs of a tar, also those that cannot be used."""
+        found = self.concepts and self.concepts.of_tar(path)
+        for number, (caption, image) in enumerate(samples_of_tar(path)):
+            concepts = None
+            if found:
+                concepts = found[0].of(number)
+            elif self.concepts and isinstance(caption, str):
+                try:
+                    concepts = self.concepts.of_caption(caption)
+                except BadSample as error:
+                    caption = error
+            yield Pair(image, self.size, caption, concepts, self.concepts and self.concepts.bank)
+
+    def name(self, key):
+        """Where the sample of a key (3,) comes from, for messages."""
+        return f"{self.paths[key[1]]}, sample {int(key[2])}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Pairs by the name of their source
+
+def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=None):
+    """`CaptionedImages` or `CaptionedTars`.
+
+    source: "toy"; a captions file; tars: a folder, or a name with ranges; or a folder of images.
+    concepts: `concepts.Concepts`; None for a method that needs none.
+    sample, size, seed: see `CaptionedImages`. Images without captions will do for a method that
+        asks a pair for none.
+    images: folder of a captions file's images; by default COCO's place for a COCO file
+        (annotations/captions_X.json -> X/), else the file's own folder. Missing ones are left out
+        and counted; more than 1 % is an error.
+    toy_scenes: how many are drawn; None = TOY_SCENES.
+    Raises FileNotFoundError or ValueError.
+    """
     annotations = None
-    if needs_concepts:
-        offsets, rows = load_annotations(path, [caption for _, caption in pairs], bank, parser)
+    bank = concepts and concepts.bank
+    if source == "toy":
+        scenes = [toy_scene(np.random.default_rng((seed, 0, i))) for i in range(toy_scenes or TOY_SCENES)]
+        files = [image for image, _, _ in scenes]
+        captions = [caption for _, _, caption in scenes]
+        annotations = concepts and concepts.of_captions(captions)
+    elif is_tars(source):
+        paths = find_tars(source)
+        if concepts:
+            concepts.check_tars(paths, source)
+        return CaptionedTars(paths, sample, size, seed, concepts)
+    elif Path(source).is_dir():
+        files = images_in(Path(source))
+        if concepts:
+            raise ValueError(f"{source} is a folder of images, which have no captions; expected a "
+                             "captions file or tars")
+        captions = [BadSample("no caption")] * len(files)
+    else:
+        pairs = read_captions(source)
+        there = find_images(Path(source), pairs, images)
         kept = np.array([there[name] is not None for name, _ in pairs])
-        rows = rows[np.repeat(kept, np.diff(offsets))]
-        offsets = np.concatenate([[0], np.cumsum(np.diff(offsets)[kept])])
-        annotations = (offsets, rows)
-    pairs = [(there[name], caption) for name, caption in pairs if there[name] is not None]
-    return CaptionedImages([file for file, _ in pairs], [caption for _, caption in pairs],
-                           annotations, sample, size, seed)
+        if concepts:
+            annotations = concepts.of_file(source, [caption for _, caption in pairs]).only(kept)
+        files = [there[name] for name, _ in pairs if there[name]]
+        captions = [caption for name, caption in pairs if there[name]]
+    return CaptionedImages(files, captions, sample, size, seed, annotations, bank)
 
 
-def open_shards(source, bank, parser, size, sample, seed=0, needs_captions=True,
-                needs_concepts=True):
-    """`Shards` of tars. Concepts come from the files that `concepts.py --shards` writes; with the
-    parser "match", where there is no such file, from the caption itself.
-
-    Raises FileNotFoundError; ValueError for concepts of another bank or parser.
-    """
-    paths = find_shards(source)
-    open_image = partial(load_image, least=2 * size, most_pixels=MAX_PIXELS)
-    if not needs_concepts:
-        return Shards(paths, sample, collate, open_image, needs_captions, seed=seed)
-    if bank.open:
-        raise ValueError("--bank none grows with the captions that are read, and tars are read "
-                         "while training; name a file of concepts with --bank")
-    annotator = annotation_key(None, bank, load_parser(parser, bank))
-    command = (f'run: python concepts.py --shards "{source}" --parser {parser} (and --bank, if '
-               "training has one)")
-    try:
-        without = [path for path in paths if read_sidecar(path, annotator, len(bank)) is None]
-    except ValueError as error:
-        raise ValueError(f"{error}; {command}") from None
-    if without and parser != "match":
-        raise FileNotFoundError(f"{len(without):,} of the {len(paths):,} shards have no concepts "
-                                f"yet, the first is {without[0]}; {command}, or train with "
-                                "--parser match")
-    return Shards(paths, sample, collate, open_image, needs_captions,
-                  partial(read_concepts, annotator=annotator, bank_size=len(bank)),
-                  partial(match_concepts, bank=bank) if parser == "match" else None,
-                  forget_words, seed)
-
-
-def read_concepts(path, annotator, bank_size):
-    """(offsets, rows) beside a tar; None where its concepts file is lost or broken."""
-    found = read_sidecar(path, annotator, bank_size)
-    return found and found[:2]
-
-
-@lru_cache(maxsize=1)
-def matcher(bank):
-    return load_parser("match", bank)
-
-
-def match_concepts(caption, bank):
-    """Rows of a caption by the built-in matcher."""
-    with matcher(bank).memory_zone():               # forgets the words afterwards
-        return next(annotate([caption], bank, matcher(bank)))
+def images_in(folder):
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"no tars and no images in {folder}; expected *.tar, or "
+                                f"{', '.join(IMAGE_SUFFIXES)}")
+    return files
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,24 +340,28 @@ class GlobalBatches(Sampler):
     """The run's batches, of which each process takes its own slice: the same pairs whatever the
     number of processes.
 
-    A pass (epoch) is the data in a new random order, of which the first pass_pairs are taken.
+    A pass (epoch) is the data in a new random order, of which the first epoch_pairs are taken.
     Passes follow one another without a gap: a batch may hold the end of one and the start of the
     next.
 
-    Yields lists of (position in the run, number of the pair), from step `start` on. The process's
-    slice of a step comes in lists of loader_batch pairs (None: in one). only: use so many pairs of
-    the data, drawn by the seed; with a larger number these stay, and others are added.
+    length: pairs of the data.
+    settings: of the run: batch, epoch_pairs, seed, and pairs: so many of the data are used, drawn
+        by the seed; with a larger number these stay, and others are added.
+    steps: range of the steps to come.
+    rank, world: this process among all.
+    loader_batch: pairs that are loaded at a time, a divisor of the local batch; None: all.
+    Yields lists of (position in the run, number of the pair).
     """
 
-    def __init__(self, length, batch, steps, pass_pairs, rank=0, world=1, seed=0, start=0,
-                 loader_batch=None, only=None):
-        self.data = np.sort(np.random.default_rng(seed).permutation(length)[:only])
-        self.batch = batch
-        self.pass_pairs = min(pass_pairs, len(self.data))
+    def __init__(self, length, settings, steps, rank=0, world=1, loader_batch=None):
+        chosen = np.random.default_rng(settings.seed).permutation(length)[:settings.pairs]
+        self.data = np.sort(chosen)
+        self.batch = settings.batch
+        self.pass_pairs = min(settings.epoch_pairs or len(self.data), len(self.data))
+        self.seed = settings.seed
+        self.steps = steps
         self.rank = rank
-        self.local_batch = batch // world
-        self.seed = seed
-        self.steps = range(start, steps)
+        self.local_batch = settings.batch // world
         self.loader_batch = loader_batch or self.local_batch
 
     def __len__(self):
@@ -267,21 +383,41 @@ class GlobalBatches(Sampler):
                 yield keys[i:i + self.loader_batch]
 
 
-def open_stream(pairs, args, processes, steps, start=0, counts=None, states=None):
-    """`BatchStream` of this process from step `start` on: parts of its share of each batch.
+def collate(items):
+    """Items -> batch. Tensors of different first lengths are padded with -1, so concepts become
+    (B, M, 3). bad (len(BAD),): how many pairs were passed over, by reason."""
+    batch = {}
+    for name in items[0]:
+        values = [item[name] for item in items]
+        if name == "bad":
+            batch[name] = torch.stack(values).sum(dim=0)
+        elif name == "position":                    # of a reader of tars
+            batch[name] = values[-1]
+        elif len({value.shape for value in values}) == 1:
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = torch.nn.utils.rnn.pad_sequence(values, True, padding_value=-1)
+    return batch
 
-    args: batch, micro_batch, epoch_pairs, pairs, workers, seed. counts: pairs left out before
-    `start`, by reason. states: of shards, see `Shards.begin`.
+
+def open_loader(pairs, settings, processes, steps, positions=None):
+    """DataLoader of this process's batches, `loader_batch_size` pairs at a time.
+
+    pairs: of `load_pairs`.
+    settings: of the run: batch, micro_batch, epoch_pairs, pairs, workers, seed.
+    processes: of this run.
+    steps: range of the steps to come.
+    positions: of tars, see `CaptionedTars.deal`.
     """
-    local_batch = args.batch // processes.world
-    loader_batch = loader_batch_size(local_batch, args.micro_batch)
-    common = (pairs, processes, local_batch, loader_batch, args.workers)
-    if isinstance(pairs, Shards):
-        states = pairs.begin(loader_batch, processes.rank, processes.world, args.workers, states)
-        return BatchStream(*common, states=states, batch_size=None)
-    sampler = GlobalBatches(len(pairs), args.batch, steps, args.epoch_pairs, processes.rank,
-                            processes.world, args.seed, start, loader_batch, args.pairs)
-    bad_images = 0
-    if counts and processes.rank == 0:              # those so far are counted once
-        bad_images = counts[BAD.index("bad image")]
-    return BatchStream(*common, bad_images=bad_images, batch_sampler=sampler, collate_fn=collate)
+    rows = loader_batch_size(settings.batch // processes.world, settings.micro_batch)
+    options = {"num_workers": settings.workers, "collate_fn": collate,
+               "worker_init_fn": start_data_worker,
+               "pin_memory": processes.device_type == "cuda"}
+    if isinstance(pairs, CaptionedTars):
+        pairs.deal(processes.rank, processes.world, settings.workers, positions)
+        options["batch_size"] = rows
+        options["num_workers"] = min(settings.workers, len(pairs.positions))
+    else:
+        options["batch_sampler"] = GlobalBatches(len(pairs), settings, steps, processes.rank,
+                                                 processes.world, rows)
+    return DataLoader(pairs, **options)

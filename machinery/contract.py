@@ -1,29 +1,31 @@
 """The contract of a method: all that train.py, segment.py and eval.py ask of it.
 
-A new method is one file with a subclass of `Method`, and one line in METHODS. Read `SimZSS` in
-model.py as the example.
+A new method is one file with a subclass of `Method`, one line in METHODS and a recipe.
+methods/simzss_prompts.py is the smallest example, tests/linear_method.py one that inherits nothing,
+`SimZSS` in model.py the whole one. A method has to have `name`, `Settings`, `sample`, `encode`,
+`losses`, `embed_classes` and `patch_scores`; all else has a default.
 """
 import importlib
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-# --method -> its class, imported on demand. The one place where machinery knows files above it, by
-# their names only.
+from machinery.settings import setting
+
+# method = "NAME" in a recipe -> its class, imported on demand. The one place where machinery knows
+# files above it, by their names only.
 METHODS = {
     "simzss": "model.SimZSS",
+    "simzss-prompts": "methods.simzss_prompts.SimZSSPrompts",
     "sseg": "methods.sseg.SSeg",
     "sseg-plus": "methods.sseg_plus.SSegPlus",
     "ovsegmentor": "methods.ovsegmentor.OVSegmentor",
     "pixelclip": "methods.pixelclip.PixelCLIP",
 }
-PRETRAINED = {"clip": "pixelclip"}                  # --checkpoint NAME[:which] -> its method
+# --checkpoint NAME, or NAME:which, needs no training: the method, and the setting that `which` is
+PRETRAINED = {"clip": ("pixelclip", "clip_model")}
 
 
 def find_method(name):
@@ -35,121 +37,93 @@ def find_method(name):
 
 
 @dataclass
-class Pair:
-    """One training pair, as a data worker hands it to `Method.sample`. Files are opened on demand.
+class Protocol:
+    """How a model is used at test time. A method adds fields of its own in a subclass."""
+    templates: str = setting(
+        "imagenet80", "prompt templates: imagenet80, simple7, photo, plain, or a file with one per "
+        "line")
+    short_side: int = setting(448, "pixels of the resized photo's short side", least=1)
+    window: int = setting(448, "pixels of the sliding window", least=1)
+    stride: int = setting(224, "pixels from one window to the next", least=1)
+    scales: tuple[float, ...] = setting(
+        (1.0,), "sizes of the photo, such as 1 1.5 times the short side, over which scores are "
+        "averaged", above=0, most=16)
+    refine_steps: int = setting(
+        0, "steps of pixel-adaptive refinement, which moves borders to those of the photo's "
+        "colours; 10 is usual", least=0, most=1000)
+    background: str | None = setting(
+        None, "what is none of the classes: threshold:T = pixels whose best score is at most T; "
+        'prompt:"word, word" = what these words win; or none')
 
-    image: () -> RGB PIL image; a large JPEG may come reduced, to no less than twice the training
-    size; raises ValueError or OSError, upon which the next pair is taken instead. caption: str.
-    concepts: (M, 3) int64, rows of (bank id, first token, end token). masks: () -> list of (H, W)
-    bool arrays of the whole image, from the JSON in SA-1B's format beside it. partner: (rng) ->
-    another Pair with a concept in common, and the id of that concept; None where there is none.
-    features: what `Method.features` made of the image, if --cache-features is on, else None. path:
-    of the image file; None for one from memory or from a tar.
-    """
-    image: Callable
-    caption: str = ""
-    concepts: torch.Tensor | None = None
-    masks: Callable | None = None
-    partner: Callable = lambda rng: None
-    features: dict | None = None
-    path: Path | None = None
+    def check(self):
+        if self.stride > self.window:
+            raise ValueError(f"stride {self.stride} is more than the window of {self.window}; "
+                             "pixels would be left out")
+        if not self.scales:
+            raise ValueError("scales is empty; expected at least one")
 
 
 class Method(nn.Module):
-    """A model with its losses, its data and its way to segment."""
+    """A model with its losses, its data and its way to segment.
 
-    name = ""                   # its key in METHODS
-    RECIPE = {}                 # train.py's flags: what differs from the defaults there
-    TOY = {}                    # the same, with --train-data toy
-    PROTOCOL = {}               # machinery/scoring/protocol.py: what differs from, or adds to, PROTOCOL
-    NEEDS_CAPTIONS = True       # False: a folder of images is training data
-    NEEDS_CONCEPTS = True       # False: captions are not parsed
-    HAS_CHUNKS = False          # True: `backward` computes --micro-batch pairs at a time, exactly
-    CONFIG = ()                 # names that `config` has at least; a file without them is broken
-    FROZEN = ()                 # name prefixes of parts that never change and are built anew
-    TRAINING_ONLY = ()          # name prefixes of parts that only training needs (a teacher, say)
-    HAS_BACKGROUND_RULE = False # True: `patch_scores` knows --background own:T, see `prepare`
-    learning_rate = None        # a schedule of its own, like train.learning_rate; None = that one
-    autocast = nullcontext      # precision of the networks' arithmetic; train.py sets it
+    settings: of the class's `Settings`, a dataclass of machinery/settings.py.
+    bank: the name of each concept that training knows, texts.
+    training: whether what only training needs is built, too.
+    The same constructor makes the method to train and the one of a checkpoint, whose tensors are
+    then filled in.
+    """
 
-    # Building
+    name = ""                       # its key in METHODS
+    Settings = None                 # dataclass of its settings, "model" in a recipe
+    Protocol = Protocol             # dataclass of its settings at test time, "protocol" in a recipe
+    NEEDS = ("captions", "concepts")    # of its training data, beside images
+    ROWS_INDEPENDENT = False              # `encode` treats each row by itself, so --micro-batch is exact
+    FROZEN = ()                     # name prefixes of tensors that never change; they are not saved,
+                                    # because the constructor makes the same ones again
+    TRAINING_ONLY = ()              # name prefixes of parts that only training needs (a teacher)
+    WEIGHTS = "backbone.weights"    # the setting that --backbone-weights of segment.py replaces
+    autocast = nullcontext          # precision of the networks' arithmetic; train.py sets it
 
-    @staticmethod
-    def add_flags(parser):
-        """Add the method's own switches, its PROTOCOL's own entries among them, to train.py's
-        argument parser."""
-
-    @staticmethod
-    def further_defaults(args):
-        """Defaults of train.py's flags that depend on other flags: a dict, on top of RECIPE and
-        TOY. args: the flags with the defaults so far."""
-        return {}
-
-    @staticmethod
-    def check_flags(args):
-        """Raise ValueError for flags that do not go together, or change one with a line of
-        notice."""
-
-    @classmethod
-    def build(cls, args, bank):
-        """The method to train. args: train.py's flags. bank: ConceptBank."""
-        raise NotImplementedError
-
-    @classmethod
-    def rebuild(cls, config):
-        """The method of a checkpoint, still without its tensors. config: what `config` gave."""
-        raise NotImplementedError
-
-    def config(self):
-        """All that `rebuild` needs, as plain JSON values."""
-        raise NotImplementedError
-
-    @classmethod
-    def pretrained(cls, which):
-        """A model that needs no training here, for --checkpoint NAME:which; see PRETRAINED."""
-        raise NotImplementedError
-
-    # Data, in the workers that load it
-
-    @staticmethod
-    def sample(pair, size, rng):
-        """What training needs of a `Pair`: dict of tensors. size: pixels. rng: NumPy generator,
-        seeded by the position in the run. Tensors of one name may differ in their first length;
-        `data.collate` pads them with -1."""
-        raise NotImplementedError
-
-    @classmethod
-    def sampler(cls, args):
-        """`sample` with what it needs of train.py's flags: a function (pair, rng=...) -> dict.
-        It is sent to other processes, so it must not hold the model."""
-        return partial(cls.sample, size=args.image_size)
-
-    # Training
+    def __init__(self, settings, bank=(), training=False):
+        super().__init__()
+        self.settings = settings
+        self.bank = list(bank)
+        self.protocol = self.Protocol()     # the one in use; a script replaces it
+        self.trained_with = {}              # how a checkpoint was trained, see `load_model`
+        self.checkpoint_file = {}           # its path and hash, see scoring/protocol.py
 
     @property
     def device(self):
         return next(self.parameters()).device
 
+    # Training data
+
+    @staticmethod
+    def sample(pair, rng, settings):
+        """What training needs of a `data.Pair`: dict of tensors. Runs in data workers.
+
+        rng: NumPy generator, seeded by the position in the run; torch's global generator is seeded
+        by it, too. Tensors of one name may differ in their first length; they are padded with -1.
+        """
+        raise NotImplementedError
+
+    # A training step, in this order. Several processes: each has its own rows of the global batch.
+
     def features(self, batch):
-        """The batch with what frozen networks make of it in place of what only they need."""
+        """Replace the inputs of the frozen networks, such as pixels, by their outputs; other
+        entries stay. Row by row and without gradient; what --cache-features stores."""
         return batch
 
     def feature_key(self):
         """What `features` depends on, as JSON values; None: --cache-features is not offered."""
         return None
 
-    def trained(self):
-        """Parameters that are trained, by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+    def encode(self, batch):
+        """What the trained networks make of the batch, a row for each of its rows: dict of
+        tensors."""
+        raise NotImplementedError
 
-    def groups(self):
-        """Parameter groups for AdamW: dicts of params, decay (times --weight-decay), rate (times
-        the learning rate). Default: weight decay on matrices, none on vectors and scalars."""
-        parameters = list(self.trained().values())
-        return [{"params": [p for p in parameters if p.ndim >= 2], "decay": 1.0, "rate": 1.0},
-                {"params": [p for p in parameters if p.ndim < 2], "decay": 0.0, "rate": 1.0}]
-
-    def losses(self, batch):
+    def losses(self, encoded, batch):
         """Scalars by name: "loss", the global batch's, and its parts, which are logged.
 
         Every process returns the same values. torch's generator is seeded by (seed, step), alike in
@@ -157,22 +131,19 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    def backward(self, batch, scale, chunk=None):
-        """Compute `losses` and leave scale(loss)'s gradients in the parameters.
-
-        chunk: pairs to compute at a time, if HAS_CHUNKS. Returns the losses.
-        """
-        losses = self.losses(batch)
-        scale(losses["loss"]).backward()
-        return losses
-
-    def depends_on_processes(self):
-        """Whether results depend on the number of processes; then a run cannot be resumed with
-        another one."""
-        return False
-
     def after_step(self, step, steps):
-        """Called after every step of the optimizer: bounds, moving averages."""
+        """Called after every training step, also one that was skipped: bounds, moving averages."""
+
+    def trained(self):
+        """Parameters that are trained, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def parameter_groups(self):
+        """Parameter groups for AdamW: dicts of params, decay (times weight_decay), rate (times
+        the learning rate). Default: weight decay on matrices, none on vectors and scalars."""
+        parameters = list(self.trained().values())
+        return [{"params": [p for p in parameters if p.ndim >= 2], "decay": 1.0, "rate": 1.0},
+                {"params": [p for p in parameters if p.ndim < 2], "decay": 0.0, "rate": 1.0}]
 
     # What is kept
 
@@ -186,23 +157,13 @@ class Method(nn.Module):
         return {name: value for name, value in self.state().items()
                 if not name.startswith(self.TRAINING_ONLY)}
 
-    def check_frozen(self, config, path):
-        """Raise ValueError if a frozen part that was built anew is not the one of the checkpoint
-        at path. config: the checkpoint's."""
-
     # Inference
 
-    def prepare(self, protocol):
-        """Called before classes are embedded and photos segmented. protocol: dict of the method's
-        PROTOCOL entries and the common ones, and "background". Where that is "own:T", an all-zero
-        row of the class embeddings stands for the background, and `patch_scores` gives it the
-        method's own score, with the threshold T."""
-
-    def embed_classes(self, classes, templates=("{}",), **options):
+    def embed_classes(self, classes, templates=("{}",)):
         """Class names -> embeddings (C, S, D).
 
         classes: C names or lists of synonyms; S is the most synonyms of any class. templates:
-        prompts with one {} each. options: the protocol's entries that only this method has.
+        prompts with one {} each. The method's own settings are those of `self.protocol`.
         """
         raise NotImplementedError
 
@@ -216,46 +177,8 @@ class Method(nn.Module):
         raise ValueError(f"{self.name} scores no whole images")
 
 
-# --------------------------------------------------------------------------------------------------
-# What methods share
-
 @torch.no_grad()
 def moving_average(teacher, student, share):
     """Move the teacher's parameters by a share of the way to the student's."""
     for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
         slow.lerp_(fast, share)
-
-
-@torch.no_grad()
-def prompt_ensemble(classes, templates, embed, batch=256, normalise_each=True):
-    """Class names -> embeddings (C, S, D): the mean over all prompts of a name, unit-norm.
-
-    classes: C names, or C lists of names (synonyms). templates: prompts with one {} each. embed:
-    function from a list of (text before, name, text after) to (P, D). normalise_each: whether
-    prompts are normalised before the mean. A class with fewer than S names repeats its first, which
-    changes no maximum.
-    """
-    classes = [[names] if isinstance(names, str) else list(names) for names in classes]
-    names = [name for synonyms in classes for name in synonyms]
-    prompts = []
-    for name in names:
-        for template in templates:
-            before, _, after = template.partition("{}")
-            prompts.append((before, name, after))
-    embedded = torch.cat([embed(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
-    if normalise_each:
-        embedded = F.normalize(embedded, dim=-1)
-    mean = embedded.view(len(names), len(templates), -1).mean(dim=1)                # (names, D)
-    by_class = F.normalize(mean, dim=-1).split([len(synonyms) for synonyms in classes])
-    S = max(map(len, by_class))
-    return torch.stack([torch.cat([own, own[:1].expand(S - len(own), -1)]) for own in by_class])
-
-
-def best_synonym(features, class_embeddings):
-    """Similarity of features (B, N, D) to the best name of each class: (B, C, N).
-
-    class_embeddings: (C, D) or (C, S, D).
-    """
-    if class_embeddings.ndim == 2:
-        class_embeddings = class_embeddings[:, None]                                # (C, 1, D)
-    return torch.einsum("bnd,csd->bcsn", features, class_embeddings).amax(dim=2)

@@ -1,7 +1,6 @@
 """How a script ends when something is wrong: one line, and a status that is not zero."""
 import contextlib
 import logging
-import math
 import sys
 
 
@@ -29,25 +28,6 @@ def quiet_hub():
         yield
     finally:
         log.setLevel(level)
-
-
-def check_positive(args, *names, or_zero=False):
-    """Raise ValueError for the first of these flags that is no positive number; None passes."""
-    for name in names:
-        value = getattr(args, name, None)           # not every method has all flags
-        is_good = value is None or (value >= 0 if or_zero else value > 0)      # nan is not
-        if not is_good:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected "
-                             f"{'0 or ' if or_zero else ''}a positive number")
-
-
-def check_bounds(args, bounds):
-    """Raise ValueError for the first flag out of its bounds. bounds: {name: (least, most)}."""
-    for name, (least, most) in bounds.items():
-        value = getattr(args, name)
-        if not least <= value <= most:              # nan is out of all bounds
-            expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {expected}")
 
 
 def one_line(error):

@@ -7,6 +7,19 @@ import torch
 from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IGNORE = -1                                         # value of a mask where nothing is scored
+
+
+class ScoredImages:
+    """Images with known masks, to score on. Items: (name, RGB image, mask (H, W) int of classes or
+    IGNORE). A dataset says what of this is different:"""
+    name = ""
+    classes = ()                # C lists of names
+    background_class = None     # which of the classes is "background"; None = there is none
+    background = "none"         # how it is predicted by default, see `segment.parse_background`
+    count = None                # how many images there should be; None = any number
+    files = ()                  # (name, image path, mask) of each; empty = they are drawn, not read
+    choices = {}                # what the user chose about the data, for the result
 
 
 def load_image(path, least=None, most_pixels=None):
@@ -65,9 +78,12 @@ def read_mask(mask):
         raise FileNotFoundError(f"no mask {mask}")
     try:
         with Image.open(mask) as file:
+            form = file.format
             pixels = np.array(file).astype(np.int32)        # not converted, so that indices stay
     except Exception as error:                      # Pillow raises almost anything on a broken file
         raise ValueError(f"{mask} is no readable mask ({error})") from None
+    if form == "JPEG":
+        raise ValueError(f"{mask} is a JPEG, which changes values; expected a PNG")
     if pixels.ndim != 2:
         raise ValueError(f"{mask} has {pixels.shape[-1]} channels, expected one value per pixel; "
                          "it holds the colours of a palette in place of class values")

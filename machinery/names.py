@@ -121,15 +121,24 @@ def read_templates(name):
 
     Raises FileNotFoundError or ValueError.
     """
-    path = CLASSES / "templates" / f"{name}.txt"
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        known = sorted(p.stem for p in (CLASSES / "templates").glob("*.txt"))
-        raise FileNotFoundError(f"no templates {name!r}; expected {', '.join(known)}, or a file "
-                                "with one per line")
+    path = named_file(name, CLASSES / "templates", "templates")
     templates = read_lines(path)
     if not templates or any(template.count("{}") != 1 for template in templates):
         raise ValueError(f"{path}: expected one template per line, each with one {{}} for the "
                          "class name")
     return templates
+
+
+def named_file(name, folder, what):
+    """Path of a text file in a folder by its name without .txt, or of any file.
+
+    what: is in the file, for the error. Raises FileNotFoundError.
+    """
+    path = folder / f"{name}.txt"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.txt")))
+        raise FileNotFoundError(f"no {what} {name!r}; expected {known}, or a file with one per "
+                                "line")
+    return path

@@ -11,7 +11,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from machinery.training.workers import end_with_torchrun
 
@@ -81,35 +80,6 @@ def global_rows(draw, rows):
     return drawn[rank() * rows:(rank() + 1) * rows].clone()     # a view would keep all rows alive
 
 
-class GlobalDropout(nn.Module):
-    """Dropout, drawn for the global batch; see `global_rows`. rate: share of values set to 0."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
-    def drawn(self, x):
-        """Shape of what is drawn for a row of x."""
-        return x.shape[1:]
-
-    def forward(self, x):
-        """x: (B, ...), this process's rows of the global batch."""
-        if not self.training or self.rate == 0:
-            return x
-
-        def draw(rows):
-            kept = torch.empty(rows, *self.drawn(x), dtype=torch.bool, device=x.device)
-            return kept.bernoulli_(1 - self.rate)
-        return x * global_rows(draw, len(x)) / (1 - self.rate)
-
-
-class GlobalDropPath(GlobalDropout):
-    """Stochastic depth: whole rows are set to 0. To be put in place of timm's DropPath."""
-
-    def drawn(self, x):
-        return [1] * (x.ndim - 1)
-
-
 def average_gradients(parameters):
     """Mean of the gradients over processes, in one message; see `_SumOverProcesses`.
 
@@ -128,9 +98,11 @@ def average_gradients(parameters):
 
 
 def sum_counts(counts):
-    """An integer tensor, summed over processes in place."""
+    """An integer CPU tensor, summed over processes in place."""
     if world_size() > 1:
-        dist.all_reduce(counts)
+        there = counts.cuda() if dist.get_backend() == "nccl" else counts   # NCCL knows GPUs only
+        dist.all_reduce(there)
+        counts.copy_(there)
     return counts
 
 
@@ -165,9 +137,9 @@ class Processes:
         if self.rank == 0:
             self.wait()
 
-    def leave(self):
-        """Leave together: nobody ends while another still works. Not after an error, when the
-        others may never come."""
+    def end_together(self):
+        """Nobody ends while another still works. Not after an error, when the others may never
+        come."""
         if self.waiting_group:
             self.wait()
             dist.destroy_process_group()
@@ -209,7 +181,7 @@ def pick_device(name):
 
 def peak_memory(device_type):
     """The most memory that this process has held so far, in GiB: of the GPU if it has one, else
-    main memory; nan where the system does not tell."""
+    main memory; nan on Windows."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
     try:

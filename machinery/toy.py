@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from torch import nn
 
 from machinery.errors import one_line_errors
+from machinery.images import ScoredImages
 
 TOY_SIZE = 128                                      # pixels a side
 STUFF = {"sky": ((150, 200, 250), "plain"), "sea": ((30, 90, 190), "waves"),
@@ -144,8 +145,8 @@ def toy_caption(things, ground, rng):
     return caption
 
 
-class ToyScenes:
-    """Toy scenes to score on, in the form of a benchmark's dataset; never those of training."""
+class ToyScenes(ScoredImages):
+    """Toy scenes to score on; never those of training."""
     name = "toy"
     classes = TOY_CLASSES
 

@@ -4,7 +4,7 @@ Paper: "Towards Open-Vocabulary Semantic Segmentation Without Semantic Labels", 
 arXiv 2409.19846. "section n" below is a section of docs/pixelclip.md.
 
     python segment.py photo.jpg --classes "cat, sofa" --checkpoint clip     # before any training
-    python train.py --method pixelclip --train-data FOLDER                  # of photos, no captions
+    python train.py --recipe pixelclip --train-data FOLDER                  # of photos, no captions
 
 The letters are those of model.py, C being pseudo-classes in training, M masks of an image; and
 
@@ -12,8 +12,9 @@ The letters are those of model.py, C being pseudo-classes in training, M masks o
     J   free tokens of a prompt                         G   side of the grid of masks
 """
 import copy
-import math
-from functools import partial
+import dataclasses
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +22,104 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Mask
 
-from concepts import tokenize
-from machinery.networks import backbones
-from machinery.networks.checkpoint import load_model, model_file, read_checkpoint
-from methods.parts.dense_clip import DenseToy, create_clip
-from methods.parts.clustering import kmeans
-from machinery.errors import check_bounds, check_positive
+from machinery.contract import Method, Protocol, moving_average
 from machinery.images import to_pixels
+from machinery.networks import backbones
+from machinery.networks.checkpoint import load_model, model_file
 from machinery.networks.layers import Normalise
-from machinery.contract import Method, best_synonym, moving_average, prompt_ensemble
-from machinery.parallel import gather_rows, global_rows, sum_over_processes
+from machinery.parallel import gather_rows, rank, sum_over_processes
+from machinery.settings import setting
+from machinery.tokenizer import tokenize
+from methods.parts.clustering import kmeans
+from methods.parts.dense_clip import DenseToy, create_clip
 from methods.parts.views import (masks_at, random_rectangle, random_square, strong_colours,
-                             weak_colours)
-from model import TextEncoder
+                                 weak_colours)
+from model import TextEncoder, best_synonym, create_trunk, patch_tokens, prompt_ensemble
 
-DEFAULT_CLIP = "ViT-B-16-quickgelu/openai"
 TEST_CELLS = 64                                     # a side, of the enlarged features at test time
 LEAST_CELLS = 2                                     # of a mask that is kept
 SINKHORN_ROUNDS = 3
 KMEANS_STEPS = 100
 KMEANS_TOLERANCE = 1e-4                             # squared shift of an image's centres, summed
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+
+@dataclass
+class PixelCLIPSettings:
+    """The CLIP, where masks come from, and what is learned."""
+    clip_model: str = setting(
+        "ViT-B-16-quickgelu/openai", "open_clip's names of a CLIP, a ViT or ConvNeXt, and of its "
+        "weights; MODEL/FILE, MODEL/random, or a SimZSS checkpoint of the toy world")
+    network_size: int | None = setting(
+        None, "pixels a side of the network's input, to which squares are resized; none = 20 cells "
+        "a side, 320 for a ViT-B/16 and 640 for a ConvNeXt", least=1)
+    masks: str = setting(
+        "kmeans", "K-means over patch tokens, or files: SA-1B's JSON beside each image",
+        choices=("kmeans", "files"))
+    mask_backbone: str = setting(
+        "vit_small_patch16_224.dino", "timm name of the backbone whose tokens are clustered, or "
+        "toy")
+    mask_weights: str = setting(
+        "pretrained", "its weights: pretrained = timm's download, random, or a local file")
+    clusters: int = setting(16, "K, masks of an image by K-means", least=1)
+    mask_grid: int = setting(256, "G, side of masks and targets, in cells", least=1)
+    resize: int = setting(
+        1024, "pixels of the photo's short side before the square of --image-size is cut out",
+        least=1)
+    colours: float = setting(
+        1.0, "strength of all random changes of colour; 0 = none", least=0, most=2)
+    pseudo_classes: int = setting(
+        64, "C; choose far fewer than there are masks in a batch, which is clusters x batch",
+        least=1)
+    free_tokens: int = setting(4, "J, learned tokens of a pseudo-class's name", least=1)
+    prompt: str = setting(
+        "A photo of a {} in the scene", "what stands around the learned tokens, which replace {}")
+    decoder_channels: tuple[int, ...] = setting(
+        (64, 32), "channels of the decoder after its first doubling, a multiple of 4, and after "
+        "its second, a multiple of 2 (the groups of GroupNorm)", least=1)
+    ema: float = setting(
+        0.999, "how much of the teacher a step keeps; the student replaces the rest", least=0,
+        most=1)
+    visual_rate: float = setting(
+        0.01, "learning rate of the image encoder / that of the decoder", least=0)
+    prompt_rate: float = setting(
+        10.0, "learning rate of the prompts / that of the decoder", least=0)
+
+    def check(self):
+        name, _, weights = self.clip_model.partition("/")
+        if model_file(self.clip_model).is_file():   # found again from any folder
+            self.clip_model = str(Path(self.clip_model).resolve())
+        elif Path(weights).is_file():
+            self.clip_model = f"{name}/{Path(weights).resolve()}"
+        if self.prompt.count("{}") != 1:
+            raise ValueError(f"prompt is {self.prompt!r}; expected one {{}} in it")
+        channels = self.decoder_channels
+        if len(channels) != 2 or channels[0] % 4 or channels[1] % 2:
+            raise ValueError(f"decoder_channels is {list(channels)}; expected a multiple of 4 and "
+                             "one of 2")
+
+
+def common(name, default):
+    """A field of the common protocol with another default."""
+    [field] = [field for field in dataclasses.fields(Protocol) if field.name == name]
+    return dataclasses.field(default=default, metadata=field.metadata)
+
+
+@dataclass
+class PixelCLIPProtocol(Protocol):
+    """The authors': the whole photo as one window, larger than any."""
+    templates: str = common("templates", "pixelclip")
+    short_side: int = common("short_side", 640)
+    window: int = common("window", 2048)
+    stride: int = common("stride", 2048)
+    input: str = setting(
+        "squash", "what the network sees of a window: it is squashed to the network's input, or "
+        "native, kept as it is", choices=("squash", "native"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,6 +195,36 @@ class ClipText(TextEncoder):
         self.tower = tower
 
 
+class Prompts(nn.Module):
+    """Pseudo-classes: a prompt in which J learned token embeddings stand for the name (section 4).
+
+    prompt: with one {}.
+    classes: C.
+    count: J.
+    text: `TextEncoder` whose vocabulary they start from, at random entries.
+    Raises ValueError for a prompt that is too long.
+    """
+
+    def __init__(self, prompt, classes, count, text):
+        super().__init__()
+        tokens, free = prompt_tokens(prompt, count)
+        if len(free) < count or tokens[-1] != 0:
+            raise ValueError(f"--prompt with --free-tokens {count} is longer than the context of "
+                             f"{len(tokens)} tokens")
+        self.register_buffer("tokens", tokens, persistent=False)            # (77,)
+        self.register_buffer("free", free, persistent=False)                # (J,)
+        table = text.tower.token_embedding.weight                           # (vocabulary, width)
+        words = torch.randint(len(table) - 10, (classes, count))
+        self.words = nn.Parameter(table[words].clone())                     # (C, J, width)
+
+    def forward(self, text):
+        """Unit-norm text embeddings (C, D)."""
+        C = len(self.words)
+        embedded = text.tower.token_embedding(self.tokens).expand(C, -1, -1)        # (C, 77, width)
+        embedded = embedded.index_copy(1, self.free, self.words)
+        return text(self.tokens.expand(C, -1), embedded)[0]
+
+
 class Decoder(nn.Sequential):
     """Refines the similarities of one pseudo-class: (n, 1, h, w) -> (n, 1, 4 h, 4 w) (section 4).
 
@@ -137,14 +245,12 @@ class Decoder(nn.Sequential):
 class MaskGenerator(nn.Module):
     """K-means over the patch tokens of a frozen backbone, image by image (section 2).
 
-    name: timm's. weights: local file, "random", or None for timm's download. clusters: K. grid: G.
+    name, weights: of `create_trunk`. clusters: K. grid: G.
     """
 
     def __init__(self, name, weights, clusters, grid):
         super().__init__()
-        self.trunk = backbones.create_trunk(name, weights or "pretrained", {},
-                                            "--mask-weights")
-        self.name = name
+        self.trunk = create_trunk(name, weights, flag="--mask-weights")
         self.patch_size = backbones.patch_size(self.trunk)
         self.normalise = Normalise(self.trunk.pretrained_cfg["mean"],
                                    self.trunk.pretrained_cfg["std"])
@@ -158,9 +264,14 @@ class MaskGenerator(nn.Module):
     @torch.no_grad()
     def forward(self, pixels, seeds):
         """pixels: uint8 (B, 3, H, W), whole patches. seeds: (B,) int64, of the first centres.
-        Returns (B, K, G, G) bool; an image's masks cover it without overlap."""
-        images = self.normalise(pixels)
-        _, tokens, (h, w) = backbones.tokens(self.trunk, images, self.name)         # (B, N, D)
+        Returns (B, K, G, G) bool; an image's masks cover it without overlap. Raises ValueError."""
+        ph, pw = self.patch_size
+        if pixels.shape[-2] % ph or pixels.shape[-1] % pw:
+            raise ValueError(f"--image-size is {pixels.shape[-1]}; expected a multiple of the mask "
+                             f"backbone's patches of {ph} x {pw} pixels")
+        _, tokens, (h, w) = patch_tokens(self.trunk, self.normalise(pixels))        # (B, N, D)
+        if self.clusters > h * w:
+            raise ValueError(f"--clusters is {self.clusters}; an image has only {h * w} patches")
         first = [torch.randperm(h * w, generator=torch.Generator().manual_seed(int(seed)))
                  for seed in seeds]
         first = torch.stack(first)[:, :self.clusters].to(tokens.device)             # (B, K)
@@ -174,151 +285,176 @@ class MaskGenerator(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Which CLIP
 
-def split_name(which):
-    """"MODEL/WEIGHTS", or a checkpoint of SimZSS on the toy world -> (name, weights)."""
-    path = model_file(which)
-    if path.suffix == ".safetensors" and path.is_file():
-        return "toy", str(path.resolve())
-    name, _, weights = which.partition("/")
-    return name, str(Path(weights).resolve()) if Path(weights).is_file() else weights
+def load_clip(which):
+    """A CLIP, frozen but for what PixelCLIP trains.
 
-
-def load_clip(name, weights):
-    """(dense image encoder, text encoder) of a CLIP, frozen but for what the method trains.
-
-    name, weights: of `create_clip`; or "toy" and a checkpoint of SimZSS on the toy world.
+    which: "MODEL/WEIGHTS", see `create_clip`; or a checkpoint of SimZSS on the toy world. Returns
+    the dense image encoder, the text encoder, and the toy world's SimZSS or None.
     """
-    if name == "toy":
-        model = load_model(weights)
-        if model.name != "simzss" or model.backbone.config["name"] != "toy":
-            raise ValueError(f"{weights} is no SimZSS of the toy world; expected that, or a CLIP "
-                             f"of open_clip as MODEL/WEIGHTS, such as {DEFAULT_CLIP}")
+    path = model_file(which)
+    if path.is_file() and path.suffix == ".safetensors":
+        model = load_model(path)
+        if model.name != "simzss" or model.settings.backbone.name != "toy":
+            raise ValueError(f"{path} is no SimZSS of the toy world; expected that, or a CLIP of "
+                             "open_clip as MODEL/WEIGHTS, such as ViT-B-16-quickgelu/openai")
         encoder = DenseToy(model.backbone.trunk)
+        encoder.normalise = model.backbone.normalise
         text = model.text
-        statistics = model.backbone.config
     else:
-        encoder, tower, statistics = create_clip(name, weights)
+        encoder, tower, statistics = create_clip(*which.partition("/")[::2])
+        encoder.normalise = Normalise(statistics["mean"], statistics["std"])
         text = ClipText(tower)
+        model = None
     text.requires_grad_(False)
-    for parameter_name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(any(word in parameter_name for word in encoder.TRAINED))
-    encoder.normalise = Normalise(statistics["mean"], statistics["std"])
-    tensors = {**encoder.state_dict(), **text.state_dict(prefix="text.")}
-    # The toy's block begins anew each time, so it is not what a checkpoint's CLIP is known by.
-    tensors = {key: value for key, value in tensors.items() if not key.startswith("block.")}
-    encoder.config = {"name": name, "weights": weights, "sha256": backbones.sha256(tensors)}
-    return encoder, text
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(any(word in name for word in encoder.TRAINED))
+    return encoder, text, model
 
 
 # --------------------------------------------------------------------------------------------------
 # The whole
 
 class PixelCLIP(Method):
-    """A dense CLIP; `begin_training` adds teacher, decoder, prompts and mask generator.
-
-    encoder, text: of `load_clip`. size: pixels a side of the network's input; None = as published.
-    """
+    """A dense CLIP; to train it, with teacher, decoder, prompts and mask generator."""
 
     name = "pixelclip"
-    RECIPE = {"image_size": 640, "batch": 48, "steps": 10_000, "base_rate": 2e-4 * 256 / 48,
-              "warmup": 0.0, "final_rate": 0.5, "weight_decay": 1e-4, "beta2": 0.999, "eps": 1e-8,
-              "clip": 0.01, "precision": "fp32"}
-    TOY = {"clip_model": "runs/toy-clip", "mask_backbone": "toy", "clusters": 8, "mask_grid": 32,
-           "resize": 128, "colours": 0.2, "pseudo_classes": 16, "free_tokens": 2, "prompt": "a {}",
-           "decoder_channels": [8, 4], "ema": 0.99, "batch": 8, "steps": 200,
-           "base_rate": 2e-3 * 256 / 8, "visual_rate": 0.05, "prompt_rate": 1.0,
-           "templates": "plain", "output": "runs/toy-pixelclip"}
-    PROTOCOL = {"templates": "pixelclip", "short_side": 640, "window": 2048, "stride": 2048,
-                "input": "squash"}
-    NEEDS_CAPTIONS = False
-    NEEDS_CONCEPTS = False
-    HAS_CHUNKS = True
-    CONFIG = ("backbone", "size")
-    TRAINING_ONLY = ("teacher.", "decoder.", "prompts")
+    Settings = PixelCLIPSettings
+    Protocol = PixelCLIPProtocol
+    NEEDS = ()
+    ROWS_INDEPENDENT = True
+    TRAINING_ONLY = ("teacher.", "decoder.", "prompts.", "mask_generator.")
+    WEIGHTS = "clip_model"
 
-    def __init__(self, encoder, text, size=None):
-        super().__init__()
-        self.backbone = encoder                     # the student
-        self.text = text
-        self.size = size or encoder.cells * encoder.stride
-        if self.size % encoder.stride:
-            raise ValueError(f"--network-size is {size}; expected a multiple of this CLIP's "
-                             f"{encoder.stride} pixels a cell")
-        self.input = self.PROTOCOL["input"]
+    def __init__(self, settings, bank=(), training=False):
+        super().__init__(settings, bank)
+        self.backbone, self.text, toy = load_clip(settings.clip_model)     # backbone: the student
+        if toy:                                     # until training, it is used as its CLIP was
+            common_names = [field.name for field in dataclasses.fields(Protocol)]
+            self.protocol = self.Protocol(**{name: getattr(toy.protocol, name)
+                                             for name in common_names})
+            self.trained_with = toy.trained_with
+        self.size = settings.network_size or self.backbone.cells * self.backbone.stride
+        if self.size % self.backbone.stride:
+            raise ValueError(f"--network-size is {self.size}; expected a multiple of this CLIP's "
+                             f"{self.backbone.stride} pixels a cell")
+        if training:
+            torch.backends.cuda.matmul.allow_tf32 = True    # the authors' float32 products
+            self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
+            self.decoder = Decoder(*settings.decoder_channels)
+            self.prompts = Prompts(settings.prompt, settings.pseudo_classes,
+                                   settings.free_tokens, self.text)
+            if settings.masks == "kmeans":
+                self.mask_generator = MaskGenerator(
+                    settings.mask_backbone, settings.mask_weights, settings.clusters,
+                    settings.mask_grid)
+            self.train()
+        if settings.clip_model.endswith("/random"):         # it exists nowhere else
+            self.FROZEN = ()
+            if rank() == 0:
+                print("warning: CLIP has random weights; its masks mean nothing", file=sys.stderr)
+        else:                                       # all but what is trained and its average
+            trained = self.trained()
+            self.FROZEN = tuple(name for name in self.state_dict()
+                                if name.replace("teacher.", "backbone.") not in trained)
 
-    def begin_training(self, args):
-        """Add what only training needs. args: the flags below. Returns self."""
-        self.settings = args
-        self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
-        self.decoder = Decoder(*args.decoder_channels)
-        tokens, free = prompt_tokens(args.prompt, args.free_tokens)
-        if len(free) < args.free_tokens or tokens[-1] != 0:
-            raise ValueError(f"--prompt with --free-tokens {args.free_tokens} is longer than the "
-                             f"context of {len(tokens)} tokens")
-        self.register_buffer("tokens", tokens, persistent=False)
-        self.register_buffer("free", free, persistent=False)
-        table = self.text.tower.token_embedding.weight                      # (vocabulary, width)
-        words = torch.randint(len(table) - 10, (args.pseudo_classes, args.free_tokens))
-        self.prompts = nn.Parameter(table[words].clone())                   # (C, J, width)
-        if args.masks == "kmeans":
-            self.mask_generator = MaskGenerator(args.mask_backbone, args.mask_weights,
-                                                args.clusters, args.mask_grid)
-            patch = max(self.mask_generator.patch_size)
-            if args.image_size % patch:
-                raise ValueError(f"--image-size is {args.image_size}; expected a multiple of the "
-                                 f"mask backbone's patches of {patch} pixels")
-            if args.clusters > (args.image_size // patch) ** 2:
-                raise ValueError(f"--clusters is {args.clusters}; there are only "
-                                 f"{(args.image_size // patch) ** 2} patches in a square")
+    def train(self, mode=True):
+        super().train(mode)
+        if "teacher" in self._modules:
+            self.teacher.eval()                     # no stochastic depth
         return self
-
-    # Data
-
-    @classmethod
-    def sampler(cls, args):
-        grid = args.mask_grid if args.masks == "files" else None
-        return partial(cls.sample, size=args.image_size, short_side=args.resize,
-                       colours=args.colours, grid=grid)
-
-    @staticmethod
-    def sample(pair, size, rng, short_side=1024, colours=1.0, grid=None):
-        """Two views of the same square, uint8 (3, size, size): weak, and strong, which has a black
-        rectangle. And grid is None: a seed for `MaskGenerator`; else masks (M, grid, grid) int8 of
-        the image's file, without that rectangle."""
-        image = pair.image()
-        left, top, side = random_square(*image.size, size, short_side, rng)
-        box = (left, top, min(left + side, image.width), min(top + side, image.height))
-        flip = rng.random() < 0.5
-        weak = image.resize((size, size), Image.BILINEAR, box=box)
-        weak = weak_colours(weak, rng, colours)
-        if flip:
-            weak = weak.transpose(Image.FLIP_LEFT_RIGHT)
-        strong = to_pixels(strong_colours(weak, rng, colours))
-        rows, columns = random_rectangle(size, rng)
-        strong[:, rows, columns] = 0
-        views = {"weak": to_pixels(weak), "strong": strong}
-        if grid is None:
-            return {**views, "seed": torch.tensor(rng.integers(2 ** 62))}
-        if pair.path is None:
-            raise ValueError("--masks files needs image files, with a JSON of masks beside each")
-        seen = np.arange(grid) * size // grid       # the views' pixels that the grid takes
-        x = (seen + 0.5) * side / size
-        masks = masks_at(pair.masks(), (left + (side - x if flip else x)) / image.width,
-                         (top + (seen + 0.5) * side / size) / image.height)
-        hidden = np.isin(seen, np.r_[rows])[:, None] & np.isin(seen, np.r_[columns])
-        masks = masks & ~hidden
-        return {**views, "masks": torch.from_numpy(masks[masks.any(axis=(1, 2))].astype(np.int8))}
 
     # Training
 
-    def features(self, batch):
-        """masks (B, M, G, G), where they are not read from files."""
-        if "masks" in batch:
-            return batch
-        batch = dict(batch)
-        return {**batch, "masks": self.mask_generator(batch["weak"], batch.pop("seed"))}
+    @staticmethod
+    def sample(pair, rng, settings):
+        """Two views of the same square, uint8 (3, size, size): weak, and strong, which has a black
+        rectangle. With masks by K-means a seed for `MaskGenerator`; with masks of the image's file
+        these, (M, G, G) int8, without the rectangle."""
+        image = pair.image()
+        size = pair.size
+        left, top, side = random_square(*image.size, size, settings.resize, rng)
+        box = (left, top, min(left + side, image.width), min(top + side, image.height))
+        weak = image.resize((size, size), Image.BILINEAR, box=box)
+        masks = None
+        if settings.masks == "files":
+            if pair.path is None:
+                raise ValueError("--masks files needs image files, with a JSON of masks beside "
+                                 "each")
+            G = settings.mask_grid
+            middle = (np.arange(G) + 0.5) / G                               # of the cells, 0 to 1
+            masks = masks_at(pair.masks(), (left + middle * side) / image.width,
+                             (top + middle * side) / image.height)
+            masks = Mask(masks)                                             # (M, G, G)
+        weak, masks = v2.RandomHorizontalFlip()(weak, masks)        # both or none
+        weak = weak_colours(settings.colours)(weak)
+        strong = to_pixels(strong_colours(settings.colours)(weak))
+        rows, columns = random_rectangle(size, rng)
+        strong[:, rows, columns] = 0
+        views = {"weak": to_pixels(weak), "strong": strong}
+        if masks is None:
+            return {**views, "seed": torch.tensor(rng.integers(2 ** 62))}
+        hidden = torch.zeros(1, 1, size, size)
+        hidden[..., rows, columns] = 1
+        masks = masks & (F.interpolate(hidden, G, mode="nearest-exact")[0] == 0)
+        return {**views, "masks": masks[masks.any(dim=(1, 2))].to(torch.int8)}
 
-    def groups(self):
+    @torch.no_grad()
+    def features(self, batch):
+        """In place of the weak view: masks (B, M, G, G), where they come from K-means, and the
+        teacher's embedding of each mask (B, M, D), unit-norm (section 5)."""
+        others = {name: value for name, value in batch.items() if name not in ("weak", "seed")}
+        weak = batch["weak"]
+        masks = batch["masks"] if "masks" in batch else self.mask_generator(weak, batch["seed"])
+        masks = masks > 0                                                   # -1 is padding
+        with self.autocast():
+            cells = self.teacher(self.network_input(weak)).float()          # (B, h, w, D)
+        weights = pooling_weights(masks, *cells.shape[1:3])                 # (B, M, h, w)
+        pooled = torch.einsum("bmhw,bhwd->bmd", weights, cells)
+        return {**others, "masks": masks.to(torch.int8), "pooled": F.normalize(pooled, dim=-1)}
+
+    def encode(self, batch):
+        """logits (B, C, G, G): maps of cosines with the pseudo-classes, through the decoder
+        (section 7). The prompts are embedded here, and so in each micro-batch again."""
+        with self.autocast():
+            cells = self.backbone(self.network_input(batch["strong"]))              # (B, h, w, D)
+            cells = F.normalize(cells.float(), dim=-1)
+            classes = self.prompts(self.text)                                       # (C, D)
+            maps = torch.einsum("bhwd,cd->bchw", cells, classes)                    # (B, C, h, w)
+            refined = self.decoder(maps.flatten(0, 1)[:, None])             # (B * C, 1, 4 h, 4 w)
+        refined = refined.float()[:, 0].unflatten(0, maps.shape[:2])                # (B, C, ., .)
+        G = self.settings.mask_grid
+        return {"logits": F.interpolate(refined, (G, G), mode="bilinear", align_corners=False)}
+
+    def losses(self, encoded, batch):
+        """The cross-entropy at all pixels that any mask covers, in the global batch (section 7).
+        masks, used: how many masks were assigned, to how many pseudo-classes."""
+        masks = batch["masks"] > 0                                          # -1 is padding
+        ids = self.assign_masks(batch["pooled"], masks)                             # (B, M)
+        C = self.settings.pseudo_classes
+        targets = union_of_masks(masks, ids, C)                                     # (B, C, G, G)
+        pixels = sum_over_processes(targets.any(dim=1).sum()).clamp(min=1)
+        loss = sum_over_processes(pixel_loss(encoded["logits"], targets)) / (C * pixels)
+        counts = sum_over_processes(torch.bincount(ids[ids >= 0], minlength=C))     # (C,)
+        return {"loss": loss, "masks": counts.sum(), "used": (counts > 0).sum()}
+
+    @torch.no_grad()
+    def assign_masks(self, pooled, masks):
+        """Pseudo-class of each mask, (B, M), -1 for one that is dropped (section 6).
+
+        pooled: (B, M, D), unit-norm. masks: (B, M, G, G) bool.
+        """
+        kept = masks.sum(dim=(-2, -1)) >= LEAST_CELLS                               # (B, M)
+        with self.autocast():
+            classes = self.prompts(self.text)                                       # (C, D)
+        share = sinkhorn(self.backbone.SHARPNESS * pooled[kept] @ classes.T)        # (R, C)
+        ids = torch.full(kept.shape, -1, device=kept.device)
+        ids[kept] = share.argmax(dim=1)
+        return ids
+
+    def after_step(self, step, steps):
+        moving_average(self.teacher, self.backbone, 1 - self.settings.ema)
+
+    def parameter_groups(self):
         """Three learning rates; weight decay on all but the layers that normalise."""
         norms = [module for module in self.modules()
                  if isinstance(module, (nn.LayerNorm, nn.GroupNorm))]
@@ -332,10 +468,7 @@ class PixelCLIP(Method):
         return [{"params": params, "rate": rate, "decay": decay}
                 for (rate, decay), params in found.items()]
 
-    @staticmethod
-    def learning_rate(step, steps, peak, warmup, final):
-        """Cosine from peak to final x peak, from the first step on. step counts from 0."""
-        return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    # Networks
 
     def network_input(self, pixels, size=None):
         """uint8 (B, 3, H, W) -> normalised float32, resized to size (a number or a pair)."""
@@ -343,97 +476,21 @@ class PixelCLIP(Method):
         size = size or self.size
         return F.interpolate(images, size, mode="bilinear", align_corners=False)
 
-    def pseudo_classes(self):
-        """Unit-norm text embeddings (C, D) of the prompts (section 4)."""
-        C = len(self.prompts)
-        embedded = self.text.tower.token_embedding(self.tokens).expand(C, -1, -1)   # (C, 77, width)
-        embedded = embedded.index_copy(1, self.free, self.prompts)
-        return self.text(self.tokens.expand(C, -1), embedded)[0]
-
-    @torch.no_grad()
-    def assign_masks(self, weak, masks, classes, chunk):
-        """Pseudo-class of each mask, (B, M), -1 for one that is dropped (sections 5 and 6).
-
-        weak: uint8 (B, 3, H, W). masks: (B, M, G, G) bool. classes: (C, D). chunk: images at a
-        time.
-        """
-        pooled = []
-        for pixels, own in zip(weak.split(chunk), masks.split(chunk)):
-            with self.autocast():
-                features = self.teacher(self.network_input(pixels)).float()         # (b, h, w, D)
-            weights = pooling_weights(own, *features.shape[1:3])                    # (b, M, h, w)
-            pooled.append(torch.einsum("bmhw,bhwd->bmd", weights, features))
-        pooled = F.normalize(torch.cat(pooled), dim=-1)                             # (B, M, D)
-        kept = masks.sum(dim=(-2, -1)) >= LEAST_CELLS                               # (B, M)
-        share = sinkhorn(self.backbone.SHARPNESS * pooled[kept] @ classes.T)        # (R, C)
-        ids = torch.full(kept.shape, -1, device=kept.device)
-        ids[kept] = share.argmax(dim=1)
-        return ids
-
-    def logits(self, strong, classes, draws=None):
-        """The student's answer (b, C, G, G): maps of cosines through the decoder (section 7).
-
-        strong: uint8 (b, 3, H, W). classes: (C, D). draws: of stochastic depth, (b, drops).
-        """
-        with self.autocast():
-            features = self.backbone(self.network_input(strong), draws)             # (b, h, w, D)
-            features = F.normalize(features.float(), dim=-1)
-            maps = torch.einsum("bhwd,cd->bchw", features, classes)                 # (b, C, h, w)
-            refined = self.decoder(maps.flatten(0, 1)[:, None])
-        G = self.settings.mask_grid
-        refined = refined.float()[:, 0].unflatten(0, maps.shape[:2])                # (b, C, 4h, 4w)
-        return F.interpolate(refined, (G, G), mode="bilinear", align_corners=False)
-
-    def backward(self, batch, scale, chunk=None):
-        """The pseudo-classes are embedded once; images then come in chunks, each with a backward of
-        its own, whose gradients for the pseudo-classes are added up."""
-        B = len(batch["weak"])
-        chunk = min(chunk or B, B)
-        masks = batch["masks"] > 0                                                  # -1 is padding
-        with self.autocast():
-            classes = self.pseudo_classes()                                         # (C, D)
-        ids = self.assign_masks(batch["weak"], masks, classes, chunk)               # (B, M)
-        C = len(classes)
-        counts = sum_over_processes(torch.bincount(ids[ids >= 0], minlength=C))     # (C,)
-        covered = (masks & (ids >= 0)[..., None, None]).any(dim=1)                  # (B, G, G)
-        terms = C * sum_over_processes(covered.sum()).clamp(min=1)
-        draws = global_rows(lambda rows: torch.rand(rows, self.backbone.drops), B).to(ids.device)
-        received = classes.detach().requires_grad_()
-        loss = 0
-        for rows in torch.arange(B).split(chunk):
-            logits = self.logits(batch["strong"][rows], received, draws[rows])      # (b, C, G, G)
-            part = pixel_loss(logits, union_of_masks(masks[rows], ids[rows], C))
-            part = sum_over_processes(part) / terms
-            scale(part).backward()
-            loss = loss + part.detach()
-        classes.backward(received.grad)
-        return {"loss": loss, "masks": counts.sum(), "used": (counts > 0).sum()}
-
-    def after_step(self, step, steps):
-        moving_average(self.teacher, self.backbone, 1 - self.settings.ema)
-
     # Inference
 
-    def prepare(self, protocol):
-        torch.backends.cuda.matmul.allow_tf32 = False       # training alone uses it
-        if protocol["input"] not in ("squash", "native"):
-            raise ValueError(f"input {protocol['input']!r}: expected squash or native")
-        self.input = protocol["input"]
-
-    def embed_classes(self, classes, templates=("{}",), batch=256, **options):
+    def embed_classes(self, classes, templates=("{}",)):
         """See `Method.embed_classes`. A prompt's embedding is the state at its end token."""
         def embed(prompts):
-            texts = [before + name + after for before, name, after in prompts]
-            tokens = torch.stack([tokenize(text) for text in texts])                # (P, 77)
+            tokens = torch.stack([tokenize("".join(prompt)) for prompt in prompts])     # (P, 77)
             return self.text(tokens.to(self.device))[0]
 
-        return prompt_ensemble(classes, templates, embed, batch)
+        return prompt_ensemble(classes, templates, embed)
 
     @torch.no_grad()
     def patch_scores(self, pixels, class_embeddings):
         """Cosines (B, C, 64, 64) of the enlarged features and classes (section 9); see `Method`."""
         size = pixels.shape[-2:]
-        if self.input == "native":
+        if self.protocol.input == "native":
             images = self.network_input(pixels, size)
             images = F.pad(images, (0, -size[1] % self.backbone.stride,
                                     0, -size[0] % self.backbone.stride))
@@ -454,105 +511,3 @@ class PixelCLIP(Method):
         images = self.network_input(pixels, self.backbone.image_size)
         pooled = F.normalize(self.backbone.pooled(images), dim=-1)                  # (B, D)
         return best_synonym(pooled[:, None], class_embeddings)[..., 0]
-
-    # Flags and files
-
-    @staticmethod
-    def add_flags(parser):
-        add = parser.add_argument_group("PixelCLIP").add_argument
-        add("--clip-model", default=DEFAULT_CLIP, metavar="MODEL/WEIGHTS",
-            help="open_clip's names of a CLIP, a ViT or ConvNeXt, and of its weights; MODEL/FILE, "
-                 "MODEL/random, or a SimZSS checkpoint of the toy world (default: %(default)s)")
-        add("--network-size", type=int,
-            help="pixels a side of the network's input (default: 20 cells, 320 for a ViT-B/16 and "
-                 "640 for a ConvNeXt)")
-        add("--masks", choices=["kmeans", "files"], default="kmeans",
-            help="K-means over patch tokens, or SA-1B's JSON beside each image (default: "
-                 "%(default)s)")
-        add("--mask-backbone", default="vit_small_patch16_224.dino",
-            help="timm name of the backbone whose tokens are clustered (default: %(default)s)")
-        add("--mask-weights", metavar="FILE",
-            help="its local weights file, or random (default: timm's download)")
-        add("--clusters", type=int, default=16, help="masks by K-means (default: %(default)s)")
-        add("--mask-grid", type=int, default=256, help="its side in cells (default: %(default)s)")
-        add("--resize", type=int, default=1024,
-            help="short side of the photo from which the square of --image-size is cut (default: "
-                 "%(default)s)")
-        add("--colours", type=float, default=1.0,
-            help="strength of all changes of colour; 0 = none (default: %(default)s)")
-        add("--pseudo-classes", type=int, default=64,
-            help="their number; choose far fewer than there are masks in a batch (default: "
-                 "%(default)s)")
-        add("--free-tokens", type=int, default=4,
-            help="learned tokens of a pseudo-class's name (default: %(default)s)")
-        add("--prompt", default="A photo of a {} in the scene",
-            help="what stands around them (default: %(default)s)")
-        add("--decoder-channels", type=int, nargs=2, default=[64, 32],
-            help="after its first and second doubling (default: 64 32)")
-        add("--ema", type=float, default=0.999,
-            help="share of the teacher that a step keeps (default: %(default)s)")
-        add("--visual-rate", type=float, default=0.01,
-            help="image encoder's learning rate / decoder's (default: %(default)s)")
-        add("--prompt-rate", type=float, default=10.0,
-            help="prompts' learning rate / decoder's (default: %(default)s)")
-        add("--input", choices=["squash", "native"], default="squash",
-            help="at test time a window is squashed to the network's input, or kept as it is "
-                 "(default: %(default)s)")
-
-    @staticmethod
-    def check_flags(args):
-        check_positive(args, "network_size", "clusters", "mask_grid", "resize", "pseudo_classes",
-                       "free_tokens")
-        check_positive(args, "visual_rate", "prompt_rate", "colours", or_zero=True)
-        check_bounds(args, {"ema": (0, 1)})
-        first_channels, second_channels = args.decoder_channels
-        if first_channels < 1 or second_channels < 1 or first_channels % 4 or second_channels % 2:
-            raise ValueError(f"--decoder-channels {args.decoder_channels}: expected multiples of 4 "
-                             "and of 2, the groups of their GroupNorm")
-        first = PixelCLIP.TOY["clip_model"]
-        if args.clip_model == first and not Path(first).exists():
-            raise FileNotFoundError(f"no {first}, the CLIP of the toy world; train it first: "
-                                    f"python train.py --train-data toy --lambda 0 --output {first}")
-        if args.prompt.count("{}") != 1:
-            raise ValueError(f"--prompt is {args.prompt!r}; expected one {{}} in it")
-        if args.warmup:
-            raise ValueError(f"--warmup is {args.warmup}; PixelCLIP's schedule has none")
-
-    @classmethod
-    def build(cls, args, bank):
-        torch.backends.cuda.matmul.allow_tf32 = True        # the authors' float32 products
-        encoder, text = load_clip(*split_name(args.clip_model))
-        return cls(encoder, text, args.network_size).begin_training(args)
-
-    @classmethod
-    def pretrained(cls, which):
-        name, weights = split_name(which or DEFAULT_CLIP)
-        model = cls(*load_clip(name, weights))
-        if name == "toy":
-            model.trained_with = read_checkpoint(weights)[0]["training"]
-        return model
-
-    def config(self):
-        return {"backbone": self.backbone.config, "size": self.size}
-
-    @classmethod
-    def rebuild(cls, config):
-        backbone = config["backbone"]
-        return cls(*load_clip(backbone["name"], backbone["weights"]), config["size"])
-
-    def state(self):
-        """What is trained and the teacher's copy of it, and all of a CLIP with random weights."""
-        trained = self.trained()
-        is_random = self.backbone.config["weights"] == "random"
-        return {name: value for name, value in self.state_dict().items()
-                if name.replace("teacher.", "backbone.") in trained
-                or is_random and name.startswith(("backbone.", "text.", "teacher."))}
-
-    def check_frozen(self, config, path):
-        found = self.backbone.config
-        if found["weights"] == "random":            # all of it came from the checkpoint
-            self.backbone.config = config["backbone"]
-        elif found["sha256"] != config["backbone"]["sha256"]:
-            raise ValueError(f"the weights of {found['name']} ({found['weights']}) are not those "
-                             f"that {path} was trained from; pass --backbone-weights FILE with the "
-                             "right ones")

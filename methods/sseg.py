@@ -5,7 +5,7 @@ Paper: Zihang Lai, "Exploring Simple Open-Vocabulary Semantic Segmentation", CVP
 is known and what is our choice; "section n" below is a section there. This file is in its order.
 The layers of the network are MaskFormer's, in methods/parts/maskformer.py.
 
-    python train.py --method sseg --train-data toy
+    python train.py --recipe sseg-toy               # drawn scenes; recipes/sseg.toml is the paper's
 
 Letters beside those of model.py:
 
@@ -14,31 +14,89 @@ Letters beside those of model.py:
     d   width of both decoders
 """
 import math
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
 from torch import nn
 
-from concepts import tokenize
-from data import random_resized_crop
+from machinery.contract import Method, Protocol
 from machinery.networks import backbones
-from methods.parts.clustering import assign, kmeans
-from machinery.errors import check_bounds
-from machinery.images import to_pixels
 from machinery.networks.layers import Normalise
-from methods.parts.maskformer import (STRIDE, PixelDecoder, SwinMaps, ToyMaps, TransformerDecoder,
-                                  mlp)
-from machinery.contract import Method, best_synonym, prompt_ensemble
 from machinery.parallel import sum_over_processes
-from model import MAX_LOGIT_SCALE, TextEncoder, VisionBackbone, global_loss
+from machinery.settings import setting
+from machinery.tokenizer import tokenize
+from methods.parts.clustering import assign, kmeans
+from methods.parts.maskformer import (STRIDE, PixelDecoder, SwinMaps, ToyMaps, TransformerDecoder,
+                                      mlp)
+from model import (MAX_LOGIT_SCALE, BackboneSettings, TextEncoder, TextSettings, VisionBackbone,
+                   best_synonym, global_loss, prompt_ensemble)
 
 KMEANS_STEPS = 10                                   # of Lloyd's algorithm
-FLIPPED = 0.5                                       # share of the training crops
+FLIPPED = 0.5                                       # of the training crops
 FOCAL_WEIGHT = 20.0                                 # in the loss and in the matching (section 5.1)
 DICE_WEIGHT = 1.0
-MERGES = ("soft", "fine", "hard")                   # see `merge_masks`
+IMAGENET_MEAN = (0.485, 0.456, 0.406)               # pixel statistics, those of Swin and of DINO
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+
+@dataclass
+class SSegSettings:
+    """The teacher, the network that is trained, and the losses."""
+    backbone: BackboneSettings = setting(BackboneSettings, "the frozen teacher")
+    text: TextSettings = setting(TextSettings, "the trained text encoder")
+    student: str = setting(
+        "swin_small_patch4_window7_224",
+        "network that is trained: timm name of a Swin Transformer, or toy")
+    student_options: dict = setting(
+        dict, "options of timm that shape the student, by name", flag=False)
+    drop_path: float = setting(
+        0.2, "stochastic depth of its last block, less in those before", least=0, most=0.9)
+    queries: int = setting(64, "Q, masks of an image", least=1)
+    decoder_width: int = setting(
+        256, "d, a multiple of 32 and of the heads", least=32)
+    decoder_layers: int = setting(6, "L, layers of the transformer decoder", least=1)
+    decoder_heads: int = setting(8, "its attention heads", least=1)
+    decoder_ffn: int = setting(2048, "width of its feed-forward layers", least=1)
+    dropout: float = setting(0.1, "in the transformer decoder", least=0, most=0.9)
+    feature: str = setting(
+        "query", "what describes a mask: its query (paper) or the mean of the cells under it, "
+        "which is not the paper's", choices=("query", "pool"))
+    joint_width: int = setting(
+        256, "D, of image and text embeddings and of the layer before them", least=1)
+    clusters: int = setting(
+        8, "K, the teacher's pseudo-masks of an image; at most as many as queries, because each "
+        "gets its own", least=1)
+    deep_supervision: str = setting(
+        "mean", "mask loss of all decoder layers, averaged or summed, or of the last one",
+        choices=("mean", "sum", "last"))
+    contrastive_weight: float = setting(
+        1.0, "of the sum of both directions; 0.5 is CLIP's mean", least=0)
+    least_crop: float = setting(
+        0.4, "least area of a training crop, as a fraction of the image's", least=0.01, most=1)
+
+    def check(self):
+        if self.student != "toy" and not self.student.startswith("swin_"):
+            raise ValueError(f"student is {self.student!r}; expected toy or a Swin Transformer of "
+                             "timm, whose names begin with swin_")
+        if self.decoder_width % 32 or self.decoder_width % self.decoder_heads:
+            raise ValueError(f"decoder_width is {self.decoder_width}; expected a multiple of 32 "
+                             f"and of the {self.decoder_heads} heads")
+        if self.clusters > self.queries:
+            raise ValueError(f"clusters is {self.clusters}; expected at most the {self.queries} "
+                             "queries")
+        if self.backbone.image_token != "class":
+            raise ValueError("image_token is not used: S-Seg takes the teacher's patch tokens only")
+
+
+@dataclass
+class SSegProtocol(Protocol):
+    merge: str = setting(
+        "soft", "from masks to a map: soft, a sum over masks on their grid; fine, a sum on pixels; "
+        "hard, the largest mask", choices=("soft", "fine", "hard"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,8 +155,8 @@ def match(costs, present):
     costs: (B, Q, K). present: (B, K) bool, which targets there are. Returns (image, query, target)
     of each pair, three int64 tensors (pairs,).
     """
-    # Without a number there is no assignment. Any will do: the loss is not finite, either, and
-    # train.py skips the step.
+    # Costs that are not finite have no best assignment, and any will do: the loss is not finite,
+    # either, and train.py skips the step.
     costs = costs.nan_to_num().cpu().numpy()
     pairs = []
     for image, there in enumerate(present.cpu().numpy()):
@@ -131,41 +189,37 @@ def mask_loss(logits, labels, clusters):
 class MaskNetwork(nn.Module):
     """MaskFormer without its class head: an image -> Q masks, and a feature of each.
 
-    student: timm name of a Swin Transformer, or "toy". feature: where a mask's feature comes from,
-    "query", the decoder's output, as published, or "pool", the mean of the cells under the mask,
-    which is not the paper's. Others: see --help. options: of the Swin Transformer.
+    settings: `SSegSettings`.
     """
 
-    def __init__(self, student, image_size, queries, width, layers, heads, ffn, dropout, drop_path,
-                 feature="query", **options):
+    def __init__(self, settings):
         super().__init__()
-        self.feature = feature
-        self.config = {"student": student, "image_size": image_size, "queries": queries,
-                       "width": width, "layers": layers, "heads": heads, "ffn": ffn,
-                       "dropout": dropout, "drop_path": drop_path, "feature": feature, **options}
-        if student == "toy":
+        width = settings.decoder_width
+        if settings.student == "toy":
             self.backbone = ToyMaps()
         else:
-            self.backbone = SwinMaps(student, image_size, drop_path, **options)
+            self.backbone = SwinMaps(settings.student, settings.drop_path, settings.student_options)
         channels = self.backbone.channels
         self.pixel_decoder = PixelDecoder(channels, width)
-        self.decoder = TransformerDecoder(channels[-1], queries, width, layers, heads, ffn,
-                                          dropout)
+        self.decoder = TransformerDecoder(channels[-1], settings.queries, width,
+                                          settings.decoder_layers, settings.decoder_heads,
+                                          settings.decoder_ffn, settings.dropout)
         self.mask_head = mlp(width, width, width, width)
         self.feature_head = nn.Linear(width, width)                         # for the class head
+        self.pools = settings.feature == "pool"
 
     def forward(self, images):
         """images: normalised (B, 3, H, W), H and W multiples of 32. Returns the mask logits of all
-        layers (L, B, Q, H / 4, W / 4) and the mask features (B, Q, d)."""
+        layers (B, L, Q, H / 4, W / 4) and the mask features (B, Q, d)."""
         maps = self.backbone(images)
         cells = self.pixel_decoder(maps)                                    # (B, d, H/4, W/4)
         outputs = self.decoder(maps[-1])                                    # (L, B, Q, d)
-        masks = torch.einsum("lbqd,bdhw->lbqhw", self.mask_head(outputs), cells)
+        masks = torch.einsum("lbqd,bdhw->blqhw", self.mask_head(outputs), cells)
         described = outputs[-1]                                             # (B, Q, d)
-        if self.feature == "pool":
-            share = masks[-1].detach().sigmoid().flatten(2)                 # (B, Q, P)
-            total = share.sum(dim=-1, keepdim=True)
-            described = share @ cells.flatten(2).mT / (total + 1e-6)        # (B, Q, d)
+        if self.pools:                              # the mean of the cells under each mask
+            inside = masks[:, -1].detach().sigmoid().flatten(2)             # (B, Q, P)
+            total = inside.sum(dim=-1, keepdim=True)
+            described = inside @ cells.flatten(2).mT / (total + 1e-6)       # (B, Q, d)
         return masks, self.feature_head(described)
 
 
@@ -183,167 +237,92 @@ def merge_masks(masks, classes, merge="soft"):
         largest = masks.flatten(2).argmax(dim=1)                                    # (B, P)
         index = largest[:, None].expand(-1, classes.shape[1], -1)                   # (B, C, P)
         return classes.gather(2, index).unflatten(-1, masks.shape[-2:])
-    share = F.logsigmoid(masks).softmax(dim=1)      # sigmoid / sum of sigmoids, never 0 / 0
-    return torch.einsum("bcq,bqhw->bchw", classes, share)
+    weights = F.logsigmoid(masks).softmax(dim=1)    # sigmoid / sum of sigmoids, never 0 / 0
+    return torch.einsum("bcq,bqhw->bchw", classes, weights)
 
 
 # --------------------------------------------------------------------------------------------------
 # The whole
 
 class SSeg(Method):
-    """L = L_mask + L_contrastive (section 5.3).
-
-    teacher: frozen `VisionBackbone`; None = a model that only segments. teacher_config: its config.
-    network: `MaskNetwork`. text: `TextEncoder` without projection. Others: see --help.
-    """
+    """L = L_mask + L_contrastive (section 5.3). The teacher is there for training only."""
 
     name = "sseg"
-    RECIPE = {
-        "backbone": "vit_small_patch8_224.dino",    # the teacher                          paper
-        "student": "swin_small_patch4_window7_224",         #                              paper
-        "text_width": 256,          #                                                      paper
-        "image_size": 224,          # 448 is the faithful one, and four times the work     ours
-        "batch": 4096,              #                                                      paper
-        "epochs": 30,               #                                                      paper
-        "epoch_pairs": 25_914_635,  # CC3M + CC12M + RedCaps                               paper
-        "base_rate": 3.125e-5,      # 5e-4 at 4,096                                        paper
-        "warmup": 2 / 30,           # two passes                                           ours
-        "final_rate": 0.02,         # 1e-5                                                 ours
-        "weight_decay": 0.05,       # on matrices; none on vectors and embeddings          ours
-        "beta2": 0.999,             #                                                      ours
-        "eps": 1e-8,                #                                                      ours
-        "clip": 5.0,                #                                                      ours
-    }
-    TOY = {"backbone": "toy", "student": "toy", "queries": 16, "decoder_width": 32,
-           "decoder_layers": 3, "decoder_heads": 4, "decoder_ffn": 128, "dropout": 0.0,
-           "joint_width": 64, "text_width": 128, "text_layers": 1, "least_crop": 0.9,
-           "batch": 32, "epochs": 10, "base_rate": 0.012, "templates": "plain",
-           "output": "runs/sseg-toy"}
-    PROTOCOL = {"templates": "photo", "merge": "soft"}
-    NEEDS_CONCEPTS = False
-    CONFIG = ("backbone", "network", "text", "settings")
+    Settings = SSegSettings
+    Protocol = SSegProtocol
+    NEEDS = ("captions",)
+    ROWS_INDEPENDENT = True
     FROZEN = ("teacher.",)
+    TRAINING_ONLY = ("teacher.",)
 
-    def __init__(self, teacher, teacher_config, network, text, joint_width=256, clusters=8,
-                 deep_supervision="mean", contrastive_weight=1.0):
-        super().__init__()
-        self.teacher = teacher
-        self.teacher_config = teacher_config
-        self.network = network
-        self.text = text
-        self.joint_width = joint_width
-        self.image_projector = mlp(network.config["width"], joint_width, joint_width)
-        self.text_projector = mlp(text.config["width"], joint_width, joint_width)
+    def __init__(self, settings, bank=(), training=False):
+        super().__init__(settings, bank)
+        if training:
+            self.teacher = VisionBackbone(**backbones.arguments(settings.backbone, training))
+        self.network = MaskNetwork(settings)
+        self.text = TextEncoder(None, **vars(settings.text))
+        width = settings.joint_width
+        self.image_projector = mlp(settings.decoder_width, width, width)
+        self.text_projector = mlp(self.text.width, width, width)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))       # as a logarithm
-        self.clusters = clusters
-        self.deep_supervision = deep_supervision
-        self.contrastive_weight = contrastive_weight
-        # One tensor of pixels feeds both networks
-        self.normalise = Normalise(teacher_config["mean"], teacher_config["std"])
-        self.merge = "soft"
-
-    @staticmethod
-    def add_flags(parser):
-        backbones.add_flags(parser, None)
-        backbones.add_text_flags(parser)
-        add = parser.add_argument_group("S-Seg; --backbone is the frozen teacher").add_argument
-        add("--student",
-            help="network that is trained: timm name of a Swin Transformer, or toy (default: "
-                 "%(default)s)")
-        add("--drop-path", type=float, default=0.2,
-            help="stochastic depth of its last block, less in those before (default: %(default)s)")
-        add("--queries", type=int, default=64, help="masks of an image (default: %(default)s)")
-        add("--decoder-width", type=int, default=256,
-            help="d, a multiple of 32 (default: %(default)s)")
-        add("--decoder-layers", type=int, default=6, help="(default: %(default)s)")
-        add("--decoder-heads", type=int, default=8, help="(default: %(default)s)")
-        add("--decoder-ffn", type=int, default=2048, help="(default: %(default)s)")
-        add("--dropout", type=float, default=0.1,
-            help="in the transformer decoder (default: %(default)s)")
-        add("--feature", choices=["query", "pool"], default="query",
-            help="what describes a mask: its query (paper) or the mean of the cells under it, "
-                 "which is not the paper's (default: %(default)s)")
-        add("--joint-width", type=int, default=256,
-            help="D, of image and text embeddings and of what is before them (default: "
-                 "%(default)s)")
-        add("--clusters", type=int, default=8,
-            help="K, the teacher's pseudo-masks of an image; no more than --queries, because each "
-                 "gets its own (default: %(default)s)")
-        add("--deep-supervision", choices=["mean", "sum", "last"], default="mean",
-            help="mask loss of all decoder layers, averaged or summed, or of the last one "
-                 "(default: %(default)s)")
-        add("--contrastive-weight", type=float, default=1.0,
-            help="of the sum of both directions; 0.5 is CLIP's mean (default: %(default)s)")
-        add("--least-crop", type=float, default=0.4,
-            help="share of an image's area that a training crop has at least (default: "
-                 "%(default)s)")
-        add("--merge", choices=MERGES, default="soft",
-            help="at test time, from masks to a map: soft, a sum over masks on their grid; fine, a "
-                 "sum on pixels; hard, the largest mask (default: %(default)s)")
-
-    @staticmethod
-    def check_flags(args):
-        backbones.check_flags(args, image_token=False)
-        check_bounds(args, {"decoder_width": (32, math.inf), "decoder_layers": (1, math.inf),
-                            "decoder_heads": (1, math.inf), "decoder_ffn": (1, math.inf),
-                            "joint_width": (1, math.inf), "clusters": (1, args.queries),
-                            "dropout": (0, 0.9), "drop_path": (0, 0.9), "least_crop": (0.01, 1),
-                            "contrastive_weight": (0, math.inf)})
-        if args.image_size % STRIDE:
-            raise ValueError(f"--image-size {args.image_size}: expected a multiple of {STRIDE}")
-        if args.decoder_width % 32 or args.decoder_width % args.decoder_heads:
-            raise ValueError(f"--decoder-width {args.decoder_width}: expected a multiple of 32 and "
-                             f"of the {args.decoder_heads} heads")
-
-    @classmethod
-    def build(cls, args, bank):
-        teacher = VisionBackbone(**backbones.from_flags(args))
-        if any(args.image_size % side for side in teacher.patch_size):
-            raise ValueError(f"--image-size {args.image_size}: expected a multiple of the "
-                             f"teacher's patches of {teacher.patch_size} pixels")
-        network = MaskNetwork(args.student, args.image_size, args.queries, args.decoder_width,
-                              args.decoder_layers, args.decoder_heads, args.decoder_ffn,
-                              args.dropout, args.drop_path, args.feature)
-        text = TextEncoder(None, args.text_width, args.text_heads, args.text_layers)
-        return cls(teacher, teacher.config, network, text, args.joint_width, args.clusters,
-                   args.deep_supervision, args.contrastive_weight)
-
-    @classmethod
-    def rebuild(cls, config):
-        """Without the teacher, which only training needs."""
-        return cls(None, config["backbone"], MaskNetwork(**config["network"]),
-                   TextEncoder(**config["text"]), **config["settings"])
-
-    def config(self):
-        return {"backbone": self.teacher_config, "network": self.network.config,
-                "text": self.text.config,
-                "settings": {"joint_width": self.joint_width, "clusters": self.clusters,
-                             "deep_supervision": self.deep_supervision,
-                             "contrastive_weight": self.contrastive_weight}}
+        self.normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
 
     # Training
 
     @staticmethod
-    def sample(pair, size, rng, least_crop):
+    def sample(pair, rng, settings):
         """pixels uint8 (3, size, size), tokens (77,)."""
-        image = random_resized_crop(pair.image(), size, rng, scale=(least_crop, 1.0))
-        if rng.random() < FLIPPED:
-            image = ImageOps.mirror(image)
-        return {"pixels": to_pixels(image), "tokens": tokenize(pair.caption)}
-
-    @classmethod
-    def sampler(cls, args):
-        return partial(cls.sample, size=args.image_size, least_crop=args.least_crop)
+        pixels = pair.crop(rng, scale=(settings.least_crop, 1.0), flip=FLIPPED)
+        return {"pixels": pixels, "tokens": pair.tokens()}
 
     def features(self, batch):
         """The batch with labels (B, h, w), the pseudo-masks of the very crops that the student
-        sees."""
+        sees. Raises ValueError for crops that do not consist of whole patches."""
+        pixels = batch["pixels"]
+        patch = self.teacher.patch_size
+        if any(pixels.shape[-1] % side for side in (STRIDE, *patch)):
+            raise ValueError(f"--image-size {pixels.shape[-1]}: expected a multiple of {STRIDE} "
+                             f"and of the teacher's patches of {patch[0]} x {patch[1]} pixels")
         with self.autocast():
-            _, tokens, grid = self.teacher(self.normalise(batch["pixels"]))         # (B, N, .)
-        return {**batch, "labels": pseudo_masks(tokens, grid, self.clusters)}
+            _, tokens, grid = self.teacher(self.teacher.normalise(pixels))          # (B, N, .)
+        return {**batch, "labels": pseudo_masks(tokens, grid, self.settings.clusters)}
 
-    def groups(self):
-        """As `Method.groups`, but tables of embeddings have no weight decay, either."""
+    def encode(self, batch):
+        """Mask logits of all layers (B, L, Q, H / 4, W / 4), embeddings image and text (B, D)."""
+        with self.autocast():
+            masks, mask_features = self.network(self.normalise(batch["pixels"]))
+            return {"masks": masks, "image": self.embed_image(mask_features),
+                    "text": self.embed_text(batch["tokens"])}
+
+    def embed_image(self, mask_features):
+        """Mask features (B, Q, d) -> embedding (B, D): their mean, projected, unit-norm."""
+        return F.normalize(self.image_projector(mask_features.mean(dim=1)).float(), dim=-1)
+
+    def embed_text(self, tokens):
+        """tokens (P, 77) -> embeddings (P, D), unit-norm, from the state at the end token."""
+        states, end = self.text.states(tokens)                              # (P, T, text width)
+        last = states[torch.arange(len(states), device=states.device), end]
+        return F.normalize(self.text_projector(last).float(), dim=-1)
+
+    def losses(self, encoded, batch):
+        layers = encoded["masks"].float().unbind(dim=1)                     # L of (B, Q, h, w)
+        if self.settings.deep_supervision == "last":
+            layers = layers[-1:]
+        mask = sum(mask_loss(layer, batch["labels"], self.settings.clusters) for layer in layers)
+        if self.settings.deep_supervision == "mean":
+            mask = mask / len(layers)
+        scale = self.logit_scale.exp()
+        # global_loss is the mean of both directions, this the sum (section 5.2)
+        contrastive = 2 * global_loss(encoded["image"], encoded["text"], scale)
+        return {"loss": mask + self.settings.contrastive_weight * contrastive, "mask": mask,
+                "contrastive": contrastive, "logit_scale": scale}
+
+    @torch.no_grad()
+    def after_step(self, step, steps):
+        self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+    def parameter_groups(self):
+        """As `Method.parameter_groups`, but tables of embeddings have no weight decay, either."""
         tables = ("token_embedding.weight", "positional_embedding", "decoder.code",
                   "relative_position_bias_table")
         decayed = []
@@ -352,36 +331,6 @@ class SSeg(Method):
             (others if p.ndim < 2 or name.endswith(tables) else decayed).append(p)
         return [{"params": decayed, "decay": 1.0, "rate": 1.0},
                 {"params": others, "decay": 0.0, "rate": 1.0}]
-
-    def embed_image(self, features):
-        """Mask features (B, Q, d) -> embedding (B, D): their mean, projected, unit-norm."""
-        return F.normalize(self.image_projector(features.mean(dim=1)).float(), dim=-1)
-
-    def embed_text(self, tokens):
-        """tokens (P, 77) -> embeddings (P, D), unit-norm, from the state at the end token."""
-        states, end = self.text.states(tokens)                              # (P, T, text width)
-        last = states[torch.arange(len(states), device=states.device), end]
-        return F.normalize(self.text_projector(last).float(), dim=-1)
-
-    def losses(self, batch):
-        with self.autocast():
-            masks, features = self.network(self.normalise(batch["pixels"]))
-            image = self.embed_image(features)                                      # (B, D)
-            text = self.embed_text(batch["tokens"])                                 # (B, D)
-        with torch.autocast(image.device.type, enabled=False):
-            supervised = masks[-1:] if self.deep_supervision == "last" else masks
-            mask = sum(mask_loss(layer.float(), batch["labels"], self.clusters)
-                       for layer in supervised)
-            if self.deep_supervision == "mean":
-                mask = mask / len(supervised)
-            scale = self.logit_scale.exp()
-            contrastive = 2 * global_loss(image, text, scale)       # the sum of both directions
-        return {"loss": mask + self.contrastive_weight * contrastive, "mask": mask,
-                "contrastive": contrastive, "logit_scale": scale}
-
-    @torch.no_grad()
-    def after_step(self, step, steps):
-        self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     # Inference (section 7)
 
@@ -392,15 +341,10 @@ class SSeg(Method):
         x = self.normalise(pixels)
         H, W = x.shape[-2:]
         x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
-        masks, features = self.network(x)
-        return masks[-1], features, tuple(x.shape[-2:])
+        masks, mask_features = self.network(x)
+        return masks[:, -1], mask_features, tuple(x.shape[-2:])
 
-    def prepare(self, protocol):
-        if protocol["merge"] not in MERGES:
-            raise ValueError(f"merge {protocol['merge']!r}: expected one of {', '.join(MERGES)}")
-        self.merge = protocol["merge"]
-
-    def embed_classes(self, classes, templates=("{}",), **options):
+    def embed_classes(self, classes, templates=("{}",)):
         def embed(prompts):
             tokens = torch.stack([tokenize("".join(prompt)) for prompt in prompts])
             return self.embed_text(tokens.to(self.device))
@@ -410,17 +354,18 @@ class SSeg(Method):
     def patch_scores(self, pixels, class_embeddings):
         """Each mask's probabilities of the classes, spread over the cells that it covers: (B, C,
         H' / 4, W' / 4), or (B, C, H', W') for the merge "fine"; see `Method`."""
-        masks, features, covered = self.masks(pixels)
-        if self.merge == "fine":
+        masks, mask_features, covered = self.masks(pixels)
+        if self.protocol.merge == "fine":
             masks = F.interpolate(masks, covered, mode="bilinear", align_corners=False)
         # One projector for the mean of all features in training, and for each feature here
-        words = F.normalize(self.image_projector(features), dim=-1)                 # (B, Q, D)
+        words = F.normalize(self.image_projector(mask_features), dim=-1)            # (B, Q, D)
         cosines = best_synonym(words, class_embeddings)                             # (B, C, Q)
         classes = (self.logit_scale.exp() * cosines).softmax(dim=1)
-        return merge_masks(masks, classes, self.merge), covered
+        return merge_masks(masks, classes, self.protocol.merge), covered
 
     @torch.no_grad()
     def image_scores(self, pixels, class_embeddings):
         """Cosine similarities (B, C) of whole images and classes."""
-        _, features = self.network(self.normalise(pixels))
-        return best_synonym(self.embed_image(features)[:, None], class_embeddings)[..., 0]
+        _, mask_features, _ = self.masks(pixels)
+        image = self.embed_image(mask_features)                                     # (B, D)
+        return best_synonym(image[:, None], class_embeddings)[..., 0]

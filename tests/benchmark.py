@@ -13,9 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +22,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from concepts import ConceptBank, annotate, load_annotations, load_parser, tokenize
-from data import CaptionedImages, open_stream, random_resized_crop
-from machinery.training.buckets import BUCKET, encode_in_buckets
-from machinery.training.loading import join
-from machinery.training.features import FeatureCache
-from machinery.images import load_image, to_pixels
+import model as model_file
+from concepts import ConceptBank, Concepts, annotate, load_parser
+from data import CaptionedImages, Pair, open_loader
+from machinery.images import load_image
 from machinery.parallel import Processes
-from machinery.scoring.pictures import row_bands
-from model import DEFAULT_BACKBONE, SimZSS, TextEncoder, VisionBackbone, global_loss
-from segment import enlarge, segment_image
+from machinery.settings import read
+from machinery.tokenizer import tokenize
+from machinery.training.features import open_cache
+from machinery.training.loading import BatchStream, encode_in_micro_batches, join
+from model import SimZSS, global_loss
+from segment import segment_image
 
 WORDS = ("a the two large black white dog cat person car bus on in with near grass street table "
          "water and sitting red").split()
@@ -68,13 +67,17 @@ def read_captions_or_draw(path, rng):
     return [" ".join(rng.choice(WORDS, length)) for length in lengths]
 
 
-def build(bank):
+def build(bank, **settings):
+    """SimZSS with random weights. settings: what differs from the recipe's."""
     torch.manual_seed(0)
-    backbone = VisionBackbone(DEFAULT_BACKBONE, pretrained=False)
-    model = SimZSS(backbone, TextEncoder(backbone.width), bank.names)
+    settings = {"backbone": {"weights": "random"}, **settings}
+    return SimZSS(read(SimZSS.Settings, settings, "benchmark"), bank)
+
+
+def optimizer_of(model):
     groups = [{"params": group["params"], "weight_decay": 0.2 * group["decay"]}
-              for group in model.groups()]
-    return model, torch.optim.AdamW(groups, lr=1e-5, fused=True)
+              for group in model.parameter_groups()]
+    return torch.optim.AdamW(groups, lr=1e-5, fused=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -82,75 +85,68 @@ def build(bank):
 
 def text_rows(model, captions, rounds, batch=256):
     """The text encoder there and back: padded to the context, cut to the longest of the batch, in
-    buckets of similar length."""
+    groups of like length."""
     tokens = torch.stack([tokenize(caption) for caption in captions[:batch]])
     padded = tokens.clone()
     padded[0, 1:-1] = 320                           # one caption as long as the context: no cut
     padded[0, -1] = tokens.max()
-    spans = torch.tensor([1, 2]).expand(batch, 1, 2)
+    concepts = torch.tensor([0, 1, 2]).expand(batch, 1, 3)
+    usual = model_file.GROUP
 
-    def encode(tokens, size):
+    def encode(tokens, group):
         model.zero_grad()
-        caption, concepts = encode_in_buckets(model.encode_text, model.text.tower.token_embedding,
-                                              tokens, spans, size)
-        (caption.sum() + concepts.sum()).backward()
+        model_file.GROUP = group
+        encoded = model.encode({"tokens": tokens, "concepts": concepts})
+        model_file.GROUP = usual
+        (encoded["caption"].sum() + encoded["concepts"].sum()).backward()
 
-    full, cut, in_buckets = interleaved(rounds, lambda: encode(padded, batch),
-                                        lambda: encode(tokens, batch),
-                                        lambda: encode(tokens, BUCKET))
+    full, cut, in_groups = interleaved(rounds, lambda: encode(padded, batch),
+                                       lambda: encode(tokens, batch),
+                                       lambda: encode(tokens, usual))
     lengths = tokens.argmax(dim=-1) + 1
     print(f"# {batch} captions of {lengths.float().mean():.1f} tokens on average, "
           f"{int(lengths.max())} at most")
     print_row("text: padded -> cut to the longest", full, cut)
-    print_row("text: cut -> also in groups by length", cut, in_buckets)
-    print_row("text: padded -> cut and in groups by length", full, in_buckets, "at least 3.5")
+    print_row("text: cut -> also in groups by length", cut, in_groups)
+    print_row("text: padded -> cut and in groups by length", full, in_groups, "at least 3.5")
 
 
-def step_rows(model, optimizer, captions, bank, rounds, batch=32, size=224):
+def step_rows(model, captions, bank, rounds, batch=32, size=224):
     """A training step from images in memory, from cached features, and what the local loss adds to
     it."""
     rng = np.random.default_rng(0)
     captions = captions[:batch]
     images = [rng.integers(0, 256, (480, 640, 3), np.uint8) for _ in range(batch)]
-    annotations = load_annotations(None, captions, bank, "match")
-    sample = partial(SimZSS.sample, size=size)
+    annotations = Concepts(bank, "match").of_captions(captions)
+    sample = partial(SimZSS.sample, settings=model.settings)
     settings = argparse.Namespace(batch=batch, micro_batch=None, epoch_pairs=batch, pairs=None,
                                   workers=0, seed=0)
+    alone = Processes(0, 1, "cpu", "cpu")
+    optimizer = optimizer_of(model)
 
-    def features(pixels):
-        return model.features({"pixels": pixels})
+    def stream(folder=None):
+        pairs = CaptionedImages(images, captions, sample, size, annotations=annotations, bank=bank)
+        if folder:
+            pairs.cache = open_cache(folder, pairs, model, size, torch.float32, alone, 0)
+        loader = open_loader(pairs, settings, alone, range(10 ** 6))
+        return BatchStream(pairs, loader, batch, "cpu")
 
-    def stream(cache=None):
-        pairs = CaptionedImages(images, captions, annotations, sample, size, cache=cache)
-        return open_stream(pairs, settings, Processes(0, 1, "cpu", "cpu"), steps=10 ** 6)
+    def lit_loss(encoded, loaded):
+        scale = model.logit_scale.exp()
+        return {"loss": global_loss(loaded["class_token"], encoded["caption"], scale)}
 
-    def simzss(batch):
-        model.backward(batch, lambda loss: loss)
-
-    def lit(batch):
-        spans = batch["concepts"][..., 1:]
-        caption, _ = encode_in_buckets(model.encode_text, model.text.tower.token_embedding,
-                                       batch["tokens"], spans, BUCKET)
-        class_token = batch["class_token"].float()
-        global_loss(class_token, caption, model.logit_scale.exp()).backward()
-
-    def step(pairs, backward=simzss):
-        loaded = join(map(model.features, pairs.parts()), batch)
+    def step(stream, losses=model.losses):
+        loaded = join(map(model.features, stream.loader_batches()), batch)
         optimizer.zero_grad()
-        backward(loaded)
+        losses(model.encode(loaded), loaded)["loss"].backward()
         optimizer.step()
 
     with tempfile.TemporaryDirectory() as folder:
-        N = (size // model.backbone.patch_size[0]) ** 2
-        pairs = CaptionedImages(images, captions, annotations, sample, size)
-        cache = FeatureCache(images, pairs.open_image, size, folder, model.feature_key(),
-                             2 * (1 + N) * model.backbone.width)
-        cache.compute(features)
         live = stream()
-        cached = stream(cache)
+        cached = stream(folder)
         slow, fast = interleaved(rounds, lambda: step(live), lambda: step(cached))
         with_local, without = interleaved(4 * rounds, lambda: step(cached),
-                                          lambda: step(cached, lit))
+                                          lambda: step(cached, lit_loss))
     print_row(f"step of {batch}: live -> cached features", slow, fast, "at least 10")
     print_row(f"step of {batch}: SimZSS -> lambda = 0, live", slow, slow - (with_local - without),
               "at most 1.03")
@@ -163,8 +159,7 @@ def image_rows(rounds, size=224):
         path = Path(folder) / "photo.jpg"
 
         def crop(least):
-            image = load_image(path, least)
-            to_pixels(random_resized_crop(image, size, np.random.default_rng(0)))
+            Pair(np.asarray(load_image(path, least)), size).crop(np.random.default_rng(0))
 
         for width, height in ((640, 480), (1280, 960), (4000, 3000)):
             noise = rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
@@ -192,60 +187,17 @@ def annotation_rows(captions, bank, parser, rounds):
 
 def window_rows(rounds, device):
     """The windows of a photo one by one and in a batch; a small backbone, 3 windows."""
-    backbone = VisionBackbone("vit_small_patch14_reg4_dinov2.lvd142m", pretrained=False)
-    model = SimZSS(backbone, TextEncoder(backbone.width, layers=1)).to(device).eval()
+    model = build((), text={"layers": 1}, backbone={
+        "name": "vit_small_patch14_reg4_dinov2.lvd142m", "weights": "random"}).to(device).eval()
     photo = np.random.default_rng(0).integers(0, 256, (448, 896, 3), np.uint8)
     for classes in (2, 171):
-        embeddings = F.normalize(torch.randn(classes, backbone.width, device=device), dim=-1)
+        embeddings = F.normalize(torch.randn(classes, model.backbone.width, device=device), dim=-1)
         print_row(f"3 windows, {classes} classes: one by one -> in a batch", *interleaved(
             rounds, lambda: segment_image(model, photo, embeddings, batch=1),
             lambda: segment_image(model, photo, embeddings)))
 
 
-def whole_arg_max(maps, height, width):
-    maps = F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)
-    return maps[0].max(dim=0)
-
-
-def banded_arg_max(maps, height, width):
-    score = torch.empty(height, width)
-    mask = torch.empty(height, width, dtype=torch.int64)
-    for band in row_bands(height, len(maps) * width):
-        score[band], mask[band] = enlarge(maps, height, width, band.start, band.stop).max(dim=0)
-
-
-def peak_memory():
-    """The most memory in kB that this process has held (Linux)."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
-
-def added_memory(function, classes, height, width):
-    """MB by which the function raises the memory of the process that calls it at its peak
-    (Linux)."""
-    maps = torch.rand(classes, 448, 597)
-    Path("/proc/self/clear_refs").write_text("5")   # the peak is now what is held now
-    before = peak_memory()
-    function(maps, height, width)
-    return (peak_memory() - before) / 1024
-
-
-def band_rows(rounds, height=1500, width=2000):
-    """The arg max over classes at the photo's size, all at once and in bands of rows, on the
-    CPU."""
-    for classes in (2, 171):
-        maps = torch.rand(classes, 448, 597)
-        memory = []
-        for function in (whole_arg_max, banded_arg_max):
-            with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-                call = fresh.submit(added_memory, function, classes, height, width)
-                memory.append(call.result())
-        print_row(f"arg max {height} x {width}, {classes} classes: whole -> bands", *interleaved(
-            rounds, lambda: whole_arg_max(maps, height, width),
-            lambda: banded_arg_max(maps, height, width)),
-            f"{memory[0]:.0f} MB -> {memory[1]:.0f} MB")
-
-
-def gpu_rows(model, optimizer, captions, device="cuda", batches=(1024, 8192), micro=1024, size=224,
+def gpu_rows(model, captions, device="cuda", batches=(1024, 8192), micro=1024, size=224,
              peak=989e12, rounds=3):
     """Whole steps on one GPU, and from them the time of the recipe on COCO Captions (488 steps of
     8,192 pairs).
@@ -255,6 +207,7 @@ def gpu_rows(model, optimizer, captions, device="cuda", batches=(1024, 8192), mi
     encoded twice; attention and losses are left out.
     """
     model = model.to(device)
+    optimizer = optimizer_of(model)
     kind = torch.device(device).type
     model.autocast = partial(torch.autocast, kind, torch.bfloat16)
     tokens = torch.stack([tokenize(caption) for caption in captions])
@@ -281,7 +234,8 @@ def gpu_rows(model, optimizer, captions, device="cuda", batches=(1024, 8192), mi
     def step(batch, seen):
         loaded = join((load(rows, seen) for rows in tokens[:batch].split(micro)), batch)
         optimizer.zero_grad()
-        losses = model.backward(loaded, lambda loss: loss, micro)
+        losses = model.losses(encode_in_micro_batches(model.encode, loaded, micro), loaded)
+        losses["loss"].backward()
         optimizer.step()
         return losses["loss"].item()                # waits for the device
 
@@ -325,7 +279,7 @@ def parse_args(argv=None):
     add("--device", choices=["cpu", "cuda"], default="cpu",
         help="cuda adds whole steps (default: %(default)s)")
     add("--rounds", type=int, default=3, help="measurements of each way (default: %(default)s)")
-    add("--rows", nargs="*", default=["image", "annotation", "windows", "bands", "text", "step"],
+    add("--rows", nargs="*", default=["image", "annotation", "windows", "text", "step"],
         help="(default: all)")
     return parser.parse_args(argv)
 
@@ -336,7 +290,7 @@ def main(argv=None):
     rng = np.random.default_rng(0)
     captions = read_captions_or_draw(args.captions, rng)
     rng.shuffle(captions)
-    model, optimizer = build(bank)
+    model = build(bank.names)
     print(f"{'':58} {'before':>12} {'after':>12}   {'ratio':>9}   target   "
           f"({torch.get_num_threads()} threads)")
     if "image" in args.rows:
@@ -345,14 +299,12 @@ def main(argv=None):
         annotation_rows(captions, bank, args.parser, args.rounds)
     if "windows" in args.rows:
         window_rows(args.rounds, args.device)
-    if "bands" in args.rows:
-        band_rows(args.rounds)
     if "text" in args.rows:
         text_rows(model, captions, args.rounds)
     if "step" in args.rows:
-        step_rows(model, optimizer, captions, bank, args.rounds)
+        step_rows(model, captions, bank, args.rounds)
     if args.device == "cuda":
-        gpu_rows(model, optimizer, captions)
+        gpu_rows(model, captions)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ script fails.
 Everything runs on the CPU, without network and without downloads.
 """
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -21,21 +20,24 @@ import torch
 from PIL import Image
 
 from machinery.networks.checkpoint import save_model
+from machinery.settings import merge, read
 from machinery.toy import save_scene, toy_scene
-from model import SimZSS, TextEncoder, VisionBackbone
+from model import SimZSS
 
 torch.set_num_threads(1)
 
 BANK = ["cow", "sheep", "grass", "boat", "sea", "sky"]
-PROTOCOL = {"templates": "plain", "class_embedding": "caption", "short_side": 64, "window": 64,
-            "stride": 32}
+PROTOCOL = {"templates": "plain", "short_side": 64, "window": 64, "stride": 32}
 
 
-def tiny(backbone="toy", bank=BANK, seed=0, pretrained=False, **options):
-    """An untrained SimZSS that fits into a test: text encoder of width 32 and one layer."""
+def tiny(bank=BANK, seed=0, method=SimZSS, **settings):
+    """An untrained SimZSS that fits into a test: the toy backbone, a text encoder of width 32 and
+    one layer. settings: of the method, as in a recipe."""
     torch.manual_seed(seed)
-    backbone = VisionBackbone(backbone, pretrained=pretrained, **options)
-    return SimZSS(backbone, TextEncoder(backbone.width, width=32, layers=1), bank)
+    small = {"backbone": {"name": "toy"}, "text": {"width": 32, "layers": 1}}
+    model = method(read(method.Settings, merge(small, settings), "tiny"), bank, training=True)
+    model.protocol = read(method.Protocol, PROTOCOL, "tiny")
+    return model
 
 
 def read_log(folder):
@@ -58,7 +60,7 @@ def model():
 def checkpoint(tmp_path_factory):
     """File of an untrained tiny model on the toy backbone."""
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
-    save_model(path, tiny(), {"protocol": PROTOCOL})
+    save_model(path, tiny(), {})
     return path
 
 
@@ -78,14 +80,6 @@ def folder(tmp_path):
         mask[:5] = 255
         Image.fromarray(mask).save(folder / "masks" / f"photo{i}.png")
     return folder
-
-
-@pytest.fixture
-def forked(monkeypatch):
-    """Parser processes that need not import everything again; `test_command_after_a_kill` of
-    test_shards.py also starts real ones."""
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr("machinery.training.workers.multiprocessing.get_context", lambda kind: fork)
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """How well OVSegmentor's groups follow regions, whatever they are called, and a picture of them.
 
-    python tests/groups.py runs/ovsegmentor-toy groups.png              # on the toy world's scenes
-    python tests/groups.py runs/ovsegmentor groups.png --dataset voc
+    python tests/groups.py runs/ovsegmentor-1-toy groups.png            # on the toy world's scenes
+    python tests/groups.py runs/ovsegmentor-1 groups.png --dataset voc
 
 Prints how many groups an image uses, and the oracle's mIoU: each group gets the class that most of
-its pixels have in truth. A row of the picture: photo, truth, the group of each pixel, and each
-group's share of the pixels (S), black to white.
+its pixels have in truth. A row of the picture: photo, truth, the group of each pixel, and how much
+each pixel belongs to each group (S), black to white.
 """
 import argparse
 import sys
@@ -18,25 +18,23 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from eval import confusion_matrix, scores
-from machinery.scoring.benchmarks import IGNORE, open_dataset
-from machinery.networks.checkpoint import load_model
-from methods.parts.grouping import patch_logits
 from machinery.images import to_pixels
+from machinery.networks.checkpoint import load_model
+from machinery.scoring.benchmarks import IGNORE, open_dataset
+from methods.parts.grouping import patch_logits
 
 ROWS = 8                                            # of the picture
 COLOURS = np.random.default_rng(5).integers(256, size=(256, 3)).astype(np.uint8)
 
 
 @torch.no_grad()
-def group_shares(model, image):
-    """S of an image (H, W, 3), at its own size: (K, H, W)."""
-    size = image.height, image.width
-    _, queries, keys, grid = model.image(model.maps(to_pixels(image)[None]))
-    soft = patch_logits(queries, keys).softmax(dim=1).unflatten(-1, grid)           # (1, K, h, w)
-    patch = model.backbone.patch_size[0] if model.backbone else model.image.config["patch"]
-    padded = (grid[0] * patch, grid[1] * patch)
-    whole = F.interpolate(soft, padded, mode="bilinear", align_corners=True)[0]
-    return whole[:, :size[0], :size[1]]
+def soft_assignment(model, image):
+    """S of a PIL image, at its own size: (K, H, W)."""
+    _, queries, keys, (h, w) = model.image(model.maps(to_pixels(image)[None]))
+    soft = patch_logits(queries, keys).softmax(dim=1).unflatten(-1, (h, w))         # (1, K, h, w)
+    ph, pw = model.patch_size
+    padded = F.interpolate(soft, (h * ph, w * pw), mode="bilinear", align_corners=True)[0]
+    return padded[:, :image.height, :image.width]
 
 
 def main(argv=None):
@@ -55,8 +53,8 @@ def main(argv=None):
     for i in range(min(args.images, len(dataset))):
         _, image, mask = dataset[i]
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        shares = group_shares(model, image)
-        owner = shares.argmax(dim=0).numpy()                                        # (H, W)
+        soft = soft_assignment(model, image)
+        owner = soft.argmax(dim=0).numpy()                                        # (H, W)
         oracle = np.zeros_like(mask)
         for group in np.unique(owner):
             truth = mask[owner == group]
@@ -64,10 +62,10 @@ def main(argv=None):
         matrix = matrix + confusion_matrix(oracle, mask, C, IGNORE)
         used.append(len(np.unique(owner)))
         if i < ROWS:
-            grey = [np.repeat((255 * share).byte().numpy()[..., None], 3, 2) for share in shares]
+            grey = [np.repeat((255 * group).byte().numpy()[..., None], 3, 2) for group in soft]
             row = np.concatenate([np.array(image), COLOURS[mask], COLOURS[owner], *grey], axis=1)
-            rows.append(Image.fromarray(row).resize((128 * (3 + len(shares)), 128)))
-    print(f"{np.mean(used):.1f} of {len(shares)} groups in use, oracle mIoU "
+            rows.append(Image.fromarray(row).resize((128 * (3 + len(soft)), 128)))
+    print(f"{np.mean(used):.1f} of {len(soft)} groups in use, oracle mIoU "
           f"{scores(matrix)['mIoU']:.2%}")
     picture = Image.new("RGB", (rows[0].width, 128 * len(rows)))
     for i, row in enumerate(rows):

@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from eval import confusion_matrix, scores
-from machinery.networks import backbones
-from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, open_dataset
-from machinery.networks.checkpoint import load_model
 from machinery.errors import one_line_errors
 from machinery.images import to_pixels
-from methods.sseg import SSeg, pseudo_masks
-from model import VisionBackbone
-from segment import resize, resized_size
+from machinery.networks.checkpoint import load_model
+from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, open_dataset
+from machinery.settings import add_flags, as_mapping, given, merge, read, read_recipe
+from methods.sseg import pseudo_masks
+from model import BackboneSettings, VisionBackbone
+from segment import resize
 
 
 def named_by_truth(regions, truth, classes):
@@ -50,20 +50,19 @@ def teacher_regions(teacher, pixels, clusters):
 def mask_regions(model, pixels):
     """The largest mask of each pixel: (H, W)."""
     masks, _, covered = model.masks(pixels[None])
-    masks = F.interpolate(masks, covered, mode="bilinear", align_corners=False)
+    masks = F.interpolate(masks, covered, mode="bilinear")
     return masks[0].argmax(dim=0)[:pixels.shape[1], :pixels.shape[2]]
 
 
 def oracle_scores(dataset, ways, short_side, limit=None):
     """`eval.scores` of each way. ways: {name: function from pixels uint8 (3, H, W) to regions}."""
     C = len(dataset.classes)
-    total = len(dataset) if limit is None else min(limit, len(dataset))
+    total = min(limit or len(dataset), len(dataset))
     matrices = {name: torch.zeros(C, C, dtype=torch.int64) for name in ways}
     for i in tqdm(range(total), unit=" images", disable=None):
         _, image, truth = dataset[i]
         truth = torch.as_tensor(truth)
-        pixels = to_pixels(image)
-        pixels = resize(pixels, *resized_size(*pixels.shape[-2:], short_side))
+        pixels = resize(to_pixels(image), short_side)
         for name, regions_of in ways.items():
             regions = regions_of(pixels)[None, None].float()
             regions = F.interpolate(regions, truth.shape, mode="nearest")[0, 0].long()
@@ -71,38 +70,31 @@ def oracle_scores(dataset, ways, short_side, limit=None):
     return {name: scores(matrix) for name, matrix in matrices.items()}
 
 
-def parse_args(argv=None):
+def main(argv=None):
+    backbone = read_recipe("sseg")["model"]["backbone"]
     parser = argparse.ArgumentParser(description="Oracle mIoU of regions; see the docstring.")
     add = parser.add_argument
     add("--dataset", required=True, help=f"toy, {', '.join(BENCHMARKS)}, or a folder")
     add("--data", default="data", help="folder that holds the benchmarks (default: %(default)s)")
-    add("--checkpoint", help="of --method sseg; default: the clusters of --backbone alone")
+    add("--checkpoint", help="of S-Seg; default: the clusters of --backbone alone")
     add("--short-side", type=int, help="pixels (default: the checkpoint's, or 448)")
     add("--clusters", type=int, default=8, help="without a checkpoint (default: %(default)s)")
     add("--limit", type=int, help="score the first N images only")
-    backbones.add_flags(parser, SSeg.RECIPE["backbone"])
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_args(argv)
+    add_flags(parser, BackboneSettings, "backbone", backbone, only=("name", "weights"))
+    args = parser.parse_args(argv)
     with one_line_errors("lower --short-side"):
         dataset = open_dataset(args.dataset, root=args.data)
         clusters = args.clusters
-        settings = backbones.from_flags(args)
         short_side = 448
         ways = {}
         if args.checkpoint:
             model = load_model(args.checkpoint)
-            clusters = model.clusters
-            settings = backbones.from_config(model.config()["backbone"])
-            if args.backbone_weights:
-                settings["weights"] = args.backbone_weights
-            short_side = model.trained_with["protocol"]["short_side"]
+            clusters = model.settings.clusters
+            backbone = as_mapping(model.settings.backbone)
+            short_side = model.protocol.short_side
             ways["masks"] = lambda pixels: mask_regions(model, pixels)
-        teacher = VisionBackbone(**settings)
-        if args.checkpoint:
-            backbones.check(teacher, model.config()["backbone"], args.checkpoint)
+        backbone = merge(backbone, given(args).get("backbone", {}))
+        teacher = VisionBackbone(**vars(read(BackboneSettings, backbone, "the teacher")))
         ways["teacher"] = lambda pixels: teacher_regions(teacher, pixels, clusters)
         found = oracle_scores(dataset, ways, args.short_side or short_side, args.limit)
         for name, result in found.items():

@@ -1,5 +1,7 @@
 """Several processes that run a function as torchrun would start it."""
 import os
+import random
+import shutil
 import socket
 import sys
 import time
@@ -39,7 +41,7 @@ class Processes:
     def output(self):
         return "".join(log.read_text() for log in self.logs)
 
-    def wait(self, seconds=90):
+    def wait(self, seconds=300):
         """Exit statuses once all are done; a negative one is the signal that ended the process."""
         end = time.time() + seconds
         # join() would wait for the data workers of a killed process.
@@ -52,6 +54,31 @@ class Processes:
         return statuses
 
 
+def stopped(start, folder, number, ranks):
+    """Processes that a signal has ended at a random moment of their training; a run that was
+    quicker than the signal is begun again.
+
+    start: function that starts `Processes` which train into folder.
+    number: the signal, sent to the processes of these ranks.
+    """
+    log = folder / "log.jsonl"
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        processes = start()
+        lines = random.randint(1, 6)                # of the log, one a step
+        while all(process.is_alive() for process in processes.processes):
+            if log.exists() and log.read_bytes().count(b"\n") >= lines:
+                break
+            time.sleep(0.001)
+        time.sleep(random.random() / 50)            # somewhere in a step
+        for rank in ranks:
+            if processes.processes[rank].is_alive():
+                os.kill(processes.processes[rank].pid, number)
+        if 0 not in processes.wait():
+            return processes
+    raise AssertionError("the runs were too short to be stopped")
+
+
 # --------------------------------------------------------------------------------------------------
 # A step in two processes
 
@@ -59,7 +86,9 @@ def losses_and_gradients(method, batch, rank=0, world=1):
     size = len(next(iter(batch.values())))
     rows = slice(rank * size // world, (rank + 1) * size // world)
     torch.manual_seed(3)                            # as train.py does before each step
-    losses = method.backward({name: value[rows] for name, value in batch.items()}, lambda x: x)
+    batch = method.features({name: value[rows] for name, value in batch.items()})
+    losses = method.losses(method.encode(batch), batch)
+    losses["loss"].backward()
     average_gradients(list(method.trained().values()))
     return ({name: value.item() for name, value in losses.items()},
             {name: p.grad for name, p in method.trained().items()})
@@ -69,7 +98,7 @@ def save_step(method, batch, folder):
     processes = join_processes("cpu", timeout_minutes=1)
     found = losses_and_gradients(method, batch, processes.rank, processes.world)
     torch.save(found, folder / f"{processes.rank}")
-    processes.leave()
+    processes.end_together()
 
 
 def check_two_processes(folder, method, batch):

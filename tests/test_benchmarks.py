@@ -7,6 +7,7 @@ the score lowers the score.
 """
 import json
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,14 +15,14 @@ import torch
 from PIL import Image
 
 import eval
-from machinery.scoring import benchmarks
-from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, open_benchmark
-from machinery.images import decode_runs
+from machinery.contract import METHODS, PRETRAINED, Method, Protocol
+from machinery.images import IGNORE, decode_runs
+from machinery.scoring.benchmarks import BENCHMARKS, ILLEGAL, THRESHOLD, open_benchmark
 from machinery.scoring.pictures import palette
+from machinery.settings import setting
 
 # (height, width) of the photos; their short side is the protocol's
 SIZES = [(16, 21), (23, 16), (16, 16)]
-PROTOCOL = {"templates": "plain", "short_side": 16, "window": 16, "stride": 8}
 
 # Written by hand: values that a mask may hold and the classes that they stand for; None is not
 # scored
@@ -91,19 +92,39 @@ def code(name):
     return 0 if name == "background" else zlib.crc32(name.encode()) % 2 ** 24
 
 
-class Oracle:
-    """Gives the truth back as its prediction; knows nothing of backbones, checkpoints or
-    configurations."""
+@dataclass
+class OracleSettings:
+    """An Oracle has nothing to set."""
+
+
+@dataclass
+class OracleProtocol(Protocol):
+    templates: str = setting("plain", "")
+    short_side: int = setting(16, "")
+    window: int = setting(16, "")
+    stride: int = setting(8, "")
+
+
+class Oracle(Method):
+    """A method that gives the truth back as its prediction. It needs no checkpoint: it is there as
+    --checkpoint oracle."""
+    name = "oracle"
+    Settings = OracleSettings
+    Protocol = OracleProtocol
     looked = 0                                      # windows seen
 
-    def embed_classes(self, classes, templates):
+    def embed_classes(self, classes, templates=("{}",)):
         codes = [[[code(names[0])]] for names in classes]
         return torch.tensor(codes, dtype=torch.float64)                             # (C, 1, 1)
 
     def patch_scores(self, pixels, embeddings):
-        self.looked += len(pixels)
+        Oracle.looked += len(pixels)
         r, g, b = pixels.long().unbind(1)                                           # (B, H, W)
         return ((r << 16 | g << 8 | b)[:, None] == embeddings).float(), pixels.shape[-2:]
+
+
+METHODS["oracle"] = "test_benchmarks.Oracle"
+PRETRAINED["oracle"] = ("oracle", "")
 
 
 def encode_runs(mask):
@@ -188,16 +209,15 @@ def plant(root, layout, change=lambda mask: mask):
 
 @pytest.fixture
 def oracle(monkeypatch):
-    """eval.main scores the Oracle, and takes three images for all of a benchmark."""
-    model = Oracle()
-    monkeypatch.setattr(eval, "open_model", lambda args: (model, PROTOCOL))
+    """The Oracle; three images are all of a benchmark."""
+    Oracle.looked = 0
     for name, benchmark in BENCHMARKS.items():
         monkeypatch.setitem(BENCHMARKS, name, benchmark._replace(count=3))
-    return model
+    return Oracle
 
 
 def arguments(root, dataset, *more):
-    return ["--dataset", dataset, "--data", str(root), "--checkpoint", str(root),
+    return ["--dataset", dataset, "--data", str(root), "--checkpoint", "oracle",
             "--output", str(root / "out" / "r.json"), "--workers", "0", "--device", "cpu",
             *map(str, more)]
 
@@ -227,7 +247,7 @@ def test_truth_scores_100(layout, tmp_path, oracle, capsys):
     assert result["mIoU"] == result["mAcc"] == result["aAcc"] == 1
     assert not result["partial"] and result["images"] == 3
     assert "mIoU 100.00%" in capsys.readouterr().out
-    background = benchmarks.THRESHOLD if "background" in there else "none"
+    background = THRESHOLD if "background" in there else "none"
     assert result["protocol"]["background"] == background
 
 
@@ -272,7 +292,7 @@ def test_label_maps(layout, classes, tmp_path):
     assert benchmark != "coco-object" or (dataset.table == 0).sum() == 91 + 1
     if benchmark.startswith("coco"):
         unused = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90, 182)
-        assert all(dataset.table[value] == benchmarks.ILLEGAL for value in unused)
+        assert all(dataset.table[value] == ILLEGAL for value in unused)
 
 
 @pytest.mark.parametrize("width", [1, 3, 700])
@@ -324,7 +344,7 @@ def test_other_words_and_classes_left_out(tmp_path, oracle):
     result = result_of(tmp_path, "voc", "--names", names)
     assert result["mIoU"] == 1 and result["IoU"][0] == 1
     assert result["classes"][0] == "nothing at all"
-    assert result["protocol"]["background"] == benchmarks.THRESHOLD
+    assert result["protocol"]["background"] == THRESHOLD
     result = result_of(tmp_path, "voc", "--names", names, "--without", "background", "person")
     assert result["mIoU"] == 1 and len(result["classes"]) == 19
     assert result["protocol"]["background"] == "none"
@@ -352,55 +372,46 @@ def zero_label_taken_away(mask):
     return np.where((mask == 0) | (mask == 255), 255, mask - 1).astype(np.uint8)
 
 
-UNLABELLED = "zero label was taken away"
-
-
 @pytest.mark.parametrize("layout, change, words", [
-    ("voc", lambda m: np.where(m == 255, 255, m + 1).astype(np.uint8),
-     ["value 21", "shifted by +1"]),
-    ("voc", lambda m: m + np.uint8(1), ["value 21", "shifted by +1"]),
-    ("voc", lambda m: m - np.uint8(1), ["value 254", "shifted by -1"]),
-    ("voc", zero_label_taken_away, ["only 0 of 3 masks", UNLABELLED]),
-    ("voc20", zero_label_taken_away, ["only 0 of 3 masks", UNLABELLED]),
+    ("voc", lambda m: m + np.uint8(1), ["value 21", "VOC masks; expected 0, 1, 2"]),
+    ("voc", lambda m: m - np.uint8(1), ["value 254"]),
+    ("voc", zero_label_taken_away, ["only 0 of 3 masks hold a value of 0..0", "makers' files"]),
+    ("voc20", zero_label_taken_away, ["only 0 of 3 masks"]),
     ("voc", lambda m: coloured(m).convert("RGB"), ["3 channels", "palette"]),
-    ("voc", lambda m: coloured(m).convert("L"), ["grey levels"]),
-    ("context, PNG", lambda m: m + np.uint8(1), ["value 60", "shifted by +1"]),
-    ("context59, PNG", zero_label_taken_away, ["value 255", UNLABELLED]),
-    ("coco-stuff, raw", lambda m: m + np.uint8(1), ["value 11,", "shifted by +1"]),
-    ("coco-stuff, raw", lambda m: m - np.uint8(1), ["value 11,", "shifted by -1"]),
+    ("voc", lambda m: coloured(m).convert("L"), ["value 38", "expected 0, 1, 2"]),
+    ("context, PNG", lambda m: m + np.uint8(1), ["value 60"]),
+    ("context59, PNG", zero_label_taken_away, ["value 255"]),
+    ("coco-stuff, raw", lambda m: m + np.uint8(1), ["value 11,"]),
     ("coco-stuff, raw", lookup("coco-stuff, raw", "coco-stuff, train ids"),
-     ["value 11", "COCO-Stuff's train ids"]),
+     ["value 11", "are those of COCO-Stuff's train ids (*_labelTrainIds.png)"]),
     ("coco-stuff, train ids", lookup("coco-stuff, train ids", "coco-stuff, raw"),
-     ["value 181", "raw stuffthingmaps"]),
-    ("coco-stuff, raw", lookup("coco-object, raw", "coco-object, converted"),
-     ["COCO-Object's masks"]),
+     ["value 181", "are those of raw stuffthingmaps (*.png)"]),
     ("coco-stuff, train ids", lambda m: np.where(m > 78, 0, m + 1).astype(np.uint8),
-     ["only 0 of 3", "COCO-Object's masks"]),
+     ["only 0 of 3 masks hold a value of 80..170"]),
     ("coco-object, converted",
      np.vectorize({0: 181, 1: 0, 11: 10, 12: 12, 80: 89}.get, otypes=[np.uint8]),
-     ["value 89, 181", "raw stuffthingmaps"]),
+     ["value 89, 181", "are those of raw stuffthingmaps"]),
     ("coco-object, converted", lambda m: np.where(m == 0, 170, m - 1).astype(np.uint8),
-     ["value 170", "COCO-Stuff's train"]),
+     ["value 170"]),
     ("coco-object, raw", lookup("coco-object, raw", "coco-object, converted"),
-     ["value 11", "COCO-Object's masks"]),
+     ["value 11", "are those of COCO-Object's masks (*_instanceTrainIds.png)"]),
     ("cityscapes, labelIds", lookup("cityscapes, labelIds", "cityscapes, trainIds"),
-     ["value 255", "Cityscapes trainIds"]),
+     ["value 255", "are those of Cityscapes trainIds (*_gtFine_labelTrainIds.png)"]),
     ("cityscapes, trainIds", lambda m: np.where(m == 255, 3, m + 15).astype(np.uint8),
-     ["value 20", "Cityscapes labelIds"]),
-    ("cityscapes, labelIds", lambda m: m + np.uint8(1), ["value 34", "shifted by +1"]),
-    ("cityscapes, labelIds", lambda m: m - np.uint8(1), ["value 255", "shifted by -1"]),
-    ("cityscapes, trainIds", lambda m: m + np.uint8(1),
-     ["value 19", "Cityscapes labelIds", "or the", "shifted by +1"]),
+     ["value 20", "are those of Cityscapes labelIds (*_gtFine_labelIds.png)"]),
+    ("cityscapes, labelIds", lambda m: m + np.uint8(1), ["value 34"]),
+    ("cityscapes, labelIds", lambda m: m - np.uint8(1), ["value 255"]),
     ("cityscapes, trainIds", lambda m: np.where(m == 255, 255, m + 1).astype(np.uint8),
-     ["value 19 (in", "; the labels"]),
-    ("cityscapes, trainIds", lambda m: m - np.uint8(1), ["value 254", "shifted by -1"]),
-    ("ade20k", lambda m: m + np.uint8(1), ["value 151", "shifted by +1"]),
-    ("ade20k", zero_label_taken_away, ["value 255", UNLABELLED]),
-    ("ade20k", lambda m: m.astype(np.uint16) * 256,
-     ["value 256, 512, 19200", "expected 1, 2, 3"])])
+     ["value 19"]),
+    ("cityscapes, trainIds", lambda m: m - np.uint8(1), ["value 254"]),
+    ("ade20k", lambda m: m + np.uint8(1), ["value 151"]),
+    ("ade20k", zero_label_taken_away, ["value 255"]),
+    ("ade20k", lambda m: m.astype(np.uint16) * 256, ["value 256, 512, 19200",
+                                                     "expected 1, 2, 3"])])
 def test_wrong_masks_are_named(layout, change, words, tmp_path, oracle, fails):
-    """Masks of the wrong kind, shifted, of another benchmark or another form are refused with the
-    likely mistake, by --check and before scoring; nothing is scored."""
+    """Masks of the wrong kind, shifted, of another benchmark or another form are refused: with the
+    value, a file, what is expected, and the other form of the benchmark's masks that has these
+    values; by --check and before scoring. Nothing is scored."""
     benchmark = plant(tmp_path, layout, change)
     message = fails(eval.main, arguments(tmp_path, benchmark, "--check"),
                     f"{benchmark} failed its check", *words)
@@ -453,7 +464,7 @@ def test_images_that_are_not_there_make_the_result_partial(tmp_path, oracle, fai
     result = result_of(tmp_path, "ade20k", "--allow-partial")
     assert result["partial"] and result["images"] == 3 and result["mIoU"] == 1
     plant(tmp_path, "ade20k", lambda mask: mask + np.uint8(1))
-    fails(eval.main, arguments(tmp_path, "ade20k", "--allow-partial"), "shifted by +1")
+    fails(eval.main, arguments(tmp_path, "ade20k", "--allow-partial"), "value 151")
 
 
 def test_check_tells_the_share_of_each_class(tmp_path, oracle, capsys):
@@ -501,7 +512,7 @@ def test_a_broken_json_is_named(tmp_path, oracle, fails):
     content["annos_segmentation"][0]["segmentation"]["counts"] = whole
     path.write_text(json.dumps(content))
     fails(eval.main, arguments(tmp_path, "context"),
-          "value 460 (in 2008_000000) cannot occur in ids of trainval_merged")
+          "value 460 (in the mask of", "2008_000000.jpg) cannot occur in ids of trainval_merged")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -533,7 +544,7 @@ def test_all_scores_those_that_are_there(tmp_path, oracle, fails, capsys):
     plant(tmp_path, "voc")
     plant(tmp_path, "ade20k", lambda mask: mask + np.uint8(1))
     words = ["6 of 8 benchmarks", "no cityscapes under", "no coco-stuff under",
-             "ade20k failed its check", "shifted by +1"]
+             "ade20k failed its check", "value 151"]
     fails(eval.main, arguments(tmp_path, "all", "--output", tmp_path / "all"), *words)
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines()[-2:]] == ["voc", "voc20"]

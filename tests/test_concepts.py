@@ -1,6 +1,5 @@
-"""Tests of concepts.py, machinery/training/captions.py and machinery/names.py: captions -> concepts ->
-tokens."""
-import io
+"""Captions -> concepts -> tokens, banks and class files, captions files and what is kept beside
+them (concepts.py, machinery/training/captions.py, machinery/names.py)."""
 import json
 import os
 import random
@@ -13,10 +12,11 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from spacy.tokens import Doc
 
-from concepts import (ConceptBank, annotate, clean, load_annotations, load_parser, main,
-                      noun_concepts, plural, token_spans, tokenize)
-from machinery.training.captions import read_captions
-from machinery.names import BENCHMARK_NAMES, CLASSES, read_classes
+from concepts import (ConceptBank, Concepts, annotate, load_parser, main, noun_concepts,
+                      token_spans)
+from machinery.names import BENCHMARK_NAMES, CLASSES, plural, read_classes
+from machinery.tokenizer import clean, tokenize
+from machinery.training.captions import Annotations, read_captions
 
 TOKENIZER = SimpleTokenizer()
 ENGLISH = spacy.blank("en")
@@ -49,6 +49,14 @@ class ByHand:
 
     def pipe(self, texts):
         return (self.docs[text] for text in texts)
+
+
+BANK = ConceptBank(["dog", "cat"])
+
+
+def lists(annotations):
+    """`Annotations` in the form of `annotate`: a list of tuples for each caption."""
+    return [list(map(tuple, annotations.of(i).tolist())) for i in range(len(annotations))]
 
 
 def named(caption, bank, parser="match"):
@@ -265,15 +273,17 @@ def test_pipeline_that_finds_nothing():
         list(annotate(["a dog"], ConceptBank(["dog"]), spacy.blank("en")))
 
 
-def test_processes(forked):
-    """Two parser processes give the annotations of one, in the same order, also of more captions
-    than a process gets at a time."""
+def test_processes():
+    """Two parser processes give the concepts of one, in the same order, also of more captions than
+    a process gets at a time. They leave the random numbers of the run alone."""
     captions = ["a dog", "two cats", "", "a cat and a dog"]
     captions += [f"{'so ' * (i % 7)}{captions[i % 4]}" for i in range(2500)]
-    bank = ConceptBank(["dog", "cat"])
-    one = list(annotate(captions, bank, "match"))
+    before = torch.get_rng_state()
+    one, two = (lists(Concepts(BANK, "match", processes).of_captions(captions))
+                for processes in (1, 2))
     assert one[:4] == [[(0, 2, 3)], [(1, 2, 3)], [], [(1, 2, 3), (0, 5, 6)]]
-    assert list(annotate(captions, bank, "match", processes=2)) == one
+    assert one == list(annotate(captions, BANK, "match")) == two
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @needs_pipeline
@@ -409,53 +419,23 @@ def test_bank_without_some_names(names, excluded, left):
 
 
 def test_bank_by_name(tmp_path):
-    """A bank is named by a file, by nothing or by "none". A class file removes its names from it,
-    with their synonyms."""
+    """A bank is named by a file, or by the name of one in classes/; the default has none. A class
+    file removes its names from it, with their synonyms."""
     (tmp_path / "bank.txt").write_text("dog, puppy\nsofa\n")
     (tmp_path / "gone.txt").write_text("cat, puppy\n")
     assert ConceptBank.by_name(tmp_path / "bank.txt").names == ["dog", "sofa"]
     assert ConceptBank.by_name(tmp_path / "bank.txt", tmp_path / "gone.txt").names == ["sofa"]
     assert ConceptBank.by_name().ids == ConceptBank.default().ids
+    entities = ConceptBank.from_file(CLASSES / "entities-ovsegmentor.txt")
+    assert ConceptBank.by_name("entities-ovsegmentor").ids == entities.ids
     voc20 = {name for synonyms in read_classes(CLASSES / "voc20.txt") for name in synonyms}
-    left = ConceptBank.by_name(None, CLASSES / "voc20.txt")
+    left = ConceptBank.by_name(None, "voc20")
     assert set(ConceptBank.default().names) - set(left.names) == voc20
     with pytest.raises(ValueError, match="concept bank: no class names found"):
-        ConceptBank.by_name(CLASSES / "voc.txt", CLASSES / "voc.txt")
-
-
-def test_open_bank():
-    """An open bank takes every noun phrase in the order found, repeated ones once. It takes no
-    excluded names and no names that are empty when normalised."""
-    dash = parsed("a dog and -", [1, 1, 1, 1], "det ROOT cc conj", "DET NOUN CCONJ NOUN")
-    bank = ConceptBank(None)
-    found = list(annotate([DOGS.text, BATS.text, dash.text], bank, ByHand(DOGS, BATS, dash)))
-    assert bank.names == ["dog", "ball", "baseball bat"] and len(noun_concepts(dash)) == 2
-    assert found == [[(0, 2, 3), (0, 5, 6), (1, 9, 10)], [(2, 3, 5)], [(0, 2, 3)]]
-    for number in ("dog", "dogs"):
-        bank = ConceptBank(None, excluded=[number])
-        assert list(annotate([DOGS.text], bank, ByHand(DOGS))) == [[(0, 9, 10)]]
-        assert bank.names == ["ball"]
-
-
-def test_open_bank_needs_a_parser():
-    """The matcher looks for the bank's names. With an open bank, which has none, it is an error."""
-    with pytest.raises(ValueError, match="--bank none .* name a spaCy pipeline with --parser"):
-        list(annotate(["a dog"], ConceptBank(None), "match"))
-
-
-@needs_pipeline
-def test_open_bank_and_the_cache(tmp_path, capsys):
-    """The cache holds an open bank's names. With other names excluded, or with a bank of names, it
-    is not used."""
-    def load(bank):
-        rows = lists(load_annotations(tmp_path / "c.tsv", CAPTIONS, bank, str(PIPELINE)))
-        parsed_anew = capsys.readouterr().out != ""         # then it prints its speed
-        return bank.names, rows, parsed_anew
-
-    names, rows, parsed_anew = load(ConceptBank(None))
-    assert set(names) >= {"dog", "cat"} and len(rows[0]) == 2 and parsed_anew
-    assert load(ConceptBank(None)) == (names, rows, False)
-    assert load(ConceptBank(None, ["cat"]))[2] and load(ConceptBank(["dog"]))[2]
+        ConceptBank.by_name("voc", "voc")
+    with pytest.raises(FileNotFoundError, match="no concept bank 'none'; expected ade20k, .* or a "
+                                                "file with one per line"):
+        ConceptBank.by_name("none")
 
 
 def test_class_file_with_byte_order_mark(tmp_path):
@@ -574,6 +554,18 @@ def test_file_that_is_no_captions_file(tmp_path, name, content, found):
         read_captions(tmp_path / name)
 
 
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("content", [DEEP, '{"images": ' + DEEP, "[]", "[1, 2]", "3", "null", '"x"',
+                                     '{"images": [], "annotations": 3}', '{"images": {}}'])
+def test_json_of_another_form(tmp_path, content):
+    """Nested a hundred thousand deep, or a list or number at the top: one line."""
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(ValueError, match="c.json is no captions file"):
+        read_captions(tmp_path / "c.json")
+
+
 @pytest.mark.parametrize("name, content", [
     ("c.tsv", ""), ("c.tsv", "\n\n"), ("c.tsv", "image\tcaption\n"), ("c.tsv", "a.jpg\t\n"),
     ("c.jsonl", ""), ("c.json", '{"images": [], "annotations": []}')])
@@ -591,7 +583,7 @@ def test_missing_captions_file(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         read_captions(tmp_path / "captions_train2017.json")
     for part in ("captions_train2017.json", "data/coco/annotations/captions_train2017.json",
-                 "data/coco/train2017/*.jpg", "https://cocodataset.org", "--train-data toy"):
+                 "data/coco/train2017/*.jpg", "https://cocodataset.org", "--recipe toy"):
         assert part in str(error.value)
 
 
@@ -599,80 +591,83 @@ def test_missing_captions_file(tmp_path):
 # The cache beside the captions file
 
 CAPTIONS = ["a dog and a cat", "nothing", "two cats", "a hot dog"]
-BANK = ConceptBank(["dog", "cat"])
+ANNOTATED = [[(0, 2, 3), (1, 5, 6)], [], [(1, 2, 3)], [(0, 3, 4)]]
+TAMPERED = [[(1, 8, 9)], [], [], []]                # not impossible, but wrong
 
 
-def lists(annotations):
-    """(offsets, rows) as annotate gives them: a list of tuples for each caption."""
-    offsets, rows = annotations
-    return [list(map(tuple, rows[start:end].tolist())) for start, end in zip(offsets, offsets[1:])]
+def found_in(path, names=("dog", "cat"), parser="match", captions=CAPTIONS):
+    """The concepts of a captions file, in the form of `annotate`."""
+    return lists(Concepts(ConceptBank(names), parser).of_file(path, captions))
 
 
-def change_arrays(cache, **arrays):
-    """Replace arrays of a cache file. The others, such as its key, stay."""
-    with np.load(cache) as file:
+def change_arrays(path, **arrays):
+    """Replace arrays of a captions file's cache. The others, such as its key, stay."""
+    with np.load(f"{path}.concepts.npz") as file:
         kept = dict(file)
-    np.savez(cache, **{**kept, **{name: np.array(value) for name, value in arrays.items()}})
+    np.savez(f"{path}.concepts.npz",
+             **{**kept, **{name: np.array(value) for name, value in arrays.items()}})
 
 
-def tamper(cache):
-    """Change a cache to TAMPERED: values that are possible but wrong."""
-    change_arrays(cache, offsets=[0, 1, 1, 1, 1], rows=[[1, 8, 9]])
+def tamper(path):
+    change_arrays(path, offsets=[0, 1, 1, 1, 1], rows=[[1, 8, 9]])
 
 
-TAMPERED = [[(1, 8, 9)], [], [], []]
+def assert_made_anew(path, **source):
+    """The cache is not used but replaced: it is made, and then used."""
+    captions = source.get("captions", CAPTIONS)
+    bank = ConceptBank(source.get("names", ("dog", "cat")))
+    found = list(annotate(captions, bank, source.get("parser", "match")))
+    assert found_in(path, **source) == found != TAMPERED
+    change_arrays(path, offsets=[0, *[1] * len(captions)], rows=[[0, 8, 9]])
+    assert found_in(path, **source)[0] == [(0, 8, 9)]
 
 
 @pytest.fixture
 def cached(tmp_path):
-    """Path of a captions file whose cache was made and then changed to TAMPERED."""
-    load_annotations(tmp_path / "c.tsv", CAPTIONS, BANK, "match")
-    tamper(tmp_path / "c.tsv.concepts.npz")
-    return tmp_path / "c.tsv"
+    """A captions file whose cache was made and then changed to TAMPERED."""
+    path = tmp_path / "c.tsv"
+    path.write_text("".join(f"{i}.jpg\t{caption}\n" for i, caption in enumerate(CAPTIONS)))
+    assert found_in(path) == ANNOTATED == list(annotate(CAPTIONS, BANK, "match"))
+    tamper(path)
+    return path
 
 
-def test_annotations_as_arrays(tmp_path, capsys):
-    """Offsets and rows hold exactly what annotate yields, without and with the cache, which is the
-    only new file."""
-    annotated = list(annotate(CAPTIONS, BANK, "match"))
-    assert annotated == [[(0, 2, 3), (1, 5, 6)], [], [(1, 2, 3)], [(0, 3, 4)]]
-    for _ in range(2):
-        assert lists(load_annotations(tmp_path / "c.tsv", CAPTIONS, BANK, "match")) == annotated
-    assert [path.name for path in tmp_path.iterdir()] == ["c.tsv.concepts.npz"]
+def test_cache_is_reused(cached, capsys):
+    """Nothing is parsed again while file, bank and parser are the same: the changed values in the
+    cache are used. It is the only new file."""
+    assert found_in(cached) == TAMPERED
+    assert sorted(path.name for path in cached.parent.iterdir()) == ["c.tsv", "c.tsv.concepts.npz"]
     assert capsys.readouterr().err == ""
 
 
-def test_cache_is_reused(cached):
-    """Nothing is parsed again while captions, bank and parser are the same: the changed values in
-    the cache are used."""
-    bank = ConceptBank(["dog", "cat"])
-    assert lists(load_annotations(cached, CAPTIONS, bank, "match")) == TAMPERED
-
-
-@pytest.mark.parametrize("captions, names", [
-    (CAPTIONS[:3] + ["a dog"], ["dog", "cat"]), (CAPTIONS[::-1], ["dog", "cat"]),
-    (CAPTIONS, ["cat", "dog"]), (CAPTIONS, ["dog", "cat", "hot dog"]),
-    (CAPTIONS, ["dog", ["cat", "kitten"]])])
-def test_cache_is_made_again(cached, captions, names):
-    """For another caption, another order, another name or synonym the cache is not used but
-    replaced."""
-    bank = ConceptBank(names)
-    annotated = list(annotate(captions, bank, "match"))
-    assert lists(load_annotations(cached, captions, bank, "match")) == annotated
-    tamper(f"{cached}.concepts.npz")
-    assert lists(load_annotations(cached, captions, bank, "match")) == TAMPERED
-    annotated = list(annotate(CAPTIONS, BANK, "match"))
-    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == annotated
+@pytest.mark.parametrize("names", [
+    ["cat", "dog"], ["dog", "cat", "hot dog"], ["dog", ["cat", "kitten"]]])
+def test_cache_of_another_bank(cached, names):
+    """Another order, name or synonym of the bank makes the cache anew."""
+    assert_made_anew(cached, names=names)
 
 
 def test_cache_of_another_parser(cached, tmp_path):
-    """Another parser, here one in a folder that knows only cats, makes the cache again."""
+    """So does another parser, here one in a folder that knows only cats."""
     pipeline = spacy.blank("en", meta={"name": "cats"})
     ruler = pipeline.add_pipe("entity_ruler")
     ruler.add_patterns([{"label": "CONCEPT", "pattern": "cat", "id": "cat"}])
     pipeline.to_disk(tmp_path / "cats")
-    found = load_annotations(cached, CAPTIONS, BANK, str(tmp_path / "cats"))
-    assert lists(found) == [[(1, 5, 6)], [], [], []]
+    assert found_in(cached, parser=str(tmp_path / "cats")) == [[(1, 5, 6)], [], [], []]
+
+
+@pytest.mark.parametrize("change", [
+    lambda path: path.write_text(path.read_text() + "\n"), lambda path: os.utime(path, (1, 1))],
+    ids=["size", "time"])
+def test_cache_of_another_file(cached, change):
+    """So does a file of another size or time."""
+    change(cached)
+    assert_made_anew(cached)
+
+
+def test_cache_of_fewer_captions(cached):
+    """So do captions of another number, whatever the file says."""
+    assert_made_anew(cached, captions=CAPTIONS[:3])
 
 
 def overwrite(position, value):
@@ -682,87 +677,104 @@ def overwrite(position, value):
     return change
 
 
-def numpy_array(content):
-    stored = io.BytesIO()
-    np.save(stored, np.zeros(3))
-    return stored.getvalue()
-
-
 @pytest.mark.parametrize("damage", [
     lambda content: b"", lambda content: b"no archive",
     lambda content: content[:len(content) // 2], lambda content: content[:-30],
     lambda content: content.replace(b"offsets", b"offsetz"),
     lambda content: content.replace(b"NUMPY", b"NUMPX"),
-    overwrite(10, 99), overwrite(8, 64), numpy_array],
+    overwrite(10, 99), overwrite(8, 64)],
     ids=["empty", "text", "half", "almost whole", "name", "magic", "unknown compression",
-         "encrypted", "plain array"])
+         "encrypted"])
 def test_broken_cache(cached, damage):
-    """A cache that cannot be read for any reason is made again."""
+    """A cache that cannot be read for any reason is made anew."""
     cache = Path(f"{cached}.concepts.npz")
     cache.write_bytes(damage(cache.read_bytes()))
-    annotated = list(annotate(CAPTIONS, BANK, "match"))
-    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == annotated
-    tamper(cache)
-    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == TAMPERED
+    assert_made_anew(cached)
 
 
 @pytest.mark.parametrize("arrays", [
     {"rows": [[2, 8, 9]]}, {"rows": [[-1, 8, 9]]}, {"rows": [[1, 8]]}, {"rows": [[1, 9, 9]]},
     {"rows": [[1, 0, 1]]}, {"rows": [[1, 8, 77]]}, {"rows": [[1.0, 8.0, 9.0]]},
     {"offsets": [0, 1, 1, 1]}, {"offsets": [0, 1, 1, 1, 2]}, {"offsets": [1, 1, 1, 1, 1]},
-    {"offsets": [0, 1, 0, 1, 1]}],
+    {"offsets": [0, 1, 0, 1, 1]}, {"bad": [0, 0]}, {"bad": [0.5] * 8}],
     ids=["id above the bank", "id below 0", "two columns", "empty span", "the start token",
          "beyond the context", "no integers", "one caption less", "last offset", "first offset",
-         "falling offsets"])
+         "falling offsets", "counts of two reasons", "counts that are no integers"])
 def test_impossible_cache(cached, arrays):
-    """A cache whose arrays cannot be annotations of these captions and this bank is made again."""
-    change_arrays(f"{cached}.concepts.npz", **arrays)
-    annotated = list(annotate(CAPTIONS, BANK, "match"))
-    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == annotated
-    tamper(f"{cached}.concepts.npz")
-    assert lists(load_annotations(cached, CAPTIONS, BANK, "match")) == TAMPERED
+    """A cache whose arrays cannot be concepts of these captions and this bank is made anew."""
+    change_arrays(cached, **arrays)
+    assert_made_anew(cached)
 
 
-def no_folder(folder):
-    return folder / "gone" / "c.tsv"
+class Writing:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
-def read_only_folder(folder):
+def test_cache_without_pickle(cached, tmp_path):
+    """A cache that holds pickled objects is not opened but made anew."""
+    objects = np.array([Writing(tmp_path / "written")], object)
+    change_arrays(cached, rows=objects)
+    assert_made_anew(cached)
+    assert not (tmp_path / "written").exists()
+
+
+def read_only_folder(path):
     if os.geteuid() == 0:
         pytest.skip("root may write into read-only folders")
-    (folder / "locked").mkdir(mode=0o555)
-    return folder / "locked" / "c.tsv"
+    path.parent.chmod(0o555)
 
 
-def taken_name(folder):
-    (folder / "c.tsv.concepts.npz").mkdir()
-    return folder / "c.tsv"
+def taken_name(path):
+    Path(f"{path}.concepts.npz").mkdir()
 
 
-def no_removing_either(folder):
-    """As on a read-only file system, the unfinished cache can neither be written nor removed."""
-    (folder / "file").touch()
-    return folder / "file" / "c.tsv"
-
-
-@pytest.mark.parametrize("place", [no_folder, read_only_folder, taken_name, no_removing_either])
-def test_cache_that_cannot_be_written(tmp_path, place, capsys):
-    """Where no cache can be written the annotations are still returned, one line says why, and no
+@pytest.mark.parametrize("spoil", [read_only_folder, taken_name])
+def test_cache_that_cannot_be_written(tmp_path, spoil, capsys):
+    """Where no cache can be written the concepts are still found, one line says why, and no
     unfinished file is left."""
-    path = place(tmp_path)
+    (tmp_path / "c").mkdir()
+    path = tmp_path / "c" / "c.tsv"
+    path.write_text(TSV)
+    spoil(path)
     before = sorted(tmp_path.rglob("*"))
-    annotated = list(annotate(CAPTIONS, BANK, "match"))
-    assert lists(load_annotations(path, CAPTIONS, BANK, "match")) == annotated
-    assert f"the annotations were not cached, {path}.concepts.npz: " in capsys.readouterr().err
+    assert found_in(path) == ANNOTATED
+    assert f"the concepts were not cached, {path}.concepts.npz: " in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+    path.parent.chmod(0o755)
 
 
-def test_no_cache(tmp_path, monkeypatch):
-    """Without a path nothing is written."""
+def test_concepts_of_captions_in_memory(tmp_path, monkeypatch):
+    """Captions that come from no file have no cache."""
     monkeypatch.chdir(tmp_path)
-    annotated = list(annotate(CAPTIONS, BANK, "match"))
-    assert lists(load_annotations(None, CAPTIONS, BANK, "match")) == annotated
+    assert lists(Concepts(BANK, "match").of_captions(CAPTIONS)) == ANNOTATED
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_some_captions():
+    """Of the captions that are left the concepts stay their own."""
+    found = Annotations.of_lists(ANNOTATED).only(np.array([True, False, False, True]))
+    assert lists(found) == [ANNOTATED[0], ANNOTATED[3]]
+
+
+def test_partners_share_a_concept():
+    """A partner is a caption with one of the caption's concepts, and every occurrence of such a
+    concept can be drawn, also after captions without any; a caption without concepts has none."""
+    found = [[], [(4, 1, 2), (7, 3, 4)], [], [], [(7, 1, 2)], [(2, 1, 2)],
+             [(4, 2, 3), (4, 5, 6)], []]
+    annotations = Annotations.of_lists(found)
+    rng = np.random.default_rng(0)
+    for i, rows in enumerate(found):
+        drawn = {annotations.partner(i, rng) for _ in range(200)}
+        own = {concept for concept, _, _ in rows}
+        expected = {(j, concept) for j, others in enumerate(found) for concept, _, _ in others
+                    if concept in own}
+        assert drawn == (expected or {None})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -799,13 +811,45 @@ def test_command_with_a_bank(tmp_path, capsys):
     assert table[20].startswith("class names of the benchmarks")
 
 
+def parser_of_words(folder):
+    """A spaCy pipeline in a folder that takes "a WORD" for a noun chunk."""
+    pipeline = spacy.blank("en")
+    ruler = pipeline.add_pipe("attribute_ruler")
+    ruler.add([[{"LOWER": "a"}]], {"POS": "DET", "DEP": "det"})
+    ruler.add([[{"LOWER": {"NOT_IN": ["a"]}}]], {"POS": "NOUN", "DEP": "ROOT"})
+    pipeline.to_disk(folder)
+    return str(folder)
+
+
+def test_all_nouns_are_a_bank(tmp_path, capsys):
+    """--all-nouns prints what all noun chunks name, the most frequent first, and nothing else: a
+    bank with which every noun chunk has a concept. It leaves no cache."""
+    parser = parser_of_words(tmp_path / "words")
+    captions = ["a dog", "a cat a dog", "a Dog a 3,500", "a - a cow a dog a cat"]
+    path = tmp_path / "c.tsv"
+    path.write_text("".join(f"{i}.jpg\t{caption}\n" for i, caption in enumerate(captions)))
+    main([str(path), "--parser", parser, "--all-nouns"])
+    printed = capsys.readouterr().out
+    assert printed.splitlines() == ["dog", "cat", "cow"] and not list(tmp_path.glob("*.npz"))
+    (tmp_path / "bank.txt").write_text(printed)
+    main([str(path), "--parser", parser, "--bank", str(tmp_path / "bank.txt")])
+    assert "100.0% have a concept, 1.75 per caption; bank of 3" in capsys.readouterr().out
+
+
+@needs_pipeline
+def test_all_nouns_of_real_captions(tmp_path, capsys):
+    """A trained pipeline's noun phrases, compounds and plurals included."""
+    (tmp_path / "c.tsv").write_text("1.jpg\tTwo baseball bats on a table\n2.jpg\tThe table\n")
+    main([str(tmp_path / "c.tsv"), "--parser", str(PIPELINE), "--all-nouns"])
+    assert capsys.readouterr().out.splitlines() == ["table", "baseball bat"]
+
+
 @needs_pipeline
 @pytest.mark.parametrize("options, counts", [
-    ([], (21, 3)), (["--exclude-classes", "voc20.txt"], (1, 0)), (["--bank", "none"], (3, 3))])
-def test_command_counts_the_benchmarks_names(tmp_path, monkeypatch, capsys, options, counts):
+    ([], (21, 3)), (["--exclude-classes", "voc20"], (1, 0)), (["--bank", "voc20"], (20, 3))])
+def test_command_counts_the_benchmarks_names(tmp_path, capsys, options, counts):
     """The command says how many of a benchmark's class names the bank holds and how many the
     captions name."""
-    monkeypatch.chdir(CLASSES)
     (tmp_path / "c.tsv").write_text("1.jpg\ttwo dogs and a cat near a skyscraper\n"
                                     "2.jpg\ta dog on a sofa\n")
     main([str(tmp_path / "c.tsv"), "--parser", str(PIPELINE), *options])
@@ -818,26 +862,23 @@ def test_command_counts_the_benchmarks_names(tmp_path, monkeypatch, capsys, opti
     (["gone.json", "--parser", "match"], "no captions file gone.json"),
     (["c.txt", "--parser", "match"], "c.txt is no captions file"),
     (["empty.tsv", "--parser", "match"], "empty.tsv holds no captions"),
-    (["c.tsv", "--parser", "match", "--bank", "gone.txt"], "no class file gone.txt"),
+    (["c.tsv", "--parser", "match", "--bank", "gone.txt"], "no concept bank 'gone.txt'"),
+    (["c.tsv", "--parser", "match", "--exclude-classes", "gone"], "no class file 'gone'"),
+    (["c.tsv", "--parser", "match", "--all-nouns"], "name a spaCy pipeline with --parser"),
     (["c.tsv", "--parser", "match", "--bank", "empty.tsv"], "empty.tsv: no class names found"),
     (["c.tsv", "--parser", "no_such_parser"], "python -m spacy download")])
-def test_command_errors(tmp_path, monkeypatch, arguments, message):
-    """A user's mistake ends the command with one line and a status that is not zero, without a
-    traceback."""
+def test_command_errors(tmp_path, monkeypatch, fails, arguments, message):
+    """A user's mistake ends the command with one line."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.tsv").write_text(TSV, encoding="utf-8")
     (tmp_path / "c.txt").write_text(TSV, encoding="utf-8")
     (tmp_path / "empty.tsv").write_text("\n")
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    text = stop.value.code                          # a text as code: it is printed, status 1
-    assert text.startswith("error: ") and message in text and "\n" not in text
+    fails(main, arguments, message)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_parser_on_a_gpu_that_is_not_there(tmp_path):
+def test_a_parser_on_a_gpu_that_is_not_there(tmp_path, fails):
     """Asked for a GPU that spaCy cannot use, the command says so in one line and does not go on."""
     (tmp_path / "c.tsv").write_text("1.jpg\ta dog\n")
-    with pytest.raises(SystemExit, match="^error: .*GPU") as stop:
-        main([str(tmp_path / "c.tsv"), "--device", "cuda"])
-    assert len(stop.value.code.splitlines()) == 1 and not (tmp_path / "c.tsv.concepts.npz").exists()
+    fails(main, [tmp_path / "c.tsv", "--device", "cuda"], "GPU")
+    assert not (tmp_path / "c.tsv.concepts.npz").exists()

@@ -1,11 +1,11 @@
-"""eval.py: the measures by hand, segmentation folders, backgrounds, processes, classification, and
-the command."""
+"""eval.py: the measures by hand, backgrounds, processes, classification, and the command."""
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
-import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,22 +13,17 @@ import torch
 from PIL import Image
 
 import eval
-from conftest import PROTOCOL, ROOT, tiny
 from eval import confusion_matrix, evaluate, scores
-from machinery.scoring import check as check_file
-from machinery.scoring import results
-from machinery.scoring.benchmarks import IGNORE, THRESHOLD, open_folder
-from machinery.scoring.check import check
-from machinery.networks.checkpoint import save_model
+from machinery.contract import METHODS, PRETRAINED, Method, Protocol
+from machinery.errors import one_line_errors
+from machinery.images import IGNORE, ScoredImages, load_image, to_pixels
+from machinery.networks.checkpoint import load_model, save_model
+from machinery.scoring.benchmarks import THRESHOLD, open_folder
 from machinery.scoring.classify import LabelledImages, classify
-from machinery.images import load_image, to_pixels
 from machinery.scoring.pictures import NOT_SCORED, palette
 from machinery.scoring.results import made_with, write_result
+from machinery.settings import as_mapping
 from processes import Processes
-
-PHOTOS = ROOT.parent / "shared" / "data" / "photos"
-needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photographs in {PHOTOS}")
-
 
 # --------------------------------------------------------------------------------------------------
 # The measures
@@ -90,209 +85,69 @@ def test_a_perfect_prediction_scores_one():
 
 
 # --------------------------------------------------------------------------------------------------
-# Segmentation folders
-
-MASK = np.array([[0, 1, 2, 255], [2, 2, 1, 0]], np.uint8)
-
-
-@pytest.fixture
-def scored(tmp_path):
-    """A segmentation folder: a photo of 4 x 2 pixels and its mask."""
-    for part in ("images", "masks"):
-        (tmp_path / part).mkdir()
-    (tmp_path / "classes.txt").write_text("background\ndog, puppy\ncat\n")
-    Image.fromarray(noise(2, 4)).save(tmp_path / "images" / "a.PNG")
-    Image.fromarray(MASK).save(tmp_path / "masks" / "a.png")
-    return tmp_path
-
-
-def noise(*size):
-    return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-
-
-def test_folder(scored):
-    """Masks come with the photo's name and pixels; values are lines of classes.txt, 255 is ignored;
-    files that are no images are left out."""
-    (scored / "images" / "notes.txt").touch()
-    dataset = open_folder(scored)
-    ((name, image, mask),) = dataset
-    assert name == "a" and len(dataset) == 1
-    assert dataset.classes == [["background"], ["dog", "puppy"], ["cat"]]
-    assert (np.array(image) == noise(2, 4)).all()
-    assert mask.tolist() == [[0, 1, 2, IGNORE], [2, 2, 1, 0]]
-
-
-@pytest.mark.parametrize("without, classes, expected", [
-    (["background"], [["dog", "puppy"], ["cat"]], [[-1, 0, 1, -1], [1, 1, 0, -1]]),
-    (["dog"], [["background"], ["cat"]], [[0, -1, 1, -1], [1, 1, -1, 0]]),
-    (["cat", "background"], [["dog", "puppy"]], [[-1, 0, -1, -1], [-1, -1, 0, -1]])])
-def test_folder_without_classes(scored, without, classes, expected):
-    """Classes left out become ignored, and the others are numbered anew; 255 stays ignored."""
-    dataset = open_folder(scored, without=without)
-    assert dataset.classes == classes and dataset[0][2].tolist() == expected and IGNORE == -1
-
-
-def test_folder_with_other_names(scored):
-    """Names from another file prompt for the same classes: masks stay, classes are left out by
-    their own names, and the background is still the background."""
-    (scored / "names.txt").write_text("something else\nhound\nkitten, tomcat\n")
-    dataset = open_folder(scored, scored / "names.txt", ["background"])
-    assert dataset.classes == [["hound"], ["kitten", "tomcat"]] and dataset.background == "none"
-    assert dataset[0][2].tolist() == [[-1, 0, 1, -1], [1, 1, 0, -1]]
-    dataset = open_folder(scored, scored / "names.txt")
-    assert dataset.background_class == 0 and dataset.background == "prompt:something else"
-
-
-@pytest.mark.parametrize("classes, ignore, values", [
-    ("0: background\n1: dog\n2: cat\n", [255], MASK),
-    ("7: road\n300: sky, clouds\n65535: sea\n", [0, 9],
-     [[7, 300, 65535, 9], [65535, 65535, 300, 7]]),
-    ("255:road\n0:sky\n9:sea\n", [], [[255, 0, 9, 9], [9, 9, 0, 255]])])
-def test_folder_with_any_values(scored, classes, ignore, values):
-    """Masks may hold any values up to 65535, written before the names, and any may be ignored, or
-    none; 255 may be a class, too."""
-    (scored / "classes.txt").write_text(classes)
-    values = np.array(values)
-    Image.fromarray(values.astype(np.uint16)).save(scored / "masks" / "a.png")
-    dataset = open_folder(scored, ignore=ignore)
-    expected = np.where(np.isin(values, ignore), IGNORE, [[0, 1, 2, 2], [2, 2, 1, 0]])
-    assert dataset[0][2].tolist() == expected.tolist() and check(dataset)[0] == []
-
-
-def test_folder_with_many_classes(scored):
-    """If the value 255 is not ignored, masks of 16 bit hold more than 255 classes."""
-    (scored / "classes.txt").write_text("".join(f"thing number {i}\n" for i in range(400)))
-    values = np.array([[255, 256, 399, 0]] * 2)
-    Image.fromarray(values.astype(np.uint16)).save(scored / "masks" / "a.png")
-    assert (open_folder(scored, ignore=[])[0][2] == values).all()
-    message = "the value 255 is a class and ignored; name other values with --ignore"
-    with pytest.raises(ValueError, match=message):
-        open_folder(scored)
-
-
-def test_palette_mask(scored):
-    """A palette mask's values are its indices, not its colours."""
-    mask = Image.fromarray(MASK)
-    mask.putpalette([255 - i // 3 for i in range(768)])
-    mask.save(scored / "masks" / "a.png")
-    assert Image.open(scored / "masks" / "a.png").mode == "P"
-    expected = np.where(MASK == 255, IGNORE, MASK.astype(int))
-    assert (open_folder(scored, ignore=[255])[0][2] == expected).all()
-
-
-def test_one_bit_mask(scored):
-    """A mask of one bit per pixel, as two classes allow, has the values 0 and 1."""
-    Image.fromarray(MASK == 1).save(scored / "masks" / "a.png")
-    assert Image.open(scored / "masks" / "a.png").mode == "1"
-    assert (open_folder(scored)[0][2] == (MASK == 1)).all()
-
-
-@pytest.mark.parametrize("mask, message", [
-    (MASK[:, :3], r"the mask of .*a\.PNG has 2 x 3 pixels \(height x width\), the image 2 x 4"),
-    (MASK.T, r"the mask of .*a\.PNG has 4 x 2 pixels"),
-    (np.stack([MASK] * 3, 2), r"a\.png has 3 channels, expected one value per pixel"),
-    (MASK + (MASK == 1).astype(np.uint8) * 2,
-     r"the mask of .*a\.PNG holds values that are no class; run eval\.py --check")])
-def test_wrong_mask(scored, mask, message):
-    """A mask of another size, in colour, or with values that are no class is refused also where it
-    is read."""
-    Image.fromarray(np.ascontiguousarray(mask)).save(scored / "masks" / "a.png")
-    with pytest.raises(ValueError, match=message):
-        open_folder(scored)[0]
-
-
-@pytest.mark.parametrize("part", ["images", "masks"])
-@pytest.mark.parametrize("kept", [2000, 10])
-def test_cut_short(scored, part, kept):
-    """An image or mask that is cut short, or is none at all, is refused by name."""
-    mask = Image.fromarray(noise(64, 64)[..., 0] % 3)
-    Image.fromarray(noise(64, 64)).save(scored / "images" / "a.PNG")
-    mask.save(scored / "masks" / "a.png", compress_level=0)
-    (path,) = (scored / part).iterdir()
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=rf"{part}/{path.name}"):
-        open_folder(scored)[0]
-
-
-def without(part):
-    return lambda folder: (folder / part).rename(folder / "elsewhere")
-
-
-def classes(text):
-    return lambda folder: (folder / "classes.txt").write_bytes(text.encode("latin-1"))
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (without("images"),
-     r"no folder .*images; a segmentation folder holds images/, masks/ \(PNG, value = class\)"),
-    (without("masks"), r"no folder .*masks; a segmentation folder holds"),
-    (without("images/a.PNG"), r"no images in .*images"),
-    (without("classes.txt"), r"classes\.txt: expected a text file with one class name per line"),
-    (classes("a\nb\na"), r"classes\.txt: duplicate class name 'a'"),
-    (classes("1: a\n2: b\n3: a"), r"classes\.txt: duplicate class name 'a'"),
-    (classes("1: a\n1: b"), r"classes\.txt: the label '1' is there twice"),
-    (classes("1: a\nb"),
-     r'classes\.txt: 1 lines have a colon, as in "label: name", and 1 have none; '
-     r"expected one in every line or in none, look at 'b'"),
-    (classes("1: a\n2: b\nc"), r"classes\.txt: 2 lines have a colon.*look at 'c'"),
-    (classes("a\nb\nc: d"), r"classes\.txt: 1 lines have a colon.*2 have none.*look at 'c: d'"),
-    (classes("road: a\nsky: b"),
-     r"classes\.txt: what stands before a colon must be a mask value, 0 to 65535"),
-    (classes("65536: a"), r"classes\.txt: what stands before a colon must be a mask value"),
-    (classes("caf\xe9"), r"classes\.txt is no UTF-8 text")])
-def test_folders_that_are_none(scored, spoil, message):
-    """What is missing from a segmentation folder, or wrong in its classes.txt, is named."""
-    spoil(scored)
-    with pytest.raises((ValueError, OSError), match=message):
-        open_folder(scored)
-
-
-@needs_photos
-def test_real_masks():
-    """Real photographs and their masks fit together, and without background only the 20 classes are
-    left."""
-    whole = open_folder(PHOTOS / "test")
-    dataset = open_folder(PHOTOS / "test", without=["background"])
-    assert len(dataset.classes) == 20
-    for i in range(5):
-        _, image, mask = dataset[i]
-        _, _, full = whole[i]
-        assert mask.shape == image.size[::-1]
-        assert (mask == np.where(full > 0, full - 1, IGNORE)).all()
-
-
-# --------------------------------------------------------------------------------------------------
 # Background, with another method's model
 
-class Painted:
-    """Another method: a class scores a pixel by its red, green or blue / 250, any other word by 0.3
-    everywhere. It has no backbone, no checkpoint and no configuration."""
+@dataclass
+class PaintedSettings:
+    """A Painted has nothing to set."""
 
-    def embed_classes(self, classes, templates):
+
+class Painted(Method):
+    """Another method: a class scores a pixel by its red, green or blue / 250, any other word by 0.3
+    everywhere. It needs no checkpoint: it is there as --checkpoint painted."""
+    name = "painted"
+    Settings = PaintedSettings
+    looked = 0                                      # windows seen
+
+    def embed_classes(self, classes, templates=("{}",)):
         index = {"red": 0, "green": 1, "blue": 2}
         return torch.tensor([[[index.get(name, 3)] for name in names[:1]] for names in classes])
 
     def patch_scores(self, pixels, embeddings):
+        Painted.looked += len(pixels)
         word = torch.full_like(pixels[:, :1], 0.3, dtype=torch.float32)
         scores = torch.cat([pixels / 250, word], dim=1)
         return scores[:, embeddings.flatten()], pixels.shape[-2:]
 
 
-class Scenes(list):
+class Full(Painted):
+    """A method whose windows do not fit into the GPU's memory."""
+    name = "full"
+
+    def patch_scores(self, pixels, embeddings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+for method in (Painted, Full):
+    METHODS[method.name] = f"test_eval.{method.__name__}"
+    PRETRAINED[method.name] = (method.name, "")
+
+
+def painted():
+    return Painted(PaintedSettings())
+
+
+class Scenes(ScoredImages):
     """[(name, image, mask)] as a dataset; place: which of the classes is the background, None =
     there is none."""
+    name = "scenes"
 
     def __init__(self, items, place=0):
-        super().__init__(items)
-        self.name = "scenes"
+        self.items = items
         self.background_class = place
         self.background = "none" if place is None else "threshold:0.2"
         self.classes = [["red"], ["green"], ["blue"]]
         if place is not None:
             self.classes.insert(place, ["background"])
 
+    def __len__(self):
+        return len(self.items)
 
-WHOLE = {"templates": "plain", "short_side": 1, "window": 4000, "stride": 4000}     # one window
+    def __getitem__(self, i):
+        return self.items[i]
+
+
+WHOLE = Protocol(templates="plain", short_side=1, window=4000, stride=4000)         # one window
 COLOURS = [(50, 0, 0), (51, 0, 0), (0, 60, 0), (10, 20, 30), (100, 100, 0), (75, 0, 0), (0, 80, 80),
            (0, 0, 49)]
 TRUTH = {"background": [0, 3], "red": [1, 5], "green": [2, 4, 7], "blue": []}   # 6 is not scored
@@ -318,58 +173,43 @@ def row(place):
 def test_backgrounds_by_hand(place, background, expected):
     """Pixels whose best score is at most the threshold are background; with words, what these win
     is. The background's place among the classes does not matter, its value is in the result, and a
-    model needs two methods only."""
-    result, _ = evaluate(Painted(), row(place), {**WHOLE, "background": background})
+    method needs to embed classes and score patches only."""
+    protocol = dataclasses.replace(WHOLE, background=background)
+    result, _ = evaluate(painted(), row(place), protocol)
     found = {name: None if math.isnan(iou) else iou
              for name, iou in zip(result["classes"], result["IoU"])}
     assert found == pytest.approx(expected)
     mean = np.mean([iou for iou in expected.values() if iou is not None])
     assert result["mIoU"] == pytest.approx(mean)
     assert result["protocol"]["background"] == background
-    assert result["backbone"] is None and "checkpoint" not in result
+    assert result["method"] == "painted" and "checkpoint" not in result
     json.dumps(result)
 
 
 def test_measures_of_a_whole_run_by_hand():
     """mIoU, mAcc and aAcc of the row above: two classes of background and red right, one of three
     green, one ignored."""
-    result, _ = evaluate(Painted(), row(0), WHOLE)
+    result, _ = evaluate(painted(), row(0), WHOLE)
     assert result["protocol"]["background"] == "threshold:0.2"          # the dataset's own
     assert result["mIoU"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
     assert result["mAcc"] == pytest.approx((1 + 1 + 1 / 3) / 3)
     assert result["aAcc"] == pytest.approx(5 / 7)
-    (_, image, truth), = row(0)
+    _, image, truth = row(0)[0]
     truth[0, 6] = 0                 # now green is predicted there, which was not scored before
-    result, _ = evaluate(Painted(), Scenes([("row", image, truth)]), WHOLE)
+    result, _ = evaluate(painted(), Scenes([("row", image, truth)]), WHOLE)
     assert result["IoU"][:3] == pytest.approx([2 / 4, 2 / 3, 1 / 4])
 
 
-def test_a_class_predicted_but_absent_counts_as_zero():
-    """A class that is nowhere in the truth counts as 0 as soon as it is predicted for a scored
-    pixel."""
-    truth = np.array([[0, 1, 1]])
-    image = Image.fromarray(np.array([[(0, 0, 0), (250, 0, 0), (0, 0, 250)]], np.uint8))
-    result, _ = evaluate(Painted(), Scenes([("row", image, truth)]), WHOLE)
-    assert result["IoU"][:2] == [1, 0.5] and math.isnan(result["IoU"][2]) and result["IoU"][3] == 0
-    assert result["mIoU"] == 0.5 and result["mAcc"] == 0.75
-
-
-@pytest.mark.parametrize("place, settings, thresholds, words", [
-    (None, {"background": "threshold:0.2"}, None,
-     '--background threshold:0.2: scenes has no class "background"'),
-    (None, {"background": "prompt:sky"}, None, "--background prompt:sky: scenes has no class"),
-    (0, {"background": "none"}, None,
-     '--background none: scenes scores the class "background"; choose threshold'),
-    (0, {"background": "dark"}, None, "background 'dark': expected none, threshold:T"),
-    (None, {}, torch.tensor([0.1]), "--sweep-background: scenes has no class"),
-    (0, {"background": "prompt:sky"}, torch.tensor([0.1]),
-     "--sweep-background is for threshold:T, found prompt:sky")])
-def test_backgrounds_that_make_no_sense(place, settings, thresholds, words):
-    """A background where none is scored, none where one is, and a sweep of either are refused."""
-    image = Image.new("RGB", (2, 1))
-    dataset = Scenes([("row", image, np.zeros((1, 2), int))], place)
+@pytest.mark.parametrize("place, background, words", [
+    (None, "threshold:0.2", '--background threshold:0.2: scenes has no class "background"'),
+    (None, "prompt:sky", "--background prompt:sky: scenes has no class"),
+    (0, "none", '--background none: scenes scores the class "background"; choose threshold'),
+    (0, "dark", "background 'dark': expected none, threshold:T")])
+def test_backgrounds_that_make_no_sense(place, background, words):
+    """A background where none is scored, and none where one is, are refused."""
+    dataset = Scenes([("row", Image.new("RGB", (2, 1)), np.zeros((1, 2), int))], place)
     with pytest.raises(ValueError, match=re.escape(words)):
-        evaluate(Painted(), dataset, {**WHOLE, **settings}, thresholds=thresholds)
+        evaluate(painted(), dataset, dataclasses.replace(WHOLE, background=background))
 
 
 def random_scenes(place, count=3):
@@ -384,41 +224,32 @@ def test_a_sweep_equals_scoring_each_threshold(place):
     """One pass gives for every threshold, to the last bit, the mIoU of scoring with it, ties
     included; and the score of the protocol's own threshold is what it is without a sweep."""
     dataset = random_scenes(place)
-    protocol = {**WHOLE, "short_side": 9}
-    result, _ = evaluate(Painted(), dataset, protocol, thresholds=torch.arange(-100, 101) / 100)
+    protocol = dataclasses.replace(WHOLE, short_side=9)
+    result, _ = evaluate(painted(), dataset, protocol)
     assert [t for t, _ in result["sweep"]] == [t / 100 for t in range(-100, 101)]
-    for i in (0, 90, 98, 99, *range(100, 183, 2), 200):
+    for i in (0, 99, *range(100, 140, 4), 182, 200):
         threshold, miou = result["sweep"][i]
-        background = {"background": f"threshold:{threshold}"}
-        single, _ = evaluate(Painted(), dataset, {**protocol, **background})
+        single = dataclasses.replace(protocol, background=f"threshold:{threshold}")
+        single, _ = evaluate(painted(), dataset, single)
         assert single["mIoU"] == miou, threshold
     assert len({miou for _, miou in result["sweep"]}) > 30
     assert result["mIoU"] == dict(map(tuple, result["sweep"]))[0.2]
 
 
-def test_a_sweep_on_the_command_line(checkpoint, folder, tmp_path, capsys):
-    """--sweep-background prints the thresholds around the best; the result file holds all."""
+def test_a_sweep_on_the_command_line(checkpoint, folder, tmp_path, capsys, fails):
+    """--sweep-background prints the thresholds around the best; the result file holds all. It is
+    refused without a class "background", or with words for it."""
     result = run(checkpoint, folder, tmp_path / "new" / "sweep.json", "--sweep-background")
     best, miou = max(result["sweep"], key=lambda point: point[1])
     assert f"best at {best:.2f}: {miou:.2%}" in capsys.readouterr().out
     assert result["protocol"]["background"] == THRESHOLD
-
-
-def test_a_sweep_is_plotted(checkpoint, folder, tmp_path, monkeypatch, capsys):
-    """--sweep-background also draws the curve; where matplotlib is missing, a line says so and
-    nothing else changes."""
-    pytest.importorskip("matplotlib")
-    run(checkpoint, folder, tmp_path / "sweep.json", "--sweep-background")
-    plot = np.array(Image.open(tmp_path / "sweep.png").convert("RGB")).astype(int)
-    blue = np.abs(plot - (31, 119, 180)).max(-1) < 40                   # matplotlib's first colour
-    assert plot.shape == (480, 768, 3) and blue.sum() > 200             # the curve
-    assert "plotted in" in capsys.readouterr().out
-    (tmp_path / "sweep.png").unlink()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = run(checkpoint, folder, tmp_path / "sweep.json", "--sweep-background")
-    printed = capsys.readouterr()
-    assert len(result["sweep"]) == 201 and not (tmp_path / "sweep.png").exists()
-    assert "pip install matplotlib" in printed.err and "plotted in" not in printed.out
+    assert "sweep" not in run(checkpoint, folder, tmp_path / "r.json", "--background", THRESHOLD)
+    arguments = ["--dataset", folder, "--checkpoint", checkpoint, "--sweep-background", "--output",
+                 tmp_path / "none.json"]
+    fails(eval.main, [*arguments, "--without", "background"],
+          f'--background threshold:0.2: {folder} has no class "background"')
+    fails(eval.main, [*arguments, "--background", "prompt:sky"],
+          "--sweep-background is for threshold:T, found prompt:sky")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -432,9 +263,15 @@ def run(checkpoint, dataset, output, *more):
                       parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
 
 
+def used(checkpoint, **changed):
+    """A checkpoint's protocol as JSON, with what was changed."""
+    protocol = dataclasses.replace(load_model(checkpoint).protocol, **changed)
+    return json.loads(json.dumps(as_mapping(protocol)))
+
+
 def test_a_folder_is_scored(checkpoint, folder, tmp_path, capsys):
-    """The result file holds scores, protocol, backbone and the dataset; the table and the mIoU are
-    printed."""
+    """The result file holds scores, protocol, the method's settings and the dataset; the table and
+    the mIoU are printed."""
     result = run(checkpoint, folder, tmp_path / "result.json")
     printed = capsys.readouterr().out
     assert f"mIoU {result['mIoU']:.2%}" in printed
@@ -444,10 +281,11 @@ def test_a_folder_is_scored(checkpoint, folder, tmp_path, capsys):
     assert result["IoU"][4] in (0, None)            # nowhere in the truth: 0 if it was predicted
     mean = np.mean([iou for iou in result["IoU"] if iou is not None])
     assert result["mIoU"] == pytest.approx(mean)
-    assert result["protocol"] == {**PROTOCOL, "background": "prompt:background", "names": None,
-                                  "without": [], "masks": f"masks by {folder}/classes.txt"}
+    assert result["protocol"] == used(checkpoint, background="prompt:background")
+    assert result["data"] == {"masks": f"masks by {folder}/classes.txt", "names": None,
+                              "without": []}
     assert result["dataset"] == str(folder) and not result["partial"]
-    assert result["method"] == "simzss" and result["backbone"]["name"] == "toy"
+    assert result["method"] == "simzss" and result["settings"]["backbone"]["name"] == "toy"
     assert result["checkpoint"] == str(checkpoint)
     assert result["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert {"torch", "timm", "numpy", "python"} <= set(result["versions"])
@@ -490,8 +328,8 @@ def test_the_protocol_can_be_changed(checkpoint, folder, tmp_path):
     recorded."""
     result = run(checkpoint, folder, tmp_path / "result.json", "--templates", "simple7",
                  "--stride", "16", "--window", "48")
-    expected = {**PROTOCOL, "templates": "simple7", "stride": 16, "window": 48}
-    assert {key: result["protocol"][key] for key in expected} == expected
+    assert result["protocol"] == used(checkpoint, templates="simple7", stride=16, window=48,
+                                      background="prompt:background")
 
 
 def test_a_class_that_is_nowhere_is_null(tmp_path):
@@ -514,12 +352,9 @@ def test_the_result_lies_beside_the_checkpoint(checkpoint, folder, tmp_path):
         assert result["images"] == 3 and len(result["classes"]) == classes
 
 
-def test_without_git_there_is_no_commit(monkeypatch):
-    """Where the code is no checkout, or there is no git, the result says null."""
-    def none(*args, **kwargs):
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(results.subprocess, "run", none)
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    """Where there is no git, the result says null."""
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert made_with()["commit"] is None
 
 
@@ -539,18 +374,21 @@ def test_pictures_of_the_first_images(checkpoint, folder, tmp_path):
     assert (truth[mask == 2] == palette(5)[2]).all() and (truth[mask == 255] == NOT_SCORED).all()
 
 
-def test_results_go_where_they_are_sent(checkpoint, folder, tmp_path, monkeypatch, fails):
+def test_results_go_where_they_are_sent(checkpoint, folder, tmp_path, fails):
     """--output names a file, whose folder is made, or a folder; a place where nothing can be
     written is refused before anything is scored; a dataset may be named with a slash at its end."""
     run(checkpoint, folder, tmp_path / "deep" / "er" / "result.json")
-    arguments = ["--checkpoint", str(checkpoint), "--dataset"]
-    eval.main([*arguments, f"{folder}/", "--output", str(tmp_path)])
+    eval.main(["--dataset", f"{folder}/", "--checkpoint", str(checkpoint), "--output",
+               str(tmp_path)])
     assert json.loads((tmp_path / "eval_folder.json").read_text())["images"] == 3
-    monkeypatch.setattr(eval, "evaluate", lambda *args: pytest.fail("scored in vain"))
+    Painted.looked = 0
+    arguments = ["--dataset", folder, "--checkpoint", "painted", "--output"]
     (tmp_path / "file").touch()
-    fails(eval.main, [*arguments, folder, "--output", tmp_path / "file" / "r.json"], "file")
-    monkeypatch.setattr(eval.os, "access", lambda path, mode: path != checkpoint.parent)
-    fails(eval.main, [*arguments, folder], checkpoint.parent, "--output")
+    fails(eval.main, [*arguments, tmp_path / "file" / "r.json"], "file")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    if not os.access(tmp_path / "closed", os.W_OK):             # root may write anywhere
+        fails(eval.main, [*arguments, tmp_path / "closed"], "closed", "--output")
+    assert not Painted.looked
 
 
 def test_the_result_of_other_data_is_not_overwritten(checkpoint, folder, tmp_path, monkeypatch,
@@ -564,10 +402,10 @@ def test_the_result_of_other_data_is_not_overwritten(checkpoint, folder, tmp_pat
     before = output.read_bytes()
     assert json.loads(before)["images"] == 1
     folder.rename(tmp_path / "other")
-    monkeypatch.setattr(eval, "evaluate", lambda *args: pytest.fail("scored in vain"))
-    fails(eval.main, ["--dataset", tmp_path / "other", "--checkpoint", checkpoint,
+    Painted.looked = 0
+    fails(eval.main, ["--dataset", tmp_path / "other", "--checkpoint", "painted",
                       "--output", output], output, folder, tmp_path / "other", "--output")
-    assert output.read_bytes() == before
+    assert output.read_bytes() == before and not Painted.looked
 
 
 def test_limit_marks_the_result(checkpoint, folder, tmp_path, capsys):
@@ -581,31 +419,14 @@ def test_limit_marks_the_result(checkpoint, folder, tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------
 # Several processes
 
-def score_and_keep(folder, *arguments):
-    """eval.py, with the confusion matrix of each process in a file of its own."""
-    counted = eval.scores
-
-    def keep(matrix):
-        torch.save(matrix, folder / f"matrix{os.environ['RANK']}.pt")
-        return counted(matrix)
-    eval.scores = keep
-    eval.main([str(argument) for argument in arguments])
-
-
-def test_two_processes_count_what_one_counts(checkpoint, folder, tmp_path, monkeypatch):
-    """Two processes give for three images, each of them, the confusion matrix of one process, bit
-    for bit, the same result file and the same pictures."""
-    both = Processes(tmp_path, 2, score_and_keep, tmp_path, "--dataset", folder, "--checkpoint",
-                     checkpoint, "--output", tmp_path / "two.json", "--save-images", "3",
-                     "--workers", "0")
+def test_two_processes_count_what_one_counts(checkpoint, folder, tmp_path):
+    """Two processes give for three images, bit for bit, the scores of one process, the same result
+    file and the same pictures."""
+    both = Processes(tmp_path, 2, eval.main,
+                     ["--dataset", str(folder), "--checkpoint", str(checkpoint), "--output",
+                      str(tmp_path / "two.json"), "--save-images", "3", "--workers", "0"])
     assert both.wait() == [0, 0], both.output()
-    one = []
-    counted = eval.scores
-    monkeypatch.setattr(eval, "scores",
-                        lambda matrix: one.append(matrix.clone()) or counted(matrix))
     alone = run(checkpoint, folder, tmp_path / "one.json", "--save-images", "3")
-    for rank in range(2):
-        assert torch.load(tmp_path / f"matrix{rank}.pt").equal(one[0])
     together = json.loads((tmp_path / "two.json").read_text())
     same = set(alone) - {"seconds", "images_per_second", "processes", "date"}
     assert {key: together[key] for key in same} == {key: alone[key] for key in same}
@@ -616,19 +437,20 @@ def test_two_processes_count_what_one_counts(checkpoint, folder, tmp_path, monke
         assert two.read_bytes() == one.read_bytes()
 
 
-@pytest.mark.parametrize("problems", [0, 2])
-def test_the_first_process_checks_for_all(folder, monkeypatch, fails, capsys, problems):
-    """Another process looks at no mask: it goes on without output where the first found nothing,
-    and ends with it otherwise."""
-    monkeypatch.setattr(check_file, "rank", lambda: 1)
-    monkeypatch.setattr(check_file, "sum_counts", lambda counts: counts + problems)
-    monkeypatch.setattr(check_file, "check", lambda *args: pytest.fail("checked twice"))
-    arguments = ["--check", "--dataset", str(folder)]
-    if problems:
-        fails(eval.main, arguments, "failed its check: the first process says why")
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_the_first_process_checks_for_all(folder, tmp_path, is_wrong):
+    """Of two processes the first looks at the masks and prints what it found; the other goes on
+    without output, or ends with it."""
+    if is_wrong:
+        (folder / "masks" / "photo1.png").write_bytes(b"no image")
+    both = Processes(tmp_path, 2, eval.main, ["--check", "--dataset", str(folder)])
+    assert both.wait() == [int(is_wrong)] * 2
+    first, second = (log.read_text() for log in both.logs)
+    if is_wrong:
+        assert "photo1.png is no readable mask" in first
+        assert "failed its check: the first process says why" in second
     else:
-        eval.main(arguments)
-    assert capsys.readouterr().out == ""
+        assert "3 images with masks" in first and "3 images" not in second
 
 
 # --------------------------------------------------------------------------------------------------
@@ -669,19 +491,19 @@ def test_classification_by_hand(labelled, tmp_path):
     labels.write_text("g: 70\nf: 60\ne: 50\nd: 40\nc: 30\nb: 20\na: 10\nz: 0\ny: -9\nx: -8\n")
 
     def classified(dataset, **settings):
-        result = classify(Named(), dataset, numbers(dataset), **settings)
-        return result["top1"], result["top5"], result["images"], result["partial"]
+        result, images = classify(Named(), dataset, numbers(dataset), **settings)
+        return result["top1"], result["top5"], images
 
     # b is 20, c is 30: 22 and 29 are right; 31 and 14 have their class second and second; of 68 c
     # is the fifth nearest
-    assert classified(LabelledImages(labelled, names, 16), batch=2) == (2 / 5, 1, 5, False)
+    assert classified(LabelledImages(labelled, names, 16), batch=2) == (2 / 5, 1, 5)
     dataset = LabelledImages(labelled, labels, 16)
     assert classified(dataset)[:2] == (2 / 5, 1)
-    assert len(classify(Named(), dataset, numbers(dataset))["classes"]) == 10
+    assert len(dataset.classes) == 10
     assert dataset[0][0].shape == (3, 16, 16) and dataset.size == 16
     names.write_text("10\n20\n95\n40\n50\n60\n70\n")    # c is now far from all of its images
     dataset = LabelledImages(labelled, names, 16)
-    assert classified(dataset, limit=3) == (1 / 3, 1 / 3, 3, True)      # 22, 29 and 14
+    assert classified(dataset, limit=3) == (1 / 3, 1 / 3, 3)    # 22, 29 and 14
 
 
 def test_the_middle_of_an_image_is_classified(tmp_path):
@@ -706,7 +528,8 @@ def test_classification_on_the_command_line(labelled, tmp_path, model, capsys):
         noise = rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path, format="PNG")
     (labelled / "c").rename(labelled / "ice_cream")
-    save_model(tmp_path / "model.safetensors", model, {"protocol": PROTOCOL, "image_size": 32})
+    model.protocol = dataclasses.replace(model.protocol, templates="plain")
+    save_model(tmp_path, model, {"run": {"image_size": 32}})
     eval.main(["--task", "classification", "--dataset", str(labelled),
                "--checkpoint", str(tmp_path), "--device", "cpu"])
     result = json.loads((tmp_path / "eval_val.json").read_text())
@@ -720,10 +543,11 @@ def test_classification_on_the_command_line(labelled, tmp_path, model, capsys):
         nearest = (words @ token).argsort(descending=True).tolist()
         right.append([names.index(name) in nearest[:k] for k in (1, 5)])
     assert [result["top1"], result["top5"]] == np.mean(right, axis=0).tolist()
-    assert result["classes"] == names and result["protocol"]["size"] == 32
+    assert result["classes"] == names and result["image_size"] == 32 and not result["partial"]
     printed = f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   (5 images, 7 classes"
     assert printed in capsys.readouterr().out
-    assert result["backbone"]["name"] == "toy" and result["checkpoint"] and result["versions"]
+    assert result["settings"]["backbone"]["name"] == "toy"
+    assert result["checkpoint"] and result["versions"]
     assert result["names"] is None
 
 
@@ -778,10 +602,23 @@ def test_what_masks_alone_have_is_refused_for_classification(labelled, capsys):
 # --------------------------------------------------------------------------------------------------
 # Mistakes
 
-def test_unknown_datasets_are_named(checkpoint, fails):
-    """A dataset that is neither known nor a folder is named, with what would do."""
-    fails(eval.main, ["--dataset", "void", "--checkpoint", checkpoint],
-          "unknown dataset 'void'", "toy, voc", "images/")
+@pytest.mark.parametrize("arguments, words", [
+    (["--dataset", "void"], ["unknown dataset 'void'", "toy, voc", "images/"]),
+    (["--without", "background", "unicorn"], ["no class 'unicorn'", "it has background, cow, gr"]),
+    (["--without", "background", "cow", "grass", "sky", "submarine"], ["every class is left out"]),
+    (["--dataset", "toy", "--without", "sky"], ["--without", "toy"]),
+    (["--dataset", "toy", "--names", "two.txt"], ["--names", "toy"]),
+    (["--names", "two.txt"], ["two.txt has 2 classes", "expected the 5"]),
+    (["--background", "prompt:wall, grass"], ["'grass'"]),
+    (["--background", "dark"], ["background 'dark'", "threshold:T"]),
+    (["--window", "8"], ["stride 32 is more than the window of 8"])])
+def test_mistakes_are_one_line(checkpoint, folder, fails, monkeypatch, arguments, words):
+    """A dataset that is neither known nor a folder, classes to leave out that are not there, other
+    names that are too few, names and classes of the toy world, a word of the background that is a
+    class as well, and windows that leave pixels out are refused in one line."""
+    monkeypatch.chdir(folder)
+    (folder / "two.txt").write_text("cow\ngrass\n")
+    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint, *arguments], *words)
 
 
 def test_a_folder_may_be_called_like_a_benchmark(checkpoint, folder, tmp_path, monkeypatch):
@@ -791,72 +628,50 @@ def test_a_folder_may_be_called_like_a_benchmark(checkpoint, folder, tmp_path, m
     assert run(checkpoint, "./voc", tmp_path / "result.json")["images"] == 3
 
 
-def test_classes_to_leave_out_must_be_there(checkpoint, folder, fails):
-    """A class to leave out that the dataset lacks is named, and one class must remain."""
-    arguments = ["--dataset", folder, "--checkpoint", checkpoint, "--without"]
-    fails(eval.main, [*arguments, "background", "unicorn"], "no class 'unicorn'")
-    fails(eval.main, [*arguments, "background", "cow", "grass", "sky", "submarine"],
-          folder, "every class is left out")
-
-
-def test_the_toy_world_takes_no_other_names(checkpoint, folder, fails):
-    """Classes to leave out and other names, which the toy world does not have, are refused there,
-    not ignored."""
-    arguments = ["--dataset", "toy", "--checkpoint", checkpoint]
-    fails(eval.main, [*arguments, "--without", "sky"], "--without", "toy")
-    fails(eval.main, [*arguments, "--names", folder / "classes.txt"], "--names", "toy")
-
-
-def test_other_names_must_be_as_many(checkpoint, folder, tmp_path, fails):
-    """A file of other names with more or fewer classes than the dataset is refused with both
-    numbers."""
-    (tmp_path / "names.txt").write_text("cow\ngrass\n")
-    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint,
-                      "--names", tmp_path / "names.txt"],
-          "names.txt has 2 classes", "expected the 5")
-
-
 def test_masks_that_cannot_be_right_stop_the_scoring(checkpoint, folder, fails):
     """A mask of wrong values, of another size or cut short stops the scoring with the file's
     name."""
     path = folder / "masks" / "photo1.png"
     arguments = ["--dataset", folder, "--checkpoint", checkpoint]
     Image.fromarray(np.full((128, 128), 9, np.uint8)).save(path)
-    fails(eval.main, arguments, "value 9 (in photo1)", "expected 0, 1, 2, 3, 4, 255")
+    fails(eval.main, arguments, "value 9 (in the mask of", "photo1.png)",
+          "expected 0, 1, 2, 3, 4, 255")
     Image.fromarray(np.zeros((128, 127), np.uint8)).save(path)
     fails(eval.main, arguments, "photo1", "128 x 127")
     path.write_bytes(path.read_bytes()[:60])
     fails(eval.main, arguments, path)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_photo_is_one_line(checkpoint, folder, tmp_path, monkeypatch, fails, workers):
-    """A photo that is cut short ends the check with its name, and the scoring of what was not
-    checked in one line, also when a data worker reads it."""
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_broken_photo_fails_the_check(checkpoint, folder, tmp_path, fails, suffix):
+    """A photo that is cut short ends the check with its name."""
     path = folder / "images" / "photo1.png"
-    arguments = ["--dataset", folder, "--checkpoint", checkpoint, "--workers", workers,
-                 "--output", tmp_path / "r.json"]
     image = Image.open(path).convert("RGB")
-    path.write_bytes(path.read_bytes()[:-2000])
-    fails(eval.main, arguments, "failed its check", path)
     path.unlink()
-    path = path.with_suffix(".jpg")
+    path = path.with_suffix(suffix)
     image.save(path)
     path.write_bytes(path.read_bytes()[:-2000])
-    fails(eval.main, arguments, "failed its check", path)
-    monkeypatch.setattr(check_file, "check", lambda dataset, indices: ([], np.ones(9)))
-    assert fails(eval.main, arguments).startswith(f"error: {path} is no readable image")
+    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint, "--output",
+                      tmp_path / "r.json"], "failed its check", path)
 
 
-def test_a_full_memory_is_one_line(checkpoint, folder, tmp_path, monkeypatch, fails):
-    """Where not even one window fits into the GPU's memory, the script ends with a line, not with a
-    traceback."""
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_photo_that_breaks_later_is_one_line(folder, workers):
+    """A photo that breaks after the check ends the scoring in one line with its name, also when a
+    data worker reads it."""
+    path = folder / "images" / "photo1.png"
+    path.write_bytes(path.read_bytes()[:-2000])
+    protocol = dataclasses.replace(WHOLE, background="prompt:background")
+    with pytest.raises(SystemExit) as stopped, one_line_errors(""):
+        evaluate(painted(), open_folder(folder), protocol, workers=workers)
+    assert str(stopped.value).startswith(f"error: {path} is no readable image")
 
-    monkeypatch.setattr(type(tiny()), "patch_scores", full)
-    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint,
-                      "--output", tmp_path / "r.json"], "out of memory")
+
+def test_a_full_memory_is_one_line(folder, tmp_path, fails):
+    """Where the windows do not fit into the GPU's memory, the script ends with a line that names
+    the flags, not with a traceback."""
+    fails(eval.main, ["--dataset", folder, "--checkpoint", "full", "--output",
+                      tmp_path / "r.json"], "out of memory", "lower --batch, --window")
 
 
 def test_nothing_to_score_is_said(checkpoint, folder, tmp_path, fails):
@@ -871,7 +686,7 @@ def test_nothing_to_score_is_said(checkpoint, folder, tmp_path, fails):
 def test_a_model_of_the_toy_world_scores_toy_scenes_only(folder, labelled, tmp_path, model, fails):
     """A model that was trained on drawn scenes is refused on photographs, by both tasks; on drawn
     scenes it is scored."""
-    save_model(tmp_path / "model.safetensors", model, {"train_data": "toy", "protocol": PROTOCOL})
+    save_model(tmp_path, model, {"run": {"train_data": "toy"}})
     assert run(tmp_path, folder, tmp_path / "result.json")["images"] == 3
     path = folder / "images" / "photo0.png"
     Image.open(path).convert("RGB").save(path)      # no longer a file of `save_scene`
@@ -884,53 +699,51 @@ def test_a_model_of_the_toy_world_scores_toy_scenes_only(folder, labelled, tmp_p
 # --------------------------------------------------------------------------------------------------
 # Comparing runs
 
-def write_run(path, **result):
-    """A result file; result: what differs from a run on the toy world."""
-    result = {"dataset": "toy", "images": 3, "mIoU": 0.5, "protocol": {}, "training": {}, **result}
+def write_run(path, run=None, **result):
+    """A result file. run: settings of the training; result: what differs from one on the toy
+    world."""
+    result = {"dataset": "toy", "images": 3, "mIoU": 0.5, "method": "simzss", "settings": {},
+              "data": {}, "protocol": {}, "training": {"run": run or {}}, **result}
     path.write_text(json.dumps(result))
     return str(path)
 
 
-def test_compare_runs(tmp_path, capsys):
-    """Runs are grouped by the settings in which they differ, seeds apart: mean, spread and each;
-    one number that differs also gives a curve. Old results call lambda's setting "weight"."""
-    runs = [("local_weight", 0.05, 0, 0.5), ("weight", 0.05, 1, 0.54), ("local_weight", 1, 0, 0.3)]
-    files = [write_run(tmp_path / f"{i}.json", mIoU=miou, protocol={"templates": "plain"},
-                       training={key: weight, "seed": seed, "output": f"runs/{i}", "batch": 8})
-             for i, (key, weight, seed, miou) in enumerate(runs)]
-    eval.main(["--compare", *files, "--output", str(tmp_path / "curve.png")])
+def compared(files, capsys):
+    """The table that --compare prints, (heads, rows), split at white space."""
+    eval.main(["--compare", *files])
     head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert head[0] == "lambda" and rows[0] == ["0.05", "52.00", "2.83", "50.0,", "54.0"]
-    assert rows[1] == ["1", "30.00", "-", "30.0"]
-    eval.main(["--compare", *files[:2], "--output", str(tmp_path / "none.png")])
-    assert "all" in capsys.readouterr().out and not (tmp_path / "none.png").exists()
-    pytest.importorskip("matplotlib")
-    assert Image.open(tmp_path / "curve.png").size == (768, 480)
+    return head, rows
 
 
-@pytest.mark.parametrize("results, heads, rows, plotted", [
-    ([{"images": 5}, {"images": 20}], ["scored"], [["5"], ["20"]], True),
+def test_compare_runs(tmp_path, capsys):
+    """Runs are grouped by the settings in which they differ, seeds apart: mean, spread and each."""
+    runs = [(0.05, 0, 0.5), (0.05, 1, 0.54), (1, 0, 0.3)]
+    files = [write_run(tmp_path / f"{i}.json", {"seed": seed, "output": f"runs/{i}", "batch": 8},
+                       mIoU=miou, settings={"local_weight": weight, "text": {"layers": 1}})
+             for i, (weight, seed, miou) in enumerate(runs)]
+    head, rows = compared(files, capsys)
+    assert head == ["model.local_weight", "mIoU", "+-", "runs"]
+    assert rows == [["0.05", "52.00", "2.83", "50.0,", "54.0"], ["1", "30.00", "-", "30.0"]]
+    _, rows = compared(files[:2], capsys)
+    assert rows == [["all", "52.00", "2.83", "50.0,", "54.0"]]
+
+
+@pytest.mark.parametrize("results, heads, rows", [
+    ([{"images": 5}, {"images": 20}], ["images"], [["5"], ["20"]]),
     ([{"protocol": {"window": 64, "stride": 32}}, {"protocol": {"window": 96, "stride": 48}}],
-     ["window", "stride"], [["64", "32"], ["96", "48"]], True),
-    ([{"protocol": {"window": 64, "stride": 32}}, {"protocol": {"window": 64, "stride": 64}},
-      {"protocol": {"window": 96, "stride": 64}}],
-     ["window", "stride"], [["64", "32"], ["64", "64"], ["96", "64"]], False),
-    ([{"protocol": {"names": "a.txt"}}, {"protocol": {"names": None}}],
-     ["names"], [["a.txt"], ["null"]], False),
-    ([{"training": {"cache_features": "a", "images": "x"}},
-      {"training": {"cache_features": "b", "images": None}}], ["runs"], [["all"]], False)])
-def test_what_tells_runs_apart(tmp_path, capsys, results, heads, rows, plotted):
-    """What differs and matters has a column; numbers that tell every two rows apart are drawn, over
-    the first."""
-    files = [write_run(tmp_path / f"{i}.json", **{"training": {"local_weight": 1}, **result})
-             for i, result in enumerate(results)]
-    eval.main(["--compare", *files, "--output", str(tmp_path / "curve.png")])
-    head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+     ["protocol.window", "protocol.stride"], [["64", "32"], ["96", "48"]]),
+    ([{"settings": {"text": {"layers": 1}}}, {"settings": {"text": {"layers": 2}}}],
+     ["model.text.layers"], [["1"], ["2"]]),
+    ([{"data": {"names": "a.txt"}}, {"data": {"names": None}}],
+     ["data.names"], [["a.txt"], ["null"]]),
+    ([{"run": {"cache_features": "a", "images": "x", "workers": 1}},
+      {"run": {"cache_features": "b", "images": None, "workers": 2}}], ["runs"], [["all"]])])
+def test_what_tells_runs_apart(tmp_path, capsys, results, heads, rows):
+    """What differs has a column, but for settings of a run that do not change results."""
+    files = [write_run(tmp_path / f"{i}.json", **result) for i, result in enumerate(results)]
+    head, lines = compared(files, capsys)
     assert head[:len(heads)] == heads and head[len(heads)] == "mIoU"
-    assert [line[:len(heads)] for line in lines[:len(rows)]] == rows
-    if plotted:
-        pytest.importorskip("matplotlib")
-    assert (tmp_path / "curve.png").exists() == plotted
+    assert [line[:len(heads)] for line in lines] == rows
 
 
 def test_methods_side_by_side(tmp_path, capsys):
@@ -938,20 +751,19 @@ def test_methods_side_by_side(tmp_path, capsys):
     differ in it, data where any do."""
     cost = {"seconds": 60, "trained_parameters": 2_000_000, "peak_gib": 1.5}
     other = {**cost, "seconds": 80}
-    runs = [({"method": "simzss", "batch": 8}, cost), ({"method": "simzss", "batch": 8}, other),
-            ({"method": "sseg", "batch": 4, "clusters": 2}, cost),
-            ({"method": "sseg", "batch": 4, "clusters": 8}, None)]
-    files = [write_run(tmp_path / f"{i}.json", training={**settings, "seed": i}, cost=cost)
-             for i, (settings, cost) in enumerate(runs)]
-    eval.main(["--compare", *files])
-    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert head[:2] == ["method", "clusters"]
+    runs = [("simzss", 8, {}, cost), ("simzss", 8, {}, other), ("sseg", 4, {"clusters": 2}, cost),
+            ("sseg", 4, {"clusters": 8}, None)]
+    files = [write_run(tmp_path / f"{i}.json", {"batch": batch, "seed": i}, method=method,
+                       settings=settings, cost=cost)
+             for i, (method, batch, settings, cost) in enumerate(runs)]
+    head, rows = compared(files, capsys)
+    assert head[:2] == ["method", "model.clusters"]
     assert rows == [["simzss", "null", "50.00", "0.00", "70", "2.0", "1.5", "50.0,", "50.0"],
                     ["sseg", "2", "50.00", "-", "60", "2.0", "1.5", "50.0"],
                     ["sseg", "8", "50.00", "-", "not", "known", "50.0"]]
-    eval.main(["--compare", files[0], write_run(tmp_path / "voc.json", dataset="voc",
-                                                training={"method": "sseg", "seed": 9})])
-    assert capsys.readouterr().out.split()[:2] == ["dataset", "method"]
+    head, _ = compared([files[0], write_run(tmp_path / "voc.json", {"seed": 9}, dataset="voc",
+                                            method="sseg")], capsys)
+    assert head[:2] == ["dataset", "method"]
 
 
 def test_compare_takes_results_only(tmp_path, fails):
@@ -959,9 +771,3 @@ def test_compare_takes_results_only(tmp_path, fails):
     (tmp_path / "a.json").write_text('{"mIoU": 0.5}')
     fails(eval.main, ["--compare", tmp_path / "a.json"], tmp_path / "a.json",
           "no segmentation result")
-
-
-def test_a_background_word_that_is_a_class_is_refused(checkpoint, folder, fails):
-    """A word of the background that is a class as well would take its pixels, and is refused."""
-    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint,
-                      "--background", "prompt:wall, grass"], "'grass'")

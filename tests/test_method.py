@@ -1,11 +1,13 @@
-"""The contract of a method: a new one is one file and one line, and everything works for it."""
+"""The contract of a method: a new one is one file, one line and a recipe, and all works for it.
+
+Killing and resuming it is in test_resume.py.
+"""
+import dataclasses
 import json
-import os
 import signal
-from functools import partial
+from pathlib import Path
 
 import pytest
-import safetensors
 import torch
 from PIL import Image
 
@@ -13,16 +15,15 @@ import eval
 import linear_method
 import segment
 import train
-from conftest import read_log, without_times
+from conftest import read_log
+from machinery.contract import METHODS, Method, find_method
+from machinery.files import read_tensors
 from machinery.networks.checkpoint import load_model
-from machinery.contract import METHODS, find_method
-from machinery.training.resume import states
-from machinery.training.run import Run
-from processes import Processes
+from machinery.training.resume import state_files
+from processes import Processes, stopped
 
+RUN = ["--recipe", str(Path(__file__).with_name("linear.toml"))]
 STEPS = 12
-RUN = ["--method", "linear", "--train-data", "toy", "--epoch-pairs", "20", "--batch", "8",
-       "--steps", str(STEPS), "--image-size", "64", "--eval-data", "none", "--device", "cpu"]
 
 
 def run(folder, *more):
@@ -31,9 +32,9 @@ def run(folder, *more):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Folder of an uninterrupted run in one process."""
+    """Folder of a run in one process."""
     folder = tmp_path_factory.mktemp("linear") / "whole"
-    run(folder, "--save-minutes", "0")
+    run(folder)
     return folder
 
 
@@ -52,54 +53,43 @@ def test_a_method_is_found_by_its_name():
         find_method("magic")
 
 
-def test_every_method_keeps_the_contract():
-    """Each class of the table has its own name, and what the scripts ask for without a default."""
-    for name in METHODS:
-        method = find_method(name)
-        assert method.name == name
-        for part in ("build", "rebuild", "config", "sample", "losses", "embed_classes",
-                     "patch_scores"):
-            assert part in vars(method) or part in vars(method.__mro__[1]), (name, part)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_keeps_the_contract(name):
+    """Each class of the table has its own name, settings and protocol, and what the scripts ask for
+    without a default."""
+    method = find_method(name)
+    assert method.name == name and issubclass(method.Protocol, Method.Protocol)
+    assert dataclasses.is_dataclass(method.Settings)
+    for part in ("sample", "encode", "losses", "embed_classes", "patch_scores"):
+        assert getattr(method, part) is not getattr(Method, part), part
 
 
 def test_it_learns(whole):
-    """The loss falls, and its own parts are in the log."""
+    """The loss falls, and the method's own losses are in the log."""
     log = read_log(whole)
     assert len(log) == STEPS and log[-1]["contrast"] < log[0]["contrast"]
-    assert {line["weight"] for line in log} and len({line["weight"] for line in log}) == STEPS
+    assert len({line["weight"] for line in log}) == STEPS       # drawn anew in each step
 
 
 def test_its_recipe_is_used(whole):
-    """What a method's RECIPE says replaces train.py's defaults; the end of the schedule is its
-    final rate, and gradients are clipped."""
-    trained_with = load_model(whole).trained_with
-    used = [trained_with[name] for name in ("base_rate", "clip", "beta2")]
-    assert used == [0.1, 5, 0.98]
+    """A checkpoint keeps the run's settings, those of the recipe; the rate follows them."""
+    model = load_model(whole)
+    used = model.trained_with["run"]
+    assert [used[name] for name in ("base_rate", "clip", "beta2", "steps")] == [0.1, 5, 0.98, 12]
+    settings = train.read_command_line(RUN).run
     peak = 0.1 * 8 / 256
-    last = read_log(whole)[-1]["lr"]
-    assert last == pytest.approx(train.learning_rate(STEPS - 1, STEPS, peak, 0.1, 0.1))
-    assert last > 0.1 * peak
-    assert trained_with["protocol"]["templates"] == "plain"
-    assert "class_embedding" not in trained_with["protocol"]
+    rates = [line["lr"] for line in read_log(whole)]
+    assert rates == [train.learning_rate(step, STEPS, peak, settings) for step in range(STEPS)]
+    assert rates[0] == peak > rates[-1] > 0.1 * peak
+    assert (model.protocol.templates, model.settings.width) == ("plain", 16)
 
 
-def test_defaults_may_depend_on_flags(monkeypatch):
-    """A method may set defaults by other flags; what is given counts."""
-    monkeypatch.setattr(linear_method.Linear, "further_defaults",
-                        staticmethod(lambda args: {"epochs": 2 * args.linear_width}))
-    assert train.parse_args([*RUN, "--linear-width", "3"]).epochs == 6
-    assert train.parse_args([*RUN, "--linear-width", "3", "--epochs", "1"]).epochs == 1
-
-
-def test_a_recipe_may_count_in_steps(monkeypatch):
-    """Where a method's recipe has a number of steps, --epochs replaces it, whatever the usual
-    number of passes; --steps wins."""
-    monkeypatch.setattr(linear_method.Linear, "RECIPE", {**linear_method.Linear.RECIPE, "steps": 7})
-    method = ["--method", "linear", "--train-data", "toy"]
-    for given, steps, epochs in (([], 7, None), (["--epochs", "10"], None, 10),
-                                 (["--epochs", "10", "--steps", "3"], 3, 10)):
-        args = train.parse_args([*method, *given])
-        assert (args.steps, args.epochs) == (steps, epochs)
+def test_its_settings_are_flags(tmp_path, fails):
+    """A method's settings have flags beside those of the run; any other goes by --set."""
+    recipe = train.read_command_line([*RUN, "--linear-width", "3", "--set", "model.lengths=unit"])
+    assert (recipe.model.width, recipe.model.lengths) == (3, "unit")
+    fails(train.main, [*RUN, "--linear-width", "0"], "model: width is 0; expected at least 1")
+    fails(train.main, [*RUN, "--set", "model.lengths=short"], "lengths is 'short'", "drawn, unit")
 
 
 def test_two_processes_train_as_one(whole, tmp_path):
@@ -115,65 +105,24 @@ def test_two_processes_train_as_one(whole, tmp_path):
     torch.testing.assert_close(two.student.weight, one.student.weight, rtol=1e-3, atol=1e-5)
 
 
-def killed_at(step, number, folder, *more):
-    """A run that ends by a signal before a step."""
-    rate = train.learning_rate
-
-    def reached(now, *settings):
-        if now == step:
-            os.kill(os.getpid(), number)
-        return rate(now, *settings)
-    train.learning_rate = reached
-    run(folder, *more)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, number):
-    """Stopped and resumed, the run is the uninterrupted one bit by bit: losses, random numbers,
-    weights and the buffer."""
-    saving = ["--save-minutes", "0"] if number == signal.SIGKILL else []
-    first = Processes(tmp_path, 1, partial(killed_at, 5), number, tmp_path / "run", *saving)
-    expected = -number if number == signal.SIGKILL else 128 + number
-    assert first.wait() == [expected], first.output()
-    newest = states(tmp_path / "run")[0]
-    with safetensors.safe_open(newest, "pt") as file:
-        assert {"teacher.weight", "mean", "steps_seen"} <= set(file.keys())
-    run(tmp_path / "run", "--resume", "auto")
-    assert without_times(tmp_path / "run") == without_times(whole)
-    before = load_model(whole).checkpoint()
-    after = load_model(tmp_path / "run").checkpoint()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert int(after["steps_seen"]) == STEPS
+def test_what_is_kept(tmp_path):
+    """A state has the teacher and the buffers, a checkpoint what segmenting needs: no teacher, and
+    neither has what is frozen."""
+    folder = tmp_path / "run"
+    stopped(lambda: Processes(tmp_path, 1, run, folder), folder, signal.SIGTERM, [0])
+    header, of_checkpoint = read_tensors(folder / "model.safetensors")
+    _, of_state = read_tensors(state_files(folder)[0])
+    kept = {"student.weight", "student.bias", "mean", "steps_seen"}
+    assert of_checkpoint.keys() == kept
+    assert {name for name in of_state if not name.startswith("optimizer.")} == kept | {
+        "teacher.weight", "teacher.bias"}
+    assert not torch.equal(of_state["teacher.weight"], of_state["student.weight"])
+    assert (header["method"], header["settings"]) == ("linear", {"width": 16, "lengths": "drawn"})
 
 
-def test_the_teacher_goes_on_where_it_stood(tmp_path):
-    """A resumed run's teacher is the uninterrupted one's: it is in the states."""
-    kept = []
-    finish = Run.finish
-    for folder, number in (("whole", None), ("resumed", signal.SIGTERM)):
-        if number:
-            first = Processes(tmp_path, 1, partial(killed_at, 5), number, tmp_path / folder)
-            assert first.wait() == [128 + number], first.output()
-        try:
-            Run.finish = lambda run: kept.append(run.method.teacher.state_dict())
-            run(tmp_path / folder, *(["--resume", "auto"] if number else []))
-        finally:
-            Run.finish = finish
-    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
-
-
-def test_a_checkpoint_holds_what_segments(whole):
-    """Teacher and frozen parts are not in the checkpoint; the buffer is, and so is the name."""
-    with safetensors.safe_open(whole / "model.safetensors", "pt") as file:
-        names = set(file.keys())
-        header = json.loads(file.metadata()["simzss"])
-    assert names == {"student.weight", "student.bias", "mean", "steps_seen"}
-    assert header["method"] == "linear" and header["config"] == {"width": 16}
-
-
-def test_it_scores_and_segments(whole, folder, tmp_path, capsys):
-    """eval.py and segment.py work with it as they are, by its own protocol."""
+def test_it_scores_and_segments(whole, folder, photo, tmp_path, fails):
+    """eval.py and segment.py work with it as they are, by its own protocol; trained on the toy
+    world, it refuses photos."""
     eval.main(["--dataset", str(folder), "--checkpoint", str(whole), "--without", "background",
                "--device", "cpu", "--output", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
@@ -182,24 +131,64 @@ def test_it_scores_and_segments(whole, folder, tmp_path, capsys):
     segment.main([str(folder / "images" / "photo0.png"), "--classes", "cow, grass", "--checkpoint",
                   str(whole), "--output", str(tmp_path)])
     assert json.loads((tmp_path / "photo0.json").read_text())["names"] == ["cow", "grass"]
+    fails(segment.main, [photo, "--classes", "cow", "--checkpoint", whole, "--output", tmp_path],
+          "was trained on the drawn scenes", photo)
 
 
-def test_a_model_that_needs_no_training(folder, photo, tmp_path, fails):
-    """--checkpoint NAME:which is scored like a file; made for the toy world, it refuses photos."""
-    chosen = ["--checkpoint", "words:4", "--device", "cpu", "--output"]
-    path = tmp_path / "result.json"
-    eval.main(["--dataset", str(folder), "--without", "background", *chosen, str(path)])
-    result = json.loads(path.read_text())
-    assert result["method"] == "linear" and "checkpoint" not in result
-    fails(segment.main, [photo, "--classes", "cow", *chosen, tmp_path], "this model was trained on "
-          "the drawn scenes", photo)
+def test_a_model_that_needs_no_training(folder, tmp_path, fails):
+    """--checkpoint NAME:which is scored like a file; another `which` is refused."""
+    chosen = ["--dataset", str(folder), "--without", "background", "--device", "cpu", "--output",
+              str(tmp_path / "result.json"), "--checkpoint"]
+    eval.main([*chosen, "words:unit"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["method"], result["settings"]["lengths"]) == ("linear", "unit")
+    assert "checkpoint" not in result
+    fails(eval.main, [*chosen, "words:short"], "lengths is 'short'; expected one of drawn, unit")
 
 
 def test_what_it_does_not_offer_is_refused(whole, folder, tmp_path, fails):
-    """A feature cache, chunks and settings of another method are refused in one line."""
-    fails(train.main, [*RUN, "--output", tmp_path, "--cache-features", tmp_path / "cache"],
-          "--cache-features", "linear has no features")
-    fails(train.main, [*RUN, "--output", tmp_path, "--micro-batch", "4"], "--micro-batch",
+    """A feature cache, micro-batches and settings of another method are refused in one line."""
+    again = [*RUN, "--output", tmp_path]
+    fails(train.main, [*again, "--cache-features", tmp_path / "cache"], "--cache-features",
+          "linear has no features")
+    fails(train.main, [*again, "--micro-batch", "4"], "--micro-batch",
           "linear computes its batch as a whole")
+    fails(train.main, [*again, "--set", "model.local_weight=1"], "no setting 'local_weight'",
+          "width, lengths")
     fails(eval.main, ["--dataset", folder, "--checkpoint", whole, "--class-embedding", "concept",
-                      "--without", "background"], "--class-embedding", "linear has no such setting")
+                      "--without", "background"], "no setting 'class_embedding'")
+
+
+# --------------------------------------------------------------------------------------------------
+# Its parameter groups
+
+class Still(linear_method.Linear):
+    """Nothing pulls at its weights, all ones, but weight decay."""
+    name = "still"
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        for p in self.student.parameters():
+            torch.nn.init.ones_(p)
+
+    def losses(self, encoded, batch):
+        return {"loss": 0 * sum(p.sum() for p in self.student.parameters())}
+
+    def parameter_groups(self):
+        decayed, free = super().parameter_groups()
+        return [{**decayed, "rate": 0.5}, free]
+
+
+METHODS["still"] = "test_method.Still"
+
+
+def test_groups_reach_the_optimizer(tmp_path):
+    """A group's decay counts times the weight decay, and its rate times the learning rate: after a
+    step of rate 0.2, half of it for matrices, 1 has become 1 - 0.1 * 0.3."""
+    recipe = tmp_path / "still.toml"
+    recipe.write_text(Path(RUN[1]).read_text().replace('"linear"', '"still"'))
+    train.main(["--recipe", str(recipe), "--steps", "1", "--base-rate", str(0.2 * 256 / 8),
+                "--set", "run.weight_decay=0.3", "--output", str(tmp_path / "run")])
+    student = load_model(tmp_path / "run").student
+    torch.testing.assert_close(student.weight, torch.full_like(student.weight, 0.97))
+    assert (student.bias == 1).all()

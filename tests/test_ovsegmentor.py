@@ -1,5 +1,6 @@
 """OVSegmentor: each formula by hand, where gradients go, and all that the scripts offer."""
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -21,21 +22,21 @@ import segment
 import train
 from concepts import ConceptBank
 from conftest import without_times
-from methods.parts import sentences
-from methods.parts.augment import rand_augment, random_erase
-from machinery.networks.checkpoint import load_model
-from machinery.names import read_templates
-from methods.parts.grouping import (EntityDecoder, ImageEncoder, Projector, assign_patches,
-                                group_sums, patch_logits)
-from machinery.contract import Pair
+from data import Pair
+from machinery.files import read_tensors
+from machinery.names import CLASSES, read_templates
+from machinery.networks.checkpoint import load_model, save_model
 from machinery.parallel import average_gradients, join_processes
-from machinery.training.resume import states
-from machinery.training.run import Run
+from machinery.settings import merge, read, read_recipe
 from machinery.toy import toy_scene
-from methods import ovsegmentor
-from methods.ovsegmentor import (OVSegmentor, answer_sentence, contrastive_loss,
-                                 entity_forms, group_scores, mask_distance,
-                                 mask_entities, tokenize)
+from machinery.training.resume import state_files
+from methods.ovsegmentor import (OVSegmentor, answer_sentence, contrastive_loss, entity_forms,
+                                 group_scores, mask_distance, mask_entities, score_background)
+from methods.parts import sentences
+from methods.parts.augment import random_erase
+from methods.parts.grouping import (EntityDecoder, ImageEncoder, ImageSettings, Projector,
+                                    assign_patches, group_sums, patch_logits)
+from methods.parts.sentences import tokenize
 from processes import Processes
 
 B = 4                                               # images
@@ -43,61 +44,76 @@ K = 4                                               # groups
 CONTEXT = 16                                        # text tokens
 BANK = ["cow", "boat", "sea", "kite", "sky", "snow"]
 CAPTIONS = ["a cow", "two boats on the sea", "a kite under the sky", "snow"]
-SWITCHES = {"entity_weight": 1.0, "mask_weight": 0.1, "mask_size": 16, "mask_prediction": "minmax",
-            "bn_double_pass": True, "mask_padding": False}
-TOY = ["--method", "ovsegmentor", "--train-data", "toy", "--epoch-pairs", "24", "--batch", "8",
-       "--image-size", "64", "--width", "16", "--layers", "2", "--group-tokens", "6", "--groups",
-       "4", "--embedding", "8", "--hidden", "16", "--text-width", "16", "--context", str(CONTEXT),
-       "--drop-path", "0.2", "--mask-size", "16", "--eval-data", "none", "--device", "cpu"]
-STEPS = 8
+IMAGE = {"width": 32, "heads": 4, "layers": 4, "patch": 8, "grid": 4, "group_tokens": 8,
+         "groups": K, "drop_path": 0.0, "init_std": 0.2}
+SMALL = {"backbone": {"weights": "random"}, "image": IMAGE, "embedding": 16, "hidden": 64,
+         "text": {"encoder": "scratch", "width": 32, "heads": 2, "layers": 1, "context": CONTEXT},
+         "mask_size": 16}                           # for images of 32 pixels
+TOY = ["--recipe", "ovsegmentor-1-toy", "--batch", "8", "--steps", "8", "--image-size", "64",
+       "--text-width", "16", "--drop-path", "0.2", "--set", "run.epoch_pairs=24", "--eval-data",
+       "none", "--device", "cpu"]                   # a run of seconds
+ENTITIES = ConceptBank.from_file(CLASSES / "entities-ovsegmentor.txt")
 
 
-def encoder(drop_path=0.0, **options):
+def settings_of(**changes):
+    return read(OVSegmentor.Settings, merge(SMALL, changes), "test")
+
+
+def encoder(**changes):
     """A small image encoder for images of 32 pixels."""
-    return ImageEncoder(**{"width": 32, "heads": 4, "layers": 4, "patch": 8, "grid": 4,
-                           "group_tokens": 8, "groups": K, "drop_path": drop_path,
-                           "init_std": 0.2, **options})
+    return ImageEncoder(read(ImageSettings, {**IMAGE, **changes}, "test"), patch=8)
 
 
-def tiny(stage=1, drop_path=0.0, **switches):
-    """A small OVSegmentor; in stage 2 with a teacher that differs a little from the student."""
+def tiny(**changes):
+    """A small OVSegmentor in stage 1."""
     torch.manual_seed(0)
-    text = sentences.ScratchText(32, 2, 1, CONTEXT)
-    model = OVSegmentor(encoder(drop_path), text, None, 16, 64, BANK, {**SWITCHES, **switches})
-    if stage == 2:
-        model.begin_stage_2({**SWITCHES, **switches}, model.bank)
+    return OVSegmentor(settings_of(**changes), BANK, training=True)
+
+
+@pytest.fixture(scope="module")
+def tiny_2(tmp_path_factory):
+    """tiny_2(...): a small OVSegmentor in stage 2, with a teacher that differs a little from the
+    student, or not at all."""
+    init = tmp_path_factory.mktemp("init") / "model.safetensors"
+    save_model(init, tiny(), {})
+
+    def make(same_teacher=False, **changes):
+        model = OVSegmentor(settings_of(stage=2, init=str(init), **changes), BANK, training=True)
+        torch.manual_seed(0)
         with torch.no_grad():
-            for p in model.teacher.parameters():
+            for p in () if same_teacher else model.teacher.parameters():
                 p.add_(0.02 * torch.randn_like(p))
-    return model
+        return model
+    return make
 
 
 def words(texts):
     return torch.stack([tokenize(text, "scratch", CONTEXT) for text in texts])
 
 
-def batch_of(size=32, captions=CAPTIONS):
-    """Toy scenes with captions, as `losses` gets them."""
+def batch_of(captions=CAPTIONS):
+    """Toy scenes with captions, as `features` gets them."""
     forms = entity_forms(ConceptBank(BANK))
-    scenes = [toy_scene(np.random.default_rng(i))[0][40:40 + size, 40:40 + size]
+    scenes = [toy_scene(np.random.default_rng(i))[0][40:72, 40:72]
               for i in range(2 * len(captions))]
-    pixels = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2)
     masked = [mask_entities(caption, forms) for caption in captions]
-    return {"pixels": pixels[:len(captions)], "partner": pixels[len(captions):],
+    return {"image": images[:len(captions)], "partner": images[len(captions):],
             "caption": words(captions), "question": words(question for question, _ in masked),
             "answer": words(answer_sentence(names, "a photo of the {}.") for _, names in masked),
             "prompt": words(f"A photo of {names[0]}" for _, names in masked)}
 
 
-def gradients(model, value):
+def losses_of(model, batch):
+    batch = model.features(batch)
+    return model.losses(model.encode(batch), batch)
+
+
+def reached(model, value):
+    """Names of the parameters with a gradient of a value that is not zero."""
     model.zero_grad(set_to_none=True)
     value.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def reached(found):
-    """Names of the parameters with a gradient that is not zero."""
-    return {name for name, gradient in found.items() if gradient is not None and gradient.any()}
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -106,11 +122,10 @@ def reached(found):
 def test_the_list_of_entities():
     """The authors' list: 73 names; 99 words, because "TV" and "tv" are one here; cake is number
     66. All 20 classes of Pascal VOC are among them."""
-    bank = ConceptBank.from_file(OVSegmentor.RECIPE["bank"])
-    assert len(bank.names) == 73 and len(bank.ids) == 99 and bank.names[66] == "cake"
+    assert len(ENTITIES.names) == 73 and len(ENTITIES.ids) == 99 and ENTITIES.names[66] == "cake"
     voc = ("aeroplane bicycle bird boat bottle bus car cat chair cow table dog horse motorbike "
            "person plant sheep sofa train monitor").replace("person", "people")
-    assert all(bank.find(name) >= 0 for name in voc.split())
+    assert all(ENTITIES.find(name) >= 0 for name in voc.split())
 
 
 @pytest.mark.parametrize("caption, question, entities", [
@@ -123,8 +138,7 @@ def test_the_list_of_entities():
 def test_questions_by_hand(caption, question, entities):
     """Entity words, their plurals and synonyms become [MASK], one each. A word with a comma or an
     apostrophe is none. Apostrophes are removed."""
-    forms = entity_forms(ConceptBank.from_file(OVSegmentor.RECIPE["bank"]))
-    assert mask_entities(caption, forms) == (question, entities)
+    assert mask_entities(caption, entity_forms(ENTITIES)) == (question, entities)
 
 
 def test_answers_name_each_entity_once():
@@ -146,54 +160,48 @@ def test_the_mask_is_one_token():
     assert tokens.argmax() == 7 and tokens[7] == 49407 and not tokens[8:].any()
 
 
-def sampler(stage=1, *more):
-    init = ["--init", "none"] if stage == 2 else []
-    return OVSegmentor.sampler(train.parse_args([*TOY, "--stage", str(stage), *init, *more]))
+def pair_of(image, caption, partner=None):
+    """A pair with an image (H, W, 3), to be cropped to 32 pixels, and what its partner is."""
+    return Pair(image, 32, caption, bank=ConceptBank(BANK), find_partner=lambda rng: partner)
 
 
-def test_samples_depend_on_their_generator_alone():
-    """The same generator gives the same sample, RandAugment and erasing included; another gives
+def test_samples_depend_on_their_generators_alone():
+    """The same generators give the same sample, RandAugment and erasing included; others give
     another."""
-    image = Image.fromarray(toy_scene(np.random.default_rng(0))[0])
-    pair = Pair(image=lambda: image, caption="two boats on the sea")
-    sample = sampler(1, "--rand-augment", "rand-m9-mstd0.5-inc1", "--erase", "1")
-    one, two, other = (sample(pair, rng=np.random.default_rng(seed)) for seed in (0, 0, 1))
+    pair = pair_of(toy_scene(np.random.default_rng(0))[0], "two boats on the sea")
+    settings = settings_of(rand_augment="rand-m9-mstd0.5-inc1", erase=1.0)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)                     # as data.py does
+        drawn.append(OVSegmentor.sample(pair, np.random.default_rng(seed), settings))
+    one, two, other = drawn
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not torch.equal(one["pixels"], other["pixels"])
+    assert not torch.equal(one["image"], other["image"])
     assert torch.equal(one["question"], words(["two [MASK] on the [MASK]"])[0])
 
 
 def test_an_erased_rectangle_is_noise():
-    """A rectangle of 2 to 33 % of the image becomes noise, the rest stays."""
-    image = torch.full((3, 64, 64), 10, dtype=torch.uint8)
-    share = []
-    for seed in range(30):
-        changed = (random_erase(image, 1.0, np.random.default_rng(seed)) != 10).all(dim=0)
-        rows = changed.any(dim=1).sum()
-        columns = changed.any(dim=0).sum()
-        share.append(float(rows * columns) / 64 ** 2)
-    assert 0.015 < min(share) and max(share) < 0.35
-    assert torch.equal(random_erase(image, 0.0, np.random.default_rng(0)), image)
-    picture = Image.new("RGB", (32, 32), (200, 30, 90))
-    assert np.array(rand_augment(picture, "rand-m9-mstd0.5-inc1",
-                                 np.random.default_rng(0))).shape == (32, 32, 3)
+    """A rectangle of some 2 to 33 % of the image becomes noise; the rest stays to the bit."""
+    image = torch.arange(192, dtype=torch.uint8).view(3, 1, 64).repeat(1, 64, 1)
+    torch.manual_seed(0)
+    erased = [(random_erase(image, 1.0) != image).any(dim=0) for _ in range(30)]
+    fractions = [float(one.any(dim=1).sum() * one.any(dim=0).sum()) / 64 ** 2 for one in erased]
+    assert 0.015 < min(fractions) and max(fractions) < 0.35
+    assert torch.equal(random_erase(image, 0.0), image)
 
 
 def test_partners_share_an_entity():
     """In stage 2 a sample has another image with an entity of the caption, and a prompt with its
     name; a caption without entities gets a second view of its own image."""
-    args = train.parse_args([*TOY, "--stage", "2", "--init", "x"])
-    bank = ConceptBank.by_name(args.bank)
-    colour = {"partner": (0, 0, 250), "own": (250, 0, 0)}
-    images = {name: Image.new("RGB", (40, 40), value) for name, value in colour.items()}
-    partner = Pair(image=lambda: images["partner"], caption="the sea")
-    pair = Pair(image=lambda: images["own"], caption="a boat on the sea",
-                partner=lambda rng: (partner, bank.find("sea")))
-    sample = OVSegmentor.sampler(args)(pair, rng=np.random.default_rng(0))
-    assert sample["partner"][2].min() == 250 and sample["pixels"][0].min() == 250
+    own = np.full((40, 40, 3), (250, 0, 0), np.uint8)
+    other = np.full((40, 40, 3), (0, 0, 250), np.uint8)
+    settings = settings_of(stage=2, init="x")
+    rng = np.random.default_rng(0)
+    partner = (pair_of(other, "the sea"), BANK.index("sea"))
+    sample = OVSegmentor.sample(pair_of(own, "a boat on the sea", partner), rng, settings)
+    assert sample["partner"][2].min() == 250 and sample["image"][0].min() == 250
     assert torch.equal(sample["prompt"], words(["A photo of sea"])[0])
-    pair.partner = lambda rng: None
-    sample = OVSegmentor.sampler(args)(pair, rng=np.random.default_rng(0))
+    sample = OVSegmentor.sample(pair_of(own, "a boat on the sea"), rng, settings)
     assert sample["partner"][0].min() == 250
     assert torch.equal(sample["prompt"], sample["caption"])
 
@@ -201,42 +209,31 @@ def test_partners_share_an_entity():
 # --------------------------------------------------------------------------------------------------
 # Recipe
 
-def rates(steps, batch, stage):
-    args = train.parse_args(["--method", "ovsegmentor", "--stage", str(stage)])
-    assert args.batch == batch
-    peak = args.base_rate * args.batch / 256
-    return lambda step: OVSegmentor.learning_rate(step, steps, peak, args.warmup, args.final_rate)
+def rates(steps, recipe):
+    settings = read(train.RunSettings, read_recipe(recipe)["run"], recipe)
+    peak = settings.base_rate * settings.batch / 256
+    return lambda step: train.learning_rate(step, steps, peak, settings)
 
 
 def test_the_rates_of_both_stages():
     """With 1,953 steps a pass the rates are the published ones; the cosine counts from step 0."""
-    rate = rates(30 * 1953, 2048, 1)
+    rate = rates(30 * 1953, "ovsegmentor-1")
     for step, expected in {0: 8e-6, 1953: 1.64e-4, 3905: 3.1992e-4, 3906: 3.17378e-4,
                            29295: 2.0e-4, 58590: 8e-5}.items():
         assert rate(step) == pytest.approx(expected, rel=1e-5), step
-    rate = rates(1000, 1024, 2)
+    rate = rates(1000, "ovsegmentor-2")
     assert [rate(step) for step in (0, 500, 1000)] == pytest.approx([2.5e-6, 1.375e-6, 2.5e-7])
-
-
-def test_stage_2_has_its_own_defaults():
-    """Stage 2 changes batch, crops and augmentation; what is given stays."""
-    args = train.parse_args(["--method", "ovsegmentor", "--stage", "2", "--epochs", "3"])
-    found = (args.batch, args.epochs, args.least_area, args.rand_augment, args.erase)
-    assert found == (1024, 3, 0.4, "none", 0.0)
-    one = train.parse_args(["--method", "ovsegmentor"])
-    assert (one.batch, one.epochs, one.least_area, one.erase) == (2048, 30, 0.08, 0.25)
-    assert train.parse_args([*TOY, "--stage", "2"]).output == "runs/ovsegmentor-toy-2"
 
 
 def test_what_decays():
     """Weight decay is on all but vectors: on theta, positions and group tokens, not on LayerNorm
     and biases."""
     model = tiny()
-    decayed, others = ({id(p) for p in group["params"]} for group in model.groups())
+    decayed, others = ({id(p) for p in group["params"]} for group in model.parameter_groups())
     image = model.image
     assert {id(model.theta), id(image.pos_embed), id(image.group_tokens)} <= decayed
     assert {id(image.norm.weight), id(image.blocks[0].attn.qkv.bias)} <= others
-    assert [group["decay"] for group in model.groups()] == [1.0, 0.0]
+    assert [group["decay"] for group in model.parameter_groups()] == [1.0, 0.0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,7 +247,7 @@ def test_published_numbers_of_parameters():
     """Encoder, binding, projector and entity decoder of the ViT-B have as many parameters as the
     authors'."""
     with torch.device("meta"):
-        image = ImageEncoder()
+        image = ImageEncoder(ImageSettings())
         assert count(Projector(768, 4096, 256)) == 4_206_848
         assert count(EntityDecoder(768, 768, 8)) == 14_180_352
     binding = image.binding
@@ -273,8 +270,8 @@ def test_each_patch_has_one_group():
     torch.manual_seed(0)
     many = logits.detach().expand(1, 3, 20_000)
     noise = -torch.empty_like(many).exponential_().log()
-    share = assign_patches(many, noise).mean(dim=-1)[0]
-    torch.testing.assert_close(share, p, atol=0.01, rtol=0)
+    drawn = assign_patches(many, noise).mean(dim=-1)[0]
+    torch.testing.assert_close(drawn, p, atol=0.01, rtol=0)
 
 
 def test_a_groups_weights_sum_to_less_than_one():
@@ -326,9 +323,9 @@ def test_a_gradient_passes_the_hard_assignment():
     """A gradient from the groups reaches queries and keys although the assignment is one-hot."""
     for mode in (True, False):
         image = encoder().train(mode)
-        found = gradients(image, image(torch.randn(2, 3, 32, 32))[0].square().sum())
+        found = reached(image, image(torch.randn(2, 3, 32, 32))[0].square().sum())
         assert {"binding.query.weight", "binding.key.weight", "group_tokens",
-                "pos_embed"} <= reached(found)
+                "pos_embed"} <= found
 
 
 def test_positions_at_other_sizes():
@@ -360,8 +357,9 @@ def test_weights_of_a_vision_transformer():
         for block in image.eval().blocks:
             tokens = block(tokens)
     torch.testing.assert_close(image.norm(tokens), expected, rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="does not fit the image encoder of --width, --layers"):
-        encoder(width=16).fill(trunk)
+    for changes in ({"width": 16}, {"grid": 3}):
+        with pytest.raises(ValueError, match="does not fit width, layers, patch and grid"):
+            encoder(**changes).fill(trunk)
 
 
 def test_the_decoder_sees_groups_as_a_set():
@@ -369,23 +367,23 @@ def test_the_decoder_sees_groups_as_a_set():
     torch.manual_seed(0)
     decoder = EntityDecoder(32, 24, 4)              # the image's features are made narrower
     groups = torch.randn(2, 8, 32)
-    states = torch.randn(2, 6, 24)
+    question = torch.randn(2, 6, 24)
     mask = torch.tensor([[True] * 4 + [False] * 2] * 2)
-    base = decoder(groups, states)
-    torch.testing.assert_close(decoder(groups[:, torch.randperm(8)], states), base, atol=1e-5,
+    base = decoder(groups, question)
+    torch.testing.assert_close(decoder(groups[:, torch.randperm(8)], question), base, atol=1e-5,
                                rtol=0)
-    padded = states.clone()
+    padded = question.clone()
     padded[:, 4:] += torch.randn(2, 2, 24)
     assert not torch.allclose(decoder(groups, padded)[:, :4], base[:, :4])
     torch.testing.assert_close(decoder(groups, padded, mask)[:, :4],
-                               decoder(groups, states, mask)[:, :4])
+                               decoder(groups, question, mask)[:, :4])
 
 
 def test_a_sentence_is_its_end_token():
     """The scratch text encoder gives the state at the end token, which padding does not change."""
-    text = sentences.ScratchText(32, 2, 1, CONTEXT).eval()
-    states, end = text(words(["a cow", "two boats on the sea"]))
-    assert torch.equal(end[0], states[0, 3]) and torch.equal(end[1], states[1, 6])
+    text = tiny().eval().text
+    hidden_states, end = text(words(["a cow", "two boats on the sea"]))
+    assert torch.equal(end, hidden_states[[0, 1], [3, 6]])
     torch.testing.assert_close(text(words(["a cow"])[:, :6])[1], end[:1])
 
 
@@ -445,66 +443,62 @@ def test_flat_masks():
     assert constant.grad.isfinite().all()
 
 
-def test_the_total():
+def test_the_total(tiny_2):
     """Stage 1: contrast + entity; stage 2: + 0.1 mask, exactly. A weight of 0 leaves a part out."""
-    losses = tiny().losses(batch_of())
+    losses = losses_of(tiny(), batch_of())
     assert losses["loss"] == losses["contrast"] + losses["entity"] and "mask" not in losses
-    losses = tiny(2).losses(batch_of())
+    losses = losses_of(tiny_2(), batch_of())
     assert losses["loss"] == losses["contrast"] + losses["entity"] + 0.1 * losses["mask"]
-    losses = tiny(2, entity_weight=0.0, mask_weight=0.0).losses(batch_of())
+    losses = losses_of(tiny_2(entity_weight=0.0, mask_weight=0.0), batch_of())
     assert losses["loss"] == losses["contrast"] and {"entity", "mask"}.isdisjoint(losses)
 
 
-def test_mixed_precision():
+def test_mixed_precision(tiny_2):
     """In bfloat16 the losses are near those of float32, and finite."""
     found = []
     for enabled in (False, True):
-        model = tiny(2)
+        model = tiny_2()
         model.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=enabled)
         torch.manual_seed(0)
-        found.append(model.losses(batch_of()))
+        found.append(losses_of(model, batch_of()))
         found[-1]["loss"].backward()
         assert all(p.grad.isfinite().all() for p in model.trained().values())
     for name in ("contrast", "entity", "mask"):
         torch.testing.assert_close(found[1][name], found[0][name], rtol=0.1, atol=0.1)
 
 
-def mask_loss(model, batch):
-    groups, queries, _, _ = model.image(model.maps(batch["pixels"]))
-    return model.mask_loss(batch, groups, queries), queries
-
-
-def test_the_mask_loss_is_a_mean():
+def test_the_mask_loss_is_a_mean(tiny_2):
     """The batch twice gives the same loss: 16 times the mean over the global batch."""
-    model = tiny(2).eval()
+    model = tiny_2().eval()
     batch = batch_of()
     twice = {name: torch.cat([value, value]) for name, value in batch.items()}
-    one = mask_loss(model, batch)[0]
-    torch.testing.assert_close(mask_loss(model, twice)[0], one)
-    each = [mask_loss(model, {name: value[i:i + 1] for name, value in batch.items()})[0]
+    one = losses_of(model, batch)["mask"]
+    torch.testing.assert_close(losses_of(model, twice)["mask"], one)
+    each = [losses_of(model, {name: value[i:i + 1] for name, value in batch.items()})["mask"]
             for i in range(B)]
     torch.testing.assert_close(torch.stack(each).mean(), one)
 
 
-def test_half_of_the_groups_learn():
+def test_half_of_the_groups_learn(tiny_2):
     """The K / 2 groups that fit the prompt worst get exactly no gradient from L_mask, the others
     some."""
-    model = tiny(2).eval()
-    batch = batch_of()
-    loss, queries = mask_loss(model, batch)
-    gradient = torch.autograd.grad(loss, queries)[0].abs().sum(dim=-1)              # (B, K)
+    model = tiny_2().eval()
+    batch = model.features(batch_of())
+    encoded = model.encode(batch)
+    loss = model.losses(encoded, batch)["mask"]
+    gradient = torch.autograd.grad(loss, encoded["queries"])[0].abs().sum(dim=-1)   # (B, K)
     with torch.no_grad():
-        own = model.project_image(model.image(model.maps(batch["pixels"]))[0])
+        own = model.project_image(model.image(batch["image"])[0])
         fit = (own * model.embed_text(batch["prompt"])[:, None]).sum(dim=-1)        # (B, K)
     worst = torch.zeros(B, K, dtype=torch.bool).scatter(1, fit.argsort(dim=1)[:, :K // 2], True)
     assert (gradient[worst] == 0).all() and (gradient[~worst] > 0).all()
 
 
-def test_what_the_mask_loss_trains():
+def test_what_the_mask_loss_trains(tiny_2):
     """Patch convolution, positions, group tokens, the lower blocks, and of the binding block what
     the queries need; no keys, values, upper blocks, projectors, text or teacher."""
-    model = tiny(2)
-    found = reached(gradients(model, mask_loss(model, batch_of())[0]))
+    model = tiny_2()
+    found = reached(model, losses_of(model, batch_of())["mask"])
     lower = ("image.patch_embed.", "image.pos_embed", "image.group_tokens", "image.blocks.0.",
              "image.blocks.1.", "image.binding.norm_tokens.", "image.binding.norm_patches.",
              "image.binding.mix.", "image.binding.norm_groups.", "image.binding.cross.",
@@ -513,41 +507,40 @@ def test_what_the_mask_loss_trains():
     assert found == expected
 
 
-def test_what_the_other_losses_train():
+def test_what_the_other_losses_train(tiny_2):
     """L_contrast trains no decoder, L_entity not the image's projector; both all else but what
     feeds only the other. In stage 2 the text encoder is frozen, and the teacher always."""
     model = tiny()
-    contrast = reached(gradients(model, model.losses(batch_of())["contrast"]))
-    entity = reached(gradients(model, model.losses(batch_of())["entity"]))
+    contrast = reached(model, losses_of(model, batch_of())["contrast"])
+    entity = reached(model, losses_of(model, batch_of())["entity"])
     assert not [name for name in contrast if name.startswith(("decoder.", "project_question."))]
     assert not [name for name in entity if name.startswith("project_image.")]
     for part in ("image.binding.value.weight", "image.blocks.3.mlp.fc1.weight", "theta",
                  "text.tower.positional_embedding", "project_text.fc1.weight"):
         assert part in contrast and part in entity, part
-    assert {"decoder.cross.attn.qkv.weight", "project_question.fc2.weight"} <= entity
-    model = tiny(2)
+    assert {"decoder.cross.attn.in_proj_weight", "project_question.fc2.weight"} <= entity
+    model = tiny_2()
     assert not [name for name in model.trained() if name.startswith(("text.", "teacher."))]
     assert model.text.training and model.teacher.training
 
 
-def test_what_batch_norm_counts():
+def test_what_batch_norm_counts(tiny_2):
     """In a step of stage 2 the running statistics move 8 times for text, 4 times for images, once
     for the decoder; without the double pass 3, 1, 1. The losses are the same."""
     found = {}
     for double in (True, False):
-        model = tiny(2, bn_double_pass=double)
+        model = tiny_2(bn_double_pass=double)
         torch.manual_seed(0)
-        found[double] = model.losses(batch_of())
+        found[double] = losses_of(model, batch_of())
         moved = [int(part.norm.num_batches_tracked)
                  for part in (model.project_text, model.project_image, model.project_question)]
         assert moved == ([8, 4, 1] if double else [3, 1, 1])
     assert torch.equal(found[True]["loss"], found[False]["loss"])
 
 
-def test_the_teacher_follows():
+def test_the_teacher_follows(tiny_2):
     """From equal weights, a change of the student moves the teacher by 0.01 of it."""
-    model = tiny()
-    model.begin_stage_2(SWITCHES, model.bank)
+    model = tiny_2(same_teacher=True)
     before = copy.deepcopy(model.teacher.state_dict())
     with torch.no_grad():
         for p in model.image.parameters():
@@ -565,7 +558,7 @@ def test_it_learns():
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for step in range(30):
         torch.manual_seed(step)
-        losses = model.losses(batch)
+        losses = losses_of(model, batch)
         optimizer.zero_grad()
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -576,131 +569,118 @@ def test_it_learns():
 # --------------------------------------------------------------------------------------------------
 # Several processes, whole runs
 
-def one_step(folder, world):
-    processes = join_processes("cpu", timeout_minutes=1)
-    torch.save(step_of(processes.rank, world), folder / f"{processes.rank}")
-    processes.leave()
-
-
-def step_of(rank=0, world=1):
-    """Losses, gradients and running statistics of a step of stage 2 with all that is random."""
-    model = tiny(2, drop_path=0.4)
+def step_of(model, rank=0, world=1):
+    """Losses, gradients and running statistics of a step of stage 2."""
     rows = slice(rank * B // world, (rank + 1) * B // world)
     torch.manual_seed(1)
-    losses = model.losses({name: value[rows] for name, value in batch_of().items()})
+    losses = losses_of(model, {name: value[rows] for name, value in batch_of().items()})
     losses["loss"].backward()
     average_gradients(list(model.trained().values()))
-    gradient = {name: p.grad for name, p in model.trained().items()}
     return {"losses": {name: value.detach() for name, value in losses.items()},
-            "gradient": gradient, "buffers": dict(model.named_buffers())}
+            "gradients": {name: p.grad for name, p in model.trained().items()},
+            "buffers": dict(model.named_buffers())}
 
 
-def test_two_processes_are_one(tmp_path):
+def one_step(model, folder):
+    processes = join_processes("cpu", timeout_minutes=1)
+    torch.save(step_of(model, processes.rank, processes.world), folder / f"{processes.rank}")
+    processes.end_together()
+
+
+def test_two_processes_are_one(tmp_path, tiny_2):
     """Two processes with half a batch each have the losses, gradients and running statistics of one
-    with all of it, noise and stochastic depth included."""
-    both = Processes(tmp_path, 2, one_step, tmp_path, 2)
+    with all of it, Gumbel's noise included."""
+    both = Processes(tmp_path, 2, one_step, tiny_2(), tmp_path)
     assert both.wait() == [0, 0], both.output()
-    one = step_of()
+    one = step_of(tiny_2())
     for rank in range(2):
-        two = torch.load(tmp_path / f"{rank}")
-        for part in one:
-            torch.testing.assert_close(two[part], one[part], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}"), one, rtol=1e-3, atol=2e-5)
 
 
 def run(folder, *more):
-    train.main([*TOY, "--steps", str(STEPS), "--output", str(folder), *more])
+    train.main([*TOY, "--output", str(folder), *more])
 
 
 @pytest.fixture(scope="module")
 def stage_1(tmp_path_factory):
-    """Folder of a run of stage 1."""
-    folder = tmp_path_factory.mktemp("ovsegmentor") / "one"
+    """Checkpoint of a run of stage 1."""
+    folder = tmp_path_factory.mktemp("ovsegmentor")
     run(folder)
-    return folder
+    return str(folder / "model.safetensors")
 
 
-def killed_at(step, folder, *more):
-    """A run that is stopped by a signal before a step."""
-    schedule = OVSegmentor.learning_rate
+def interrupted_run(step, folder, *more):
+    """A run that gets a signal to end in a step."""
+    after_step = OVSegmentor.after_step
 
-    def reached(now, *settings):
+    def signalled(model, now, steps):
+        after_step(model, now, steps)
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return schedule(now, *settings)
-    OVSegmentor.learning_rate = staticmethod(reached)
+
+    OVSegmentor.after_step = signalled              # in a process of its own
     run(folder, *more)
 
 
 def test_stage_2_goes_on_and_resumes(stage_1, tmp_path, fails):
     """Stage 2 starts from the weights of stage 1. Stopped and resumed it is the uninterrupted run
-    bit by bit: losses, noise, running statistics, and the teacher. Another bank is refused."""
-    two = ("--stage", "2", "--init", str(stage_1))
-    kept = []
-    finish = Run.finish
-    try:
-        Run.finish = lambda run: (kept.append(run.method.state()), finish(run))
-        run(tmp_path / "whole", *two)
-        first = Processes(tmp_path, 1, killed_at, 5, tmp_path / "resumed", *two)
-        assert first.wait() == [128 + signal.SIGTERM], first.output()
-        assert states(tmp_path / "resumed")
-        run(tmp_path / "resumed", *two, "--resume", "auto")
-    finally:
-        Run.finish = finish
+    bit by bit: losses, noise, running statistics; the teacher is in its state. Another bank is
+    refused."""
+    two = ("--stage", "2", "--init", stage_1)
+    run(tmp_path / "whole", *two)
+    first = Processes(tmp_path, 1, interrupted_run, 5, tmp_path / "resumed", *two)
+    assert first.wait() == [128 + signal.SIGTERM], first.output()
+    [state] = state_files(tmp_path / "resumed")
+    assert any(name.startswith("teacher.") for name in read_tensors(state)[1])
+    bank = tmp_path / "bank"
+    bank.write_text("cow\nboat\n")
+    fails(train.main, [*TOY, *two, "--output", tmp_path / "resumed", "--bank", bank, "--resume",
+                       "auto"], "bank")
+    run(tmp_path / "resumed", *two, "--resume", "auto")
     assert without_times(tmp_path / "resumed") == without_times(tmp_path / "whole")
-    whole, resumed = kept
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-    assert any(name.startswith("teacher.") for name in whole)
-    start = load_model(stage_1).state_dict()
-    end = load_model(tmp_path / "whole").state_dict()
+    start, end, resumed = (load_model(path).state_dict()
+                           for path in (stage_1, tmp_path / "whole", tmp_path / "resumed"))
     assert start.keys() == end.keys()               # no teacher in a checkpoint
+    assert all(torch.equal(resumed[name], value) for name, value in end.items())
     frozen = [name for name in start if name.startswith("text.")]
     assert frozen and all(torch.equal(start[name], end[name]) for name in frozen)
     moved = (end["image.binding.query.weight"] - start["image.binding.query.weight"]).abs().max()
     assert 0 < moved < 0.05
-    bank = tmp_path / "bank"
-    bank.write_text("cow\nboat\n")
-    fails(train.main, [*TOY, *two, "--steps", STEPS, "--output", tmp_path / "resumed", "--bank",
-                       bank, "--resume", "auto"], "the bank differs")
 
 
-def test_shards(stage_1, tmp_path, forked):
-    """Stage 2 streams tars; a partner is another sample of the same tar."""
+def test_tars(stage_1, tmp_path):
+    """Stage 2 streams tars, where each image is its own partner."""
     rng = np.random.default_rng(0)
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         for i, caption in enumerate(["a cow", "the cow on grass", "a boat on the sea", "the sea"]):
-            image, _, _ = toy_scene(rng)
-            Image.fromarray(image).save(tmp_path / "image.png")
+            Image.fromarray(toy_scene(rng)[0]).save(tmp_path / "image.png")
             (tmp_path / "text.txt").write_text(caption)
             tar.add(tmp_path / "image.png", f"{i:09d}.png")
             tar.add(tmp_path / "text.txt", f"{i:09d}.txt")
-    bank = tmp_path / "bank"
-    bank.write_text("cow\ngrass\nboat\nsea\n")
-    import concepts
-    concepts.main(["--shards", str(tmp_path), "--parser", "match", "--bank", str(bank)])
-    flags = [flag for flag in TOY if flag not in ("--train-data", "toy")]
-    train.main([*flags, "--train-data", str(tmp_path), "--bank", str(bank), "--patches", "frozen",
-                "--backbone", "toy", "--stage", "2", "--init", str(stage_1), "--steps", "2",
-                "--batch", "4", "--workers", "0", "--output", str(tmp_path / "out")])
+    run(tmp_path / "out", "--train-data", str(tmp_path), "--stage", "2", "--init", stage_1,
+        "--steps", "2", "--batch", "4")
     assert all("mask" in line for line in without_times(tmp_path / "out"))
 
 
-def test_mistakes_in_flags(stage_1, checkpoint, tmp_path, fails):
-    """Flags that do not go together end the run in one line."""
+def test_mistakes_in_settings(stage_1, checkpoint, tmp_path, fails):
+    """Settings that do not go together end the run in one line."""
     start = [*TOY, "--output", tmp_path]
-    fails(train.main, [*start, "--stage", "2"], "--stage 2 with --init None")
-    fails(train.main, [*start, "--init", stage_1], "--stage 1 with --init")
-    fails(train.main, [*start, "--stage", "2", "--init", checkpoint], "is a checkpoint of simzss")
-    fails(train.main, [*start, "--bank", "none"], "--bank none")
-    fails(train.main, [*start, "--groups", "0"], "--groups is 0; expected at least 1")
-    fails(train.main, [*start, "--drop-path", "1"], "--drop-path is 1.0; expected 0 to 0.9")
-    fails(train.main, [*start, "--least-area", "2"], "--least-area is 2.0", "expected 0 to 1")
-    fails(train.main, [*start, "--context", "100"], "--context is 100", "expected 1 to 77")
-    fails(train.main, [*start, "--mask-size", "0"], "--mask-size is 0; expected a positive number")
-    fails(train.main, [*start, "--rand-augment", "bogus"], "RandAugment 'bogus'")
-    fails(train.main, [*start, "--mask-weight", "nan"], "--mask-weight is nan")
-    fails(train.main, [*start, "--patches", "convolution", "--pixel-mean", "0", "0", "0"],
-          "--patches frozen")
+    two = [*start, "--stage", "2", "--init"]
+    fails(train.main, [*start, "--stage", "2"], "stage 2 with init None")
+    fails(train.main, [*start, "--init", stage_1], "stage 1 with init")
+    fails(train.main, [*two, checkpoint], "is a checkpoint of simzss")
+    fails(train.main, [*two, stage_1, "--heads", "2"], "init", "heads was 4, is 2")
+    fails(train.main, [*two, stage_1, "--embedding", "9"], "does not fit these settings")
+    fails(train.main, [*start, "--groups", "0"], "groups is 0; expected at least 1")
+    fails(train.main, [*start, "--heads", "3"], "the width 64 is no multiple of the 3 heads")
+    fails(train.main, [*start, "--text-width", "6"], "the entity decoder is", "6")
+    for changes, words in [({"least_area": 2}, "least_area is 2.0"),
+                           ({"rand_augment": "bogus"}, "RandAugment 'bogus'"),
+                           ({"backbone": {"mean": [0, 0, 0]}}, 'are for patches = "frozen"'),
+                           ({"backbone": {"image_token": "mean"}}, "image_token mean"),
+                           ({"text": {"context": 100}}, "text: context is 100; .* at most 77")]:
+        with pytest.raises(ValueError, match=words):
+            settings_of(**changes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -720,50 +700,53 @@ def test_group_scores_by_hand():
     assert (found.sum(dim=-1) <= 1).all()
 
 
-def scored(monkeypatch, threshold, background):
-    """patch_scores of a model of two groups, the left and the right half, and the logits above."""
-    model = tiny().eval()
-    keys = torch.zeros(1, 16, 32)
-    keys[0, :, 0] = torch.tensor([9.0, 9, -9, -9]).repeat(4)
-    queries = torch.zeros(1, 2, 32)
-    queries[0, :, 0] = torch.tensor([9.0, -9])
-    model.image = FixedImage(queries, keys)
-    monkeypatch.setattr(ovsegmentor, "best_synonym", lambda features, classes:
-                        LOGITS.transpose(1, 2) if features.shape[1] == 2 else torch.zeros(1, 3, 1))
-    monkeypatch.setattr(model, "scale", lambda: 1.0)
-    model.prepare({"background": f"own:{threshold}" if background else "", "keep_classes": 5})
-    classes = torch.ones(3, 1, 16)
-    if background:
-        classes = torch.cat([torch.zeros(1, 1, 16), classes])
-    return model.patch_scores(torch.zeros(1, 3, 32, 30, dtype=torch.uint8), classes)
-
-
 class FixedImage(torch.nn.Module):
-    """An image encoder that finds what it is told."""
-    config = {"patch": 8}
-
-    def __init__(self, queries, keys):
-        super().__init__()
-        self.found = (torch.zeros(1, 2, 32), queries, keys, (4, 4))
+    """An image encoder that finds two groups, the left half of 32 pixels and the right."""
 
     def forward(self, maps):
-        return self.found
+        queries = torch.zeros(1, 2, 32)
+        queries[0, :, 0] = torch.tensor([9.0, -9])
+        keys = torch.zeros(1, 16, 32)
+        keys[0, :, 0] = torch.tensor([9.0, 9, -9, -9]).repeat(4)
+        return torch.eye(2)[None], queries, keys, (4, 4)
 
 
-def test_background_by_hand(monkeypatch):
-    """With 0.95 the threshold is lowered to the best group's score: that group stays foreground,
-    the other is background. With 0.3 both are foreground. Without the row nothing is."""
-    scores, size = scored(monkeypatch, 0.95, True)
-    assert size == (32, 32) and scores.shape == (1, 4, 32, 32)
-    best = scores[0].argmax(dim=0)
-    assert (best[:, :16] == 1).all() and (best[:, 16:] == 0).all()
-    torch.testing.assert_close(scores[0, 1:, 0, 0], torch.tensor([.87654, .00217, .00029]),
-                               atol=1e-5, rtol=0)
-    assert set(scores[0, 0].unique().tolist()) == {0.0, 1.0}
-    best = scored(monkeypatch, 0.3, True)[0][0].argmax(dim=0)
-    assert (best[:, :16] == 1).all() and (best[:, 16:] == 2).all()
-    best = scored(monkeypatch, 0.95, False)[0][0].argmax(dim=0)
-    assert (best[:, :16] == 0).all() and (best[:, 16:] == 1).all()
+def test_pixels_have_the_scores_of_their_groups():
+    """The left half gets the first group's scores, the right half the second's; the grid covers
+    whole patches. With a threshold of 0.95 only the best group stays above it, with 0.3 both."""
+    model = tiny().eval()
+    model.image = FixedImage()
+    model.project_image = torch.nn.Identity()
+    model.theta.data.fill_(0.0)                     # a scale of 1, so that ...
+    classes = LOGITS[0].T                           # ... group k has the logits (k, :)
+    pixels = torch.zeros(1, 3, 32, 30, dtype=torch.uint8)
+    scores, size = model.patch_scores(pixels, classes)
+    assert size == (32, 32) and scores.shape == (1, 3, 32, 32)
+    expected = torch.tensor([[.87654, .00217, .00029], [.00811, .44255, .05989]])
+    torch.testing.assert_close(scores[0, :, 0, 0], expected[0], atol=1e-5, rtol=0)
+    assert (scores[0, :, :, :16] == scores[0, :, :1, :1]).all()
+    torch.testing.assert_close(scores[0, :, 5, 16:], expected[1, :, None].expand(3, 16), atol=1e-5,
+                               rtol=0)
+    for threshold, right_is_background in ((0.95, True), (0.3, False)):
+        model.protocol.background = f"threshold:{threshold}"
+        best = model.patch_scores(pixels, classes)[0][0].amax(dim=0)
+        assert (best[:, :16] > threshold).all()
+        assert ((best[:, 16:] <= threshold) == right_is_background).all()
+
+
+def test_the_background_rule_of_the_authors():
+    """Over the mean of three windows, a threshold on the moved scores is the authors' rule: a
+    channel that is 1 where the best class scores less than min(T, the window's best group)."""
+    torch.manual_seed(0)
+    affinity = torch.rand(3, 200, 5) ** 3           # windows, groups = pixels, classes
+    threshold = 0.6
+    best = affinity.amax(dim=2)                                                     # (3, 200)
+    needed = best.amax(dim=1, keepdim=True).clamp(max=threshold)
+    background = (best < needed).float()[..., None]                                 # (3, 200, 1)
+    expected = torch.cat([background, affinity], dim=2).mean(dim=0).argmax(dim=1)   # (200,)
+    found, index = score_background(affinity, threshold).mean(dim=0).max(dim=1)
+    assert torch.equal(torch.where(found <= threshold, 0, index + 1), expected)
+    assert 0 < (expected == 0).sum() < 200
 
 
 def test_class_embeddings():
@@ -778,19 +761,19 @@ def test_class_embeddings():
 
 
 def test_it_scores_and_segments(stage_1, folder, tmp_path, fails):
-    """eval.py and segment.py work with it as they are, its background rule and its own settings
-    included."""
-    fails(eval.main, ["--dataset", folder, "--checkpoint", stage_1, "--protocol", "keep_classes=0"],
-          "keep_classes is 0; expected a whole number of at least 1")
+    """eval.py and segment.py work with it as they are, with a background and its own settings at
+    test time."""
+    dataset = ["--dataset", str(folder), "--checkpoint", stage_1, "--device", "cpu"]
+    fails(eval.main, [*dataset, "--set", "protocol.keep_classes=0"],
+          "keep_classes is 0; expected at least 1")
     output = tmp_path / "result.json"
-    eval.main(["--dataset", str(folder), "--checkpoint", str(stage_1), "--background", "own:0.5",
-               "--protocol", "keep_classes=2", "--device", "cpu", "--output", str(output)])
+    eval.main([*dataset, "--background", "threshold:0.5", "--set", "protocol.keep_classes=2",
+               "--output", str(output)])
     result = json.loads(output.read_text())
     assert result["method"] == "ovsegmentor" and 0 <= result["mIoU"] <= 1
-    assert result["protocol"]["keep_classes"] == 2
-    assert result["protocol"]["templates"] == "photo"
+    assert result["protocol"]["keep_classes"] == 2 and result["protocol"]["templates"] == "photo"
     segment.main([str(folder / "images" / "photo0.png"), "--classes", "cow, grass", "--checkpoint",
-                  str(stage_1), "--output", str(tmp_path)])
+                  stage_1, "--output", str(tmp_path)])
     assert json.loads((tmp_path / "photo0.json").read_text())["names"] == ["cow", "grass"]
     model = load_model(stage_1)
     pixels = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
@@ -800,25 +783,28 @@ def test_it_scores_and_segments(stage_1, folder, tmp_path, fails):
 
 def test_a_picture_of_groups(stage_1, tmp_path, capsys):
     """tests/groups.py prints how well groups follow regions and draws them: photo, truth, groups
-    and each group's share."""
-    groups.main([str(stage_1), str(tmp_path / "groups.png"), "--images", "2"])
-    assert re.search(r"of 4 groups in use, oracle mIoU [\d.]+%", capsys.readouterr().out)
-    assert Image.open(tmp_path / "groups.png").size == (7 * 128, 2 * 128)
+    and where each group is."""
+    groups.main([stage_1, str(tmp_path / "groups.png"), "--images", "2"])
+    assert re.search(r"of 8 groups in use, oracle mIoU [\d.]+%", capsys.readouterr().out)
+    assert Image.open(tmp_path / "groups.png").size == (11 * 128, 2 * 128)
 
 
 # --------------------------------------------------------------------------------------------------
 # BERT
 
-def test_without_transformers(monkeypatch, tmp_path, fails):
+def test_without_transformers(tmp_path, fails):
     """Asked for where the package is missing, BERT is refused with the install command."""
-    monkeypatch.setattr(sentences, "installed", lambda: False)
+    if importlib.util.find_spec("transformers"):
+        pytest.skip("the package transformers is there")
     fails(train.main, [*TOY, "--text", "bert-base-uncased", "--output", tmp_path],
           "pip install transformers")
 
 
-def bert_folder(folder):
-    """A BERT of width 16 with a vocabulary of a few words."""
+@pytest.fixture
+def bert(tmp_path):
+    """Folder of a BERT of width 16 with a vocabulary of a few words."""
     transformers = pytest.importorskip("transformers", reason="the optional package transformers")
+    folder = tmp_path / "bert"
     folder.mkdir()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##s", "cow", "boat", "photo"]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
@@ -830,21 +816,22 @@ def bert_folder(folder):
     return str(folder)
 
 
-def test_a_bert(tmp_path):
+def test_a_bert(bert, tmp_path):
     """A pretrained BERT trains: its words are WordPieces, [MASK] is its mask token, a sentence is
-    its first token whatever the padding; the checkpoint holds its weights and says its name."""
-    name = bert_folder(tmp_path / "bert")
-    tokens = sentences.tokenize("A [MASK] and cows", name, 10)
+    its first token whatever the padding; the checkpoint holds its weights."""
+    tokens = tokenize("A [MASK] and cows", bert, 10)
     assert tokens.tolist() == [2, 5, 4, 1, 7, 6, 3, 0, 0, 0]
-    args = train.parse_args([*TOY, "--text", name])
-    built = OVSegmentor.build(args, ConceptBank(BANK))
+    built = tiny(text={"encoder": bert})
     assert built.training and built.text.bert.training      # its dropout is on
-    text = sentences.Bert(name, 10).eval()
-    states, sentence = text(tokens[None])
-    assert torch.equal(sentence, states[:, 0])
+    text = sentences.Bert(bert, pretrained=True).eval()
+    hidden_states, sentence = text(tokens[None])
+    assert torch.equal(sentence, hidden_states[:, 0])
     torch.testing.assert_close(text(tokens[None, :7])[1], sentence)
-    run(tmp_path / "out", "--text", name, "--steps", "2")
-    model = load_model(tmp_path / "out")
-    assert model.config()["text"]["kind"] == name and isinstance(model.text, sentences.Bert)
+    run(tmp_path / "one", "--text", bert, "--steps", "2")
+    model = load_model(tmp_path / "one")
     changed = model.text.bert.embeddings.word_embeddings.weight
     assert not torch.equal(changed, text.bert.embeddings.word_embeddings.weight)
+    run(tmp_path / "two", "--text", bert, "--steps", "2", "--stage", "2", "--init",
+        str(tmp_path / "one"))
+    kept = load_model(tmp_path / "two").text.bert.embeddings.word_embeddings.weight
+    assert torch.equal(kept, changed)

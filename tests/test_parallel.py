@@ -1,24 +1,23 @@
-"""Several processes compute what one does, and chunks what a whole batch does: the losses, their
-gradients, and whole training runs (gloo, on the CPU)."""
+"""Several processes compute what one does: the losses, their gradients, and whole training runs
+(gloo, on the CPU)."""
 import json
 import subprocess
 import sys
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from concepts import ConceptBank, tokenize
+from concepts import ConceptBank, Concepts
 from conftest import ROOT, read_log, tiny
 from data import GlobalBatches, load_pairs
-from machinery.training import buckets
-from machinery.parallel import (GlobalDropout, GlobalDropPath, average_gradients,
-                                join_processes)
-from model import SimZSS, class_weights, concept_loss, similarity_pool
+from machinery.parallel import average_gradients, join_processes
+from machinery.tokenizer import tokenize
+from machinery.training.loading import encode_in_micro_batches
+from model import SimZSS
 from processes import Processes
-from train import main
+from train import main, read_command_line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -27,7 +26,7 @@ from train import main
 B = 8                                               # pairs
 N = 5                                               # patches
 SIZES = (1, 2, 4)                                   # numbers of processes
-WAYS = {"at once": (B, None), "in buckets": (2, None), "twice": (B, 1)}     # (BUCKET, chunk)
+WAYS = ("at once", "one by one")                    # how a batch is encoded
 CAPTIONS = ["a cow", "grass, and on it a cow and one more cow", "the sea",
             "a boat on the sea under the wide blue sky", "sheep", "a sheep and a cow on the grass",
             "nothing to be seen here at all", "sky"]
@@ -38,27 +37,23 @@ IDS = {"mixed": [[0, -1, -1], [2, 0, 0], [4, -1, -1], [3, 4, 5], [1, -1, -1], [1
 CASES = [(ids, target, way) for ids in IDS for target in ("concept", "argmax") for way in WAYS]
 
 
-def unscaled(loss):
-    return loss
-
-
 def losses_and_gradients(model, case, rank=0, world=1):
     """Losses and gradients of all parameters, of a process's rows of a batch, averaged over
     processes."""
     ids, target, way = case
-    bucket, chunk = WAYS[way]
     rows = slice(rank * B // world, (rank + 1) * B // world)
     batch = {key: value[rows] for key, value in whole_batch(model, case).items()}
     if world > 1:                                   # each process pads to its own longest
         M = int((batch["concepts"][..., 0] >= 0).sum(1).max())
         batch["concepts"] = batch["concepts"][:, :M]
-    model.local_target = target
-    model.local_weight = 0.5
-    model.prompt_weight = 0.3 if target == "concept" else 0.0
+    model.settings.local_target = target
+    model.settings.local_weight = 0.5
     model.zero_grad()
-    torch.manual_seed(0)                            # prompts are drawn
-    with patch.object(buckets, "BUCKET", bucket):
-        losses = model.backward(batch, unscaled, chunk)
+    encode = model.encode
+    if way == "one by one":
+        encode = partial(encode_in_micro_batches, encode, size=1)
+    losses = model.losses(encode(batch), batch)
+    losses["loss"].backward()
     average_gradients(list(model.trained().values()))
     return ({key: value.item() for key, value in losses.items()},
             {name: p.grad for name, p in model.trained().items()})
@@ -83,10 +78,8 @@ def all_cases(model, folder):
     rank = processes.rank
     world = processes.world
     found = {case: losses_and_gradients(model, case, rank, world) for case in CASES}
-    model.weights_over = "process"
-    found["over process"] = losses_and_gradients(model, CASES[0], rank, world)
     torch.save(found, folder / f"{world}-{rank}")
-    processes.leave()
+    processes.end_together()
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +103,8 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("ids", IDS)
 def test_one_batch_has_one_loss_however_it_is_split(found, ids, world, way):
     """1 x 8 = 2 x 4 = 4 x 2 pairs: losses, counts and gradients agree to 1e-5 in float32 in each
-    process, also when some processes or all are without concepts, with captions in buckets, and
-    encoded twice, one by one; with prompts and without."""
+    process, also when some processes or all are without concepts, and with pairs that are encoded
+    one by one."""
     for target in ("concept", "argmax"):
         expected, gradients = found[1, 0, (ids, target, "at once")]
         assert (expected["local"] > 0) == (ids != "none anywhere")
@@ -123,91 +116,14 @@ def test_one_batch_has_one_loss_however_it_is_split(found, ids, world, way):
                 assert (split[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("world", SIZES[1:])
-def test_class_weights_over_the_process(found, world):
-    """With weights_over "process" each process has class weights of its own pairs, and zeros for
-    concepts that only others have, while the mean runs over all occurrences; the global loss does
-    not change."""
-    model = tiny()
-    batch = whole_batch(model, CASES[0])
-    all_ids = batch["concepts"][..., 0]
-    C = len(model.bank)
-    with torch.no_grad():
-        _, concepts = model.encode_text(batch["tokens"], batch["concepts"][..., 1:])
-        _, counts = class_weights(concepts, all_ids, C)
-        expected = 0
-        for rows in torch.arange(B).chunk(world):
-            ids = all_ids[rows]
-            weights, _ = class_weights(concepts[rows], ids, C)
-            visual = similarity_pool(weights[ids.clamp(min=0)], batch["patch_tokens"][rows],
-                                     model.pool_temperature)
-            expected += concept_loss(visual, ids, weights, counts, model.local_temperature)
-    everywhere = found[1, 0, CASES[0]][0]
-    for rank in range(world):
-        losses, _ = found[world, rank, "over process"]
-        assert losses["local"] == pytest.approx(expected.item(), rel=1e-5)
-        assert losses["local"] != pytest.approx(everywhere["local"], rel=1e-3)
-        assert losses["global"] == pytest.approx(everywhere["global"], rel=1e-5)
-
-
-def test_encoding_twice_keeps_its_precision():
-    """In bfloat16, too, encoding twice gives the gradients of encoding once: both times in
-    bfloat16, and with gradient.
-
-    Both ways encode the same buckets. Encoding once does not share the bfloat16 casts of the
-    weights among them, or it would sum the gradients of the buckets in bfloat16.
-    """
-    found = []
-    for chunk, share_casts in ((None, False), (4, True)):
-        model = tiny()
-        model.autocast = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=share_casts)
-        batch = whole_batch(model, ("mixed",))
-        batch["concepts"][..., 1:] = torch.tensor([1, 2])
-        with patch.object(buckets, "BUCKET", 4):
-            model.backward(batch, unscaled, chunk)
-        found.append({name: p.grad for name, p in model.trained().items()})
-    for name, gradient in found[0].items():
-        assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm() > 0, name
-
-
-# --------------------------------------------------------------------------------------------------
-# Random numbers
-
-def dropped(layers, x, folder):
-    processes = join_processes("cpu", timeout_minutes=1)
-    rows = slice(processes.rank * len(x) // processes.world,
-                 (processes.rank + 1) * len(x) // processes.world)
-    torch.manual_seed(0)
-    torch.save([layer(x[rows]) for layer in layers], folder / f"{processes.rank}")
-    processes.leave()
-
-
-def test_dropout_of_the_global_batch(tmp_path):
-    """Two processes drop what one drops. Values are dropped at the given rate, by the path a row as
-    a whole, and the kept ones are scaled so that the mean stays; in evaluation nothing is."""
-    x = torch.ones(400, 5, 7)
-    layers = [GlobalDropout(0.3), GlobalDropPath(0.3)]
-    torch.manual_seed(0)
-    one = [layer(x) for layer in layers]
-    both = Processes(tmp_path, 2, dropped, layers, x, tmp_path)
-    assert both.wait() == [0, 0], both.output()
-    two = [torch.cat(rows) for rows in zip(*(torch.load(tmp_path / f"{i}") for i in range(2)))]
-    for layer, expected, found in zip(layers, one, two):
-        assert torch.equal(found, expected)
-        assert found.unique().tolist() == pytest.approx([0, 1 / 0.7])
-        assert (found == 0).float().mean() == pytest.approx(0.3, abs=0.05)
-        assert torch.equal(layer.eval()(x), x)
-    assert (two[1].flatten(1).std(dim=1) == 0).all() and (two[0].flatten(1).std(dim=1) > 0).all()
-
-
 # --------------------------------------------------------------------------------------------------
 # Whole runs
 
-STEPS = 20
+STEPS = 15
 BATCH = 8
 PAIRS = 40
-SETTINGS = (f"--train-data toy --batch {BATCH} --steps {STEPS} --epoch-pairs {PAIRS} "
-            "--image-size 64 --text-width 32 --text-layers 1 --eval-data none --device cpu").split()
+SETTINGS = (f"--recipe toy --set run.epoch_pairs={PAIRS} --batch {BATCH} --epochs 3 "
+            "--image-size 64 --text-width 32 --eval-data none").split()
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +140,7 @@ def runs(tmp_path_factory):
                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     every = Processes(folder, 2, main, [*SETTINGS, "--output", str(folder / "all"),
                                         *options["all"]])
-    errors = rare.communicate(timeout=300)[1]
+    errors = rare.communicate()[1]
     return folder, options, {"rare": rare.returncode == 0 or errors,
                              "all": every.wait() == [0, 0] or every.output()}
 
@@ -256,29 +172,31 @@ def test_the_first_process_scores_all_images(runs):
 def test_in_some_steps_one_process_had_no_concept(runs):
     """The run with the rare concept did have steps in which one process alone saw a concept, and
     steps without any."""
-    bank = ConceptBank.from_file(runs[0] / "rare.txt")
-    pairs = load_pairs("toy", bank, "match", 64, partial(SimZSS.sample, size=64), toy_scenes=PAIRS)
+    folder, options, _ = runs
+    recipe = read_command_line([*SETTINGS, *options["rare"]])
+    concepts = Concepts(ConceptBank.by_name(recipe.run.bank), recipe.run.parser)
+    sample = partial(SimZSS.sample, settings=recipe.model)
+    pairs = load_pairs("toy", concepts, sample, recipe.run.image_size, toy_scenes=PAIRS)
     counts = [[sum(len(pairs[key]["concepts"]) for key in keys)
-               for keys in GlobalBatches(PAIRS, BATCH, STEPS, PAIRS, rank, 2)]
+               for keys in GlobalBatches(PAIRS, recipe.run, range(STEPS), rank, 2)]
               for rank in range(2)]
-    logged = [line["concepts"] for line in read_log(runs[0] / "rare")]
+    logged = [line["concepts"] for line in read_log(folder / "rare")]
     assert [a + b for a, b in zip(*counts)] == logged
     assert any((a == 0) != (b == 0) for a, b in zip(*counts))
     assert any(a == b == 0 for a, b in zip(*counts))
 
 
 def test_two_processes_share_the_feature_cache(tmp_path):
-    """Two processes compute a feature cache together, each its share, and train from it with the
+    """Two processes compute a feature cache together, each a part of it, and train from it with the
     losses of one process."""
-    def written():
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
-
-    cache = ["--epoch-pairs", "150", "--cache-features", str(tmp_path / "cache")]
-    both = Processes(tmp_path, 2, main, [*SETTINGS, *cache, "--output", str(tmp_path / "two")])
+    settings = [*SETTINGS, "--set", "run.epoch_pairs=600", "--epochs", "0.1", "--cache-features",
+                str(tmp_path / "cache")]
+    both = Processes(tmp_path, 2, main, [*settings, "--output", str(tmp_path / "two")])
     assert both.wait() == [0, 0], both.output()
-    by_two = written()
-    assert len(by_two) == 1 + 3                     # features.json, and 64 + 64 + 22 images
-    main([*SETTINGS, *cache, "--output", str(tmp_path / "one")])
-    assert written() == by_two
+    by_two = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    assert by_two.keys() == {"features.json", "features.bin", "done-0.bin", "done-1.bin"}
+    assert 0 < by_two["done-0.bin"].count(b"\1") < 600
+    main([*settings, "--output", str(tmp_path / "one")])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == by_two
     losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("two", "one")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -2,8 +2,9 @@
 import torch
 import torch.nn.functional as F
 
+from machinery.contract import Protocol
 from machinery.scoring.refine import DISTANCES, neighbour_weights, neighbours, refine
-from segment import resized_size, score_maps
+from segment import resized_size, score_maps, segment_image
 
 
 def test_neighbours_are_the_eight_around_at_each_distance():
@@ -58,11 +59,22 @@ def test_a_border_moves_to_that_of_the_colours():
 def test_scales_are_averaged(model):
     """Scores of several sizes are the mean of the scores of each size, resized to the first."""
     generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (40, 56, 3), generator=generator, dtype=torch.uint8).numpy()
+    photo = torch.randint(0, 256, (3, 40, 56), generator=generator, dtype=torch.uint8)
     classes = F.normalize(torch.randn(3, model.backbone.width, generator=generator), dim=-1)
-    size = resized_size(40, 56, 32)
-    one, large = (score_maps(model, image, classes, 32, 16, side) for side in (32, 64))
-    found = score_maps(model, image, classes, 32, 16, 32, scales=(1, 2.0))
-    large = F.interpolate(large[None], size, mode="bilinear")[0]
-    assert torch.allclose(found, (one + large) / 2, atol=1e-6)
-    assert torch.equal(score_maps(model, image, classes, 32, 16, 32, scales=[1.0]), one)
+
+    def maps(short_side, scales=(1.0,)):
+        protocol = Protocol(window=32, stride=16, short_side=short_side, scales=scales)
+        return score_maps(model, photo, classes, protocol)
+
+    large = F.interpolate(maps(64)[None], resized_size(40, 56, 32), mode="bilinear")[0]
+    assert torch.allclose(maps(32, (1.0, 2.0)), (maps(32) + large) / 2, atol=1e-6)
+
+
+def test_refinement_is_part_of_segmenting(model):
+    """With refinement a mask is that of the refined scores."""
+    photo = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    classes = F.normalize(torch.randn(3, model.backbone.width), dim=-1)
+    maps = score_maps(model, photo, classes, Protocol(window=32, stride=32, short_side=32))
+    mask, _ = segment_image(model, photo.permute(1, 2, 0).numpy(), classes, 32, 32, 32,
+                            refine_steps=3)
+    assert torch.equal(mask.long(), refine(maps, photo, 3).argmax(dim=0))

@@ -1,8 +1,11 @@
-"""Training: parts of the recipe by hand, overfitting, whole runs from the command line, and
-mistakes."""
+"""Training: recipes and flags, the schedule by hand, overfitting, whole runs from the command line,
+and mistakes."""
 import json
 import math
+import subprocess
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,62 +15,141 @@ from PIL import Image
 import eval
 import segment
 import train
-from concepts import ConceptBank, load_annotations
-from conftest import BANK, read_log, tiny
-from data import CaptionedImages, collate
-from machinery.training.loading import BatchStream
-from machinery.training import resume
+from concepts import ConceptBank, Concepts
+from conftest import BANK, ROOT, read_log, tiny, without_times
+from data import MAX_PIXELS, CaptionedImages, collate
 from machinery.networks.checkpoint import load_model
+from machinery.settings import RECIPES
 from machinery.toy import toy_scene
 from model import SimZSS
-from train import learning_rate, parse_args
+from train import learning_rate, read_command_line
 
-SMALL = ("--backbone toy --text-width 32 --text-layers 1 --image-size 64 --batch 8 --workers 0 "
-         "--parser match --templates plain --short-side 64 --window 64 --stride 32 "
-         "--eval-data none --device cpu").split()
-TOY = ["--train-data", "toy", "--epoch-pairs", "16", *SMALL]
+SMALL = ("--recipe toy --batch 8 --image-size 64 --text-width 32 --eval-data none --device cpu "
+         "--set run.epoch_pairs=16").split()
 
 
 # --------------------------------------------------------------------------------------------------
-# Parts of the recipe
+# Recipes and flags
 
-def test_learning_rate_by_hand():
-    """The rate rises linearly over the first tenth of the steps and falls as a cosine from its peak
-    to 0, or to a share of the peak."""
-    rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.4, 1.6, 1.8, 2])
-    assert rates[10] == 2 and rates[55] == pytest.approx(1)                     # half-way down
-    assert rates[40] == pytest.approx(1 + math.cos(math.pi / 3)) and rates[100] == pytest.approx(0)
-    assert learning_rate(0, 1, 2.0, 0.1) == 2                   # a run of one step has a rate, too
-    final = [learning_rate(step, 100, 2.0, 0.1, final=0.25) for step in (9, 10, 55, 100)]
-    assert final == pytest.approx([2, 2, 1.25, 0.5])
+def test_every_recipe_is_whole():
+    """Each recipe has all that has no default, and nothing that its method does not know; none
+    writes where another one does."""
+    names = [path.stem for path in RECIPES.glob("*.toml")]
+    needed = {"sseg-plus": ["--train-data", "images", "--labels", "labels"]}
+    outputs = {read_command_line(["--recipe", name, *needed.get(name, [])]).run.output
+               for name in names}
+    assert len(outputs) == len(names) > 8
 
 
-def test_defaults_are_the_recipe():
-    """The flags' defaults are the method's: 9.6e-4 at a batch of 8,192, about 490 steps, AdamW
-    (0.9, 0.98), decay 0.2."""
-    args = parse_args([])
-    assert args.base_rate * args.batch / 256 == pytest.approx(9.6e-4)
-    assert args.epochs * args.epoch_pairs // args.batch == 488 and args.warmup == 0.1
-    assert (args.beta1, args.beta2, args.eps, args.weight_decay) == (0.9, 0.98, 1e-6, 0.2)
-    assert args.local_weight == 0.05 and args.local_target == "concept"
-    assert (args.pool_temperature, args.local_temperature) == (0.1, 0.07)
-    assert (args.image_size, args.text_layers, args.seed) == (224, 12, 0)
+def test_the_recipe_of_simzss_is_the_papers():
+    """Without flags train.py runs the paper's recipe: rate 9.6e-4 at a batch of 8,192, 488 steps on
+    COCO Captions, AdamW (0.9, 0.98), decay 0.2."""
+    recipe = read_command_line([])
+    run = recipe.run
+    assert run.base_rate * run.batch / 256 == pytest.approx(9.6e-4)
+    assert train.length_of_run(run, range(591_753)) == (488, 400_000)
+    assert (run.schedule, run.warmup, run.final_rate, run.clip) == ("cosine", 0.1, 0, 0)
+    assert (run.beta1, run.beta2, run.eps, run.weight_decay) == (0.9, 0.98, 1e-6, 0.2)
+    assert (run.image_size, run.seed, recipe.model.text.layers) == (224, 0, 12)
+    assert recipe.model.local_weight == 0.05 and recipe.model.local_target == "concept"
+    assert (recipe.model.pool_temperature, recipe.model.local_temperature) == (0.1, 0.07)
 
 
-def test_the_toy_worlds_settings_give_way_to_flags():
-    """--train-data toy changes defaults only: what is said on the command line holds."""
-    assert parse_args(["--train-data", "toy"]).backbone == "toy"
-    args = parse_args(["--batch", "24", "--train-data", "toy", "--eval-data", "none"])
-    assert (args.batch, args.eval_data, args.parser) == (24, "none", "match")
+def test_flags_change_single_values():
+    """What is said on the command line holds; all else is the recipe's. --epochs and --steps
+    replace each other, whichever the recipe has."""
+    toy = ["--recipe", "toy"]
+    recipe = read_command_line([*toy, "--batch", "24", "--lambda", "0", "--set",
+                                "run.weight_decay=1", "--set", "protocol.window=96"])
+    assert (recipe.run.batch, recipe.run.epochs, recipe.run.weight_decay) == (24, 16, 1)
+    assert (recipe.model.local_weight, recipe.model.backbone.name) == (0, "toy")
+    assert (recipe.protocol.window, recipe.protocol.short_side) == (96, 128)
+    for flags, epochs, steps in (([], 16, None), (["--steps", "3"], None, 3),
+                                 (["--epochs", "2"], 2, None)):
+        run = read_command_line([*toy, *flags]).run
+        assert (run.epochs, run.steps) == (epochs, steps)
+    in_steps = ["--recipe", "sseg-plus", "--train-data", "images", "--labels", "labels"]
+    for flags, epochs, steps in (([], None, 20_000), (["--epochs", "2"], 2, None)):
+        run = read_command_line([*in_steps, *flags]).run
+        assert (run.epochs, run.steps) == (epochs, steps)
+
+
+@pytest.mark.parametrize("text, words", [
+    ('method = "simzss', ["is no recipe in TOML"]),
+    ('methods = "simzss"', ['a line method = "NAME"']),
+    ('method = "magic"', ["unknown method 'magic'", "simzss"]),
+    ('method = "simzss"\n[runs]', ["no table 'runs'", "run, model, protocol"]),
+    ('method = "simzss"\n[run]\nbatches = 3', ["run: there is no setting 'batches'", "batch"]),
+    ('method = "simzss"\n[run]\nbatch = "8"', ["run: batch is '8'; expected a whole number"]),
+    ('method = "simzss"\n[run]\nbatch = 8', ["run: the setting train_data is missing"]),
+    ('method = "simzss"', ["run: the setting train_data is missing"])])
+def test_recipes_that_are_refused(tmp_path, fails, text, words):
+    """A recipe with a mistake ends with one line that says what was expected."""
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    fails(train.main, ["--recipe", path], *words)
+
+
+def test_an_old_python_is_refused():
+    """On a Python older than 3.11 whatever imports something of machinery/, as each script does,
+    ends with one line."""
+    old = ("import sys; sys.version_info = (3, 10, 4); sys.version = '3.10.4 (main)'; "
+           "import machinery.settings")
+    done = subprocess.run([sys.executable, "-c", old], cwd=ROOT, text=True, capture_output=True)
+    assert done.stderr == "error: Python 3.10.4 is too old; expected 3.11 or newer\n"
+    assert done.returncode == 1
+
+
+def test_help_is_short_and_needs_no_network(tmp_path):
+    """`train.py --help` works from any folder without a network, and has at most 35 flags."""
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    flags = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  -")]
+    assert 20 < len(flags) <= 35 and len(set(flags)) == len(flags)
+
+
+# --------------------------------------------------------------------------------------------------
+# The schedule and the optimizer
+
+def rates(schedule, steps, last=0.0):
+    """The learning rates of some of 100 steps, 10 of them warm-up, for a peak of 2."""
+    settings = SimpleNamespace(schedule=schedule, warmup=0.1, final_rate=last)
+    return [learning_rate(step, 100, 2.0, settings) for step in steps]
+
+
+def test_cosine_by_hand():
+    """"cosine": the rate rises linearly over the first tenth of the steps and falls as a cosine
+    from its peak to 0, or to a part of the peak."""
+    assert rates("cosine", range(10)) == pytest.approx([.2, .4, .6, .8, 1, 1.2, 1.4, 1.6, 1.8, 2])
+    expected = [2, 1 + math.cos(math.pi / 3), 1, 0]
+    assert rates("cosine", [10, 40, 55, 100]) == pytest.approx(expected)
+    assert rates("cosine", [9, 10, 55, 100], 0.25) == pytest.approx([2, 2, 1.25, 0.5])
+    settings = SimpleNamespace(schedule="cosine", warmup=0.1, final_rate=0.0)
+    assert learning_rate(0, 1, 2.0, settings) == 2              # a run of one step has a rate, too
+
+
+def test_polynomial_by_hand():
+    """"polynomial": after the warm-up the rate falls as (1 - t) ** 0.9."""
+    assert rates("polynomial", [0, 9, 10, 55, 100]) == pytest.approx([.2, 2, 2, 2 * .5 ** .9, 0])
+    assert rates("polynomial", [55, 100], 0.25) == pytest.approx([.5 + 1.5 * .5 ** .9, .5])
+
+
+def test_cosine_whole_by_hand():
+    """"cosine-whole": the warm-up begins at 0.025 x peak, and the cosine counts from step 0: it is
+    a little below the peak where the warm-up ends."""
+    assert rates("cosine-whole", [0, 5]) == pytest.approx([0.05, 0.05 + 1.95 / 2])
+    expected = [1 + math.cos(math.pi / 10), 1, 0]
+    assert rates("cosine-whole", [10, 50, 100]) == pytest.approx(expected)
+    assert rates("cosine-whole", [50, 100], 0.25) == pytest.approx([1.25, 0.5])
 
 
 def test_matrices_decay_and_vectors_do_not():
     """Weight decay is on matrices only: not on biases, layer norms and the logit scale; nothing of
     the backbone is trained."""
-    model = tiny("test_resnet")
+    model = tiny(backbone={"name": "test_resnet", "weights": "random"})
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, free = model.groups()
+    decayed, free = model.parameter_groups()
     assert (decayed["decay"], free["decay"]) == (1, 0) and decayed["rate"] == free["rate"] == 1
     decayed, free = ({names[id(p)] for p in group["params"]} for group in (decayed, free))
     assert decayed | free == {name for name in names.values() if not name.startswith("backbone.")}
@@ -76,27 +158,25 @@ def test_matrices_decay_and_vectors_do_not():
                     or name.startswith("text.") and ("ln_" in name or name.endswith("bias"))}
 
 
-def test_groups_reach_the_optimizer(tmp_path, monkeypatch):
-    """A group's decay counts times --weight-decay, and its rate times the learning rate."""
-    groups = SimZSS.groups
-    seen = []
+def test_gradients_are_clipped_by_their_common_norm():
+    """Gradients (3, 0) and (4,) have norm 5; bounded by 1 they become a fifth, with 0 they stay.
+    The loss scale of float16 does not count."""
+    for clip, scale, expected in ((1.0, 1.0, [0.6, 0, 0.8]), (0.0, 1.0, [3, 0, 4]),
+                                  (9.0, 1.0, [3, 0, 4]), (1.0, 8.0, [4.8, 0, 6.4])):
+        parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+        parameters[0].grad = scale * torch.tensor([3.0, 0.0])
+        parameters[1].grad = scale * torch.tensor([4.0])
+        norm = train.clip_gradients(parameters, SimpleNamespace(get_scale=lambda: scale), clip)
+        assert norm == pytest.approx(5)
+        assert torch.cat([p.grad for p in parameters]).tolist() == pytest.approx(expected)
 
-    def halved(model):
-        decayed, free = groups(model)
-        return [{**decayed, "rate": 0.5}, free]
 
-    def made(groups, *args, **settings):
-        seen.append(optimizer(groups, *args, **settings))
-        return seen[0]
-
-    optimizer = torch.optim.AdamW
-    monkeypatch.setattr(SimZSS, "groups", halved)
-    monkeypatch.setattr(torch.optim, "AdamW", made)
-    train.main([*TOY, "--steps", "1", "--weight-decay", "0.3", "--output", str(tmp_path)])
-    decayed, free = seen[0].param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0)
-    rate = read_log(tmp_path)[0]["lr"]
-    assert (decayed["lr"], free["lr"]) == (rate / 2, rate)
+def test_the_logit_scale_is_kept_at_or_below_a_hundred():
+    """A step that leaves the logit scale above 100 is followed by one at 100."""
+    model = tiny()
+    torch.nn.init.constant_(model.logit_scale, math.log(150))
+    model.after_step(0, 1)
+    assert model.logit_scale.exp().item() == pytest.approx(100)
 
 
 def test_eight_captioned_images_can_be_overfitted():
@@ -106,24 +186,22 @@ def test_eight_captioned_images_can_be_overfitted():
                 "a cow and a boat", "a sheep on the grass", "the sea under the sky",
                 "a boat under the sky"]
     rng = np.random.default_rng(0)
-    annotations = load_annotations(None, captions, ConceptBank(BANK), "match")
-    pairs = CaptionedImages([toy_scene(rng)[0] for _ in captions], captions, annotations,
-                            partial(SimZSS.sample, size=64), size=64)
-    steps = 200
-    model = tiny().train()
-    model.local_weight = 1.0
-    groups = [{"params": group["params"], "weight_decay": 0.0} for group in model.groups()]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    bank = ConceptBank(BANK)
+    model = tiny(local_weight=1.0).train()
+    pairs = CaptionedImages([toy_scene(rng)[0] for _ in captions], captions,
+                            partial(SimZSS.sample, settings=model.settings), size=64, bank=bank,
+                            annotations=Concepts(bank, "match").of_captions(captions))
+    steps = 120
+    settings = SimpleNamespace(schedule="cosine", warmup=0.1, final_rate=0.0)
+    groups = [{"params": group["params"], "weight_decay": 0.0} for group in model.parameter_groups()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     for step in range(steps):
-        batch = collate([pairs[step * 8 + i, i] for i in range(8)])
-        ids = batch["concepts"][..., 0]
-        spans = batch["concepts"][..., 1:]
-        images = model.backbone.normalise(batch["pixels"])
-        losses = model(images, batch["tokens"], ids, spans)
+        batch = model.features(collate([pairs[step * 8 + i, i] for i in range(8)]))
+        losses = model.losses(model.encode(batch), batch)
         if step == 0:
             assert losses["global"] > 1.5 and losses["local"] > 1 and losses["concepts"] == 15
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 3e-3, 0.1)
+            group["lr"] = learning_rate(step, steps, 3e-3, settings)
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -137,23 +215,24 @@ def test_a_run_on_the_toy_world(folder, tmp_path, capsys, monkeypatch):
     """A run trains, logs every step, scores the folder and writes a model that eval.py and
     segment.py can use."""
     monkeypatch.chdir(tmp_path)
-    train.main([*TOY, "--steps", "5", "--eval-data", str(folder), "--eval-without", "background",
-                "--lambda", "0.3", "--class-embedding", "concept", "--output", "runs/toy"])
+    train.main([*SMALL, "--steps", "5", "--eval-data", str(folder), "--lambda", "0.3", "--set",
+                'run.eval_without=["background"]'])
     run = tmp_path / "runs" / "toy"
     printed = capsys.readouterr().out
     log = read_log(run)
     assert [line["step"] for line in log] == [0, 1, 2, 3, 4]
-    assert log[0].keys() >= {"loss", "global", "local", "logit_scale", "concepts", "present", "lr",
-                             "pairs_per_second", "waited", "bad_images"}
+    assert log[0].keys() == {"step", "loss", "global", "local", "logit_scale", "concepts",
+                             "present", "grad_norm", "lr", "pairs_per_second", "waited",
+                             "bad_images", "skipped"}
     for line in log:
         assert line["loss"] == pytest.approx(line["global"] + 0.3 * line["local"])
     result = json.loads((run / "result.json").read_text())
     cost = result["cost"]
-    assert cost["seconds"] > 0 and cost["peak_gib"] > 0.1
+    assert cost["seconds"] >= 0 and cost["peak_gib"] > 0.1
     assert cost["trained_parameters"] == sum(p.numel() for p in load_model(run).trained().values())
     assert f"mIoU {result['mIoU']:.2%}" in printed
     assert result["classes"] == ["cow", "grass", "sky", "submarine"]
-    assert result["training"]["local_weight"] == 0.3 and result["dataset"] == str(folder)
+    assert result["settings"]["local_weight"] == 0.3 and result["dataset"] == str(folder)
     heights = [round(256 * h / w) for h, w in [(70, 101), (128, 128), (90, 64)]]
     picture = Image.open(run / "predictions.png")   # three photos below each other, titles, gaps
     assert picture.height == sum(heights) + 24 + 3 * 4 and picture.width > 4 * 256
@@ -161,7 +240,7 @@ def test_a_run_on_the_toy_world(folder, tmp_path, capsys, monkeypatch):
     # --checkpoint: the newest model under runs/
     eval.main(["--dataset", str(folder), "--without", "background", "--device", "cpu"])
     again = json.loads((run / "eval_folder_without_background.json").read_text())
-    for key in ("IoU", "mIoU", "mAcc", "aAcc", "protocol", "backbone", "classes"):
+    for key in ("IoU", "mIoU", "mAcc", "aAcc", "protocol", "settings", "classes"):
         assert again[key] == result[key]
     segment.main([str(folder / "images" / "photo0.png"), "--classes", "cow, grass",
                   "--output", str(tmp_path)])
@@ -171,83 +250,33 @@ def test_a_run_on_the_toy_world(folder, tmp_path, capsys, monkeypatch):
 def test_a_seed_fixes_the_run(tmp_path):
     """Two runs of one seed log the same numbers and end with the same weights; another seed gives
     others."""
-    logs = []
-    models = []
     for i, seed in enumerate("778"):
-        train.main([*TOY, "--steps", "3", "--seed", seed, "--output", str(tmp_path / str(i))])
-        logs.append([{key: value for key, value in line.items()
-                      if key not in ("pairs_per_second", "waited")}
-                     for line in read_log(tmp_path / str(i))])
-        models.append(load_model(tmp_path / str(i)).trained())
-    assert logs[0] == logs[1] != logs[2]
-    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+        train.main([*SMALL, "--steps", "3", "--seed", seed, "--output", str(tmp_path / str(i))])
+    one, same, other = (without_times(tmp_path / str(i)) for i in range(3))
+    assert one == same != other
+    weights = [load_model(tmp_path / str(i)).trained() for i in range(2)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_a_run_on_some_of_the_pairs(tmp_path, monkeypatch, capsys):
+def test_micro_batches_change_no_result(tmp_path):
+    """--micro-batch, also one that does not divide the batch, logs the losses and gradients of
+    whole batches."""
+    for size in ("8", "3", "1"):
+        train.main([*SMALL, "--steps", "4", "--micro-batch", size, "--output",
+                    str(tmp_path / size)])
+    for size in ("3", "1"):
+        for whole, split in zip(read_log(tmp_path / "8"), read_log(tmp_path / size), strict=True):
+            for key in ("loss", "global", "local", "grad_norm"):
+                assert split[key] == pytest.approx(whole[key], rel=1e-4), (size, key)
+
+
+def test_a_run_on_some_of_the_pairs(tmp_path, capsys):
     """--pairs 5 trains on five of the sixteen pairs, a pass being these five, and the checkpoint
     says so."""
-    seen = []
-    whole = BatchStream.parts
-
-    def recorded(stream):
-        for part in whole(stream):                  # one part a step
-            seen.append(stream.keys)
-            yield part
-
-    monkeypatch.setattr(BatchStream, "parts", recorded)
-    train.main([*TOY, "--pairs", "5", "--epochs", "8", "--output", str(tmp_path)])
-    assert len(seen) == 5 * 8 // 8
-    assert len({int(key) for keys in seen for key in keys}) == 5
-    assert "5 pairs, 5 steps of 8" in capsys.readouterr().out
+    train.main([*SMALL, "--pairs", "5", "--epochs", "8", "--output", str(tmp_path)])
+    assert "5 pairs, 5 steps of 8" in capsys.readouterr().out and len(read_log(tmp_path)) == 5
     training = load_model(tmp_path).trained_with
     assert training["pairs"] == training["pass_pairs"] == 5
-
-
-@pytest.mark.parametrize("over, world", [("batch", None), ("process", 1)])
-def test_process_local_weights_name_the_number_of_processes(tmp_path, over, world):
-    """Where results depend on the number of processes, it is among the run's settings, which
-    --resume compares."""
-    train.main([*TOY, "--steps", "1", "--weights-over", over, "--output", str(tmp_path)])
-    assert load_model(tmp_path).trained_with["world"] == world
-    assert "world" not in resume.MAY_DIFFER
-
-
-def test_the_logit_scale_is_kept_at_or_below_a_hundred(tmp_path, monkeypatch):
-    """A step that leaves the logit scale above 100 is followed by one at 100."""
-    build = SimZSS.build
-
-    def too_sure(args, bank):
-        model = build(args, bank)
-        torch.nn.init.constant_(model.logit_scale, math.log(150))
-        return model
-
-    monkeypatch.setattr(SimZSS, "build", too_sure)
-    train.main([*TOY, "--steps", "2", "--base-rate", "1e-9", "--output", str(tmp_path)])
-    assert [line["logit_scale"] for line in read_log(tmp_path)] == pytest.approx([150, 100])
-
-
-def test_cached_features_are_the_live_ones(tmp_path, fails, monkeypatch):
-    """Features cached by one run serve the next, with the losses of live features of the same
-    pixels up to the cache's float16; those of another backbone are refused."""
-    cache = tmp_path / "deep" / "cache"
-    steps = [*TOY, "--steps", "3"]
-    cached = [*steps, "--cache-features", str(cache)]
-    logs = []
-    written = []
-    for i in range(2):
-        train.main([*cached, "--output", str(tmp_path / str(i))])
-        logs.append([line["loss"] for line in read_log(tmp_path / str(i))])
-        written.append((cache / "features-000000.safetensors").stat().st_mtime_ns)
-    assert logs[0] == logs[1] and written[0] == written[1]
-
-    def whole(image, size, rng):
-        return image.resize((size, size), Image.BICUBIC)
-
-    monkeypatch.setattr("model.random_resized_crop", whole)
-    train.main([*steps, "--output", str(tmp_path / "live")])
-    live = [line["loss"] for line in read_log(tmp_path / "live")]
-    assert live == pytest.approx(logs[0], rel=1e-3)
-    fails(train.main, [*cached, "--pixel-mean", ".1", ".1", ".1"], cache, "backbone")
 
 
 @pytest.fixture
@@ -271,32 +300,34 @@ def coco(tmp_path):
 
 
 def test_a_run_on_cocos_layout(coco, tmp_path):
-    """A COCO captions file with its images where COCO has them is trained on; the default length
-    is counted in passes over it."""
+    """A COCO captions file with its images where COCO has them is trained on; its length is counted
+    in passes over it."""
     output = tmp_path / "run"
-    train.main(["--train-data", str(coco), *SMALL, "--epochs", "2", "--workers", "1",
-                "--output", str(output)])
+    train.main([*SMALL, "--train-data", str(coco), "--set", "run.epoch_pairs=1000", "--epochs", "2",
+                "--workers", "1", "--image-token", "mean", "--output", str(output)])
     log = read_log(output)
     assert len(log) == 2 * 24 // 8
     assert all(line["concepts"] > 0 and line["bad_images"] == 0 for line in log)
-    training = load_model(output).trained_with
-    assert training["train_data"] == str(coco) and training["steps"] == training["step"] == 6
+    model = load_model(output)
+    training = model.trained_with
+    assert training["run"]["train_data"] == str(coco) and training["steps"] == training["step"] == 6
+    assert model.settings.backbone.image_token == "mean" and not model.backbone.uses_class_token
 
 
 def test_random_backbones_are_said_and_recorded(folder, tmp_path, capsys):
     """A run on random backbone weights prints a warning, and the checkpoint and every result made
     from it record it."""
-    train.main([*TOY, "--backbone", "test_resnet", "--backbone-weights", "random", "--steps", "1",
+    train.main([*SMALL, "--backbone", "test_resnet", "--backbone-weights", "random", "--steps", "1",
                 "--eval-data", str(folder), "--output", str(tmp_path)])
     assert "random weights" in capsys.readouterr().err
-    assert load_model(tmp_path).config()["backbone"]["weights"] == "random"
+    assert load_model(tmp_path).settings.backbone.weights == "random"
     eval.main(["--dataset", str(folder), "--checkpoint", str(tmp_path)])
     segment.main([str(folder / "images" / "photo0.png"), "--classes", "cow",
                   "--checkpoint", str(tmp_path), "--output", str(tmp_path)])
     assert capsys.readouterr().err.count("random weights") == 2
     for name in ("result.json", "eval_folder.json", "photo0.json"):
         result = json.loads((tmp_path / name).read_text())
-        assert result["backbone"]["weights"] == "random"
+        assert result["settings"]["backbone"]["weights"] == "random"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,66 +336,84 @@ def test_random_backbones_are_said_and_recorded(folder, tmp_path, capsys):
 def test_missing_data_is_named_with_what_is_expected(coco, tmp_path, fails):
     """Missing captions and missing images are named, with COCO's tree and where to get it."""
     missing = tmp_path / "captions_train2017.json"
-    fails(train.main, ["--train-data", missing, *SMALL], "no captions file", missing, "train2017/",
+    fails(train.main, [*SMALL, "--train-data", missing], "no captions file", missing, "train2017/",
           "cocodataset.org")
     photos = coco.parent.parent / "train2017"
     elsewhere = tmp_path / "elsewhere"
     photos.rename(elsewhere)
-    fails(train.main, ["--train-data", coco, *SMALL], "no image folder", photos, "--images")
-    train.main(["--train-data", str(coco), *SMALL, "--steps", "1", "--images", str(elsewhere),
+    fails(train.main, [*SMALL, "--train-data", coco], "no image folder", photos, "--images")
+    train.main([*SMALL, "--train-data", str(coco), "--steps", "1", "--images", str(elsewhere),
                 "--output", str(tmp_path / "run")])
     coco.write_text('{"images": [], "annotations": []}')
-    fails(train.main, ["--train-data", coco, *SMALL], coco, "holds no captions")
+    fails(train.main, [*SMALL, "--train-data", coco], coco, "holds no captions")
 
 
-def test_missing_images_are_counted(coco, tmp_path, fails):
+def test_missing_images_are_counted(coco, fails):
     """More than 1 % missing images stop the run with their number and an example."""
     (coco.parent.parent / "train2017" / f"{7:012d}.jpg").unlink()
-    fails(train.main, ["--train-data", coco, *SMALL], "1 of the 12 images", f"{7:012d}.jpg", "1%")
+    fails(train.main, [*SMALL, "--train-data", coco], "1 of the 12 images", f"{7:012d}.jpg", "1%")
 
 
 @pytest.mark.parametrize("more, words", [
+    (["--recipe", "simszs"], ["no recipe 'simszs'", "simzss", ".toml"]),
     (["--batch", "64", "--epochs", "1"], ["1.0 passes of 16 pairs", "batch of 64", "--batch"]),
+    (["--steps", "3", "--epochs", "1"], ["epochs is 1.0, steps 3", "one of them"]),
     (["--backbone", "vit_huge_dog", "--backbone-weights", "random"],
      ["unknown backbone 'vit_huge_dog'", "timm"]),
     (["--backbone", "test_vit", "--backbone-weights", "none.pth"], ["no file", "none.pth"]),
-    (["--backbone-option", "depth"], ["--backbone-option depth", "key=value"]),
+    (["--set", "depth"], ["--set depth", "TABLE.NAME=VALUE"]),
+    (["--set", "run.depth=1"], ["run: there is no setting 'depth'", "batch"]),
+    (["--set", "runs.batch=1"], ["no table 'runs'"]),
+    (["--set", "run=1"], ["--set run=1", "TABLE.NAME=VALUE"]),
+    (["--set", "run.beta1=high"], ["beta1 is 'high'", "a number"]),
+    (["--set", "model.backbone.options.checkpoint_path=x.pth", "--backbone", "test_vit"],
+     ["checkpoint_path", "expected one that shapes the network"]),
+    (["--set", "model.backbone.options.pretrained=false", "--backbone", "test_vit"],
+     ["pretrained", "expected one that shapes the network"]),
+    (["--set", "model.backbone.std=[0, 1, 1]"], ["std"]),
     (["--eval-data", "void"], ["unknown dataset 'void'"]),
-    (["--bank", "none.txt"], ["no class file none.txt"]),
+    (["--bank", "none.txt"], ["none.txt"]),
     (["--parser", "en_core_web_huge"],
      ["en_core_web_huge", "spacy download en_core_web_trf", "--parser match"]),
-    (["--batch", "0"], ["--batch is 0", "positive number"]),
-    (["--steps", "-1"], ["--steps is -1", "positive number"]),
-    (["--pairs", "0"], ["--pairs is 0", "positive number"]),
+    (["--batch", "0"], ["batch is 0", "at least 1"]),
+    (["--steps", "-1"], ["steps is -1", "at least 1"]),
+    (["--pairs", "0"], ["pairs is 0", "at least 1"]),
     (["--pairs", "17"], ["--pairs 17", "only 16"]),
-    (["--pool-temperature", "0"], ["--pool-temperature is 0.0", "positive number"]),
-    (["--lambda", "-1"], ["--lambda is -1.0", "0 or a positive number"]),
-    (["--clip", "-1"], ["--clip is -1.0", "0 or a positive number"]),
-    (["--base-rate", "nan"], ["--base-rate is nan", "positive number"]),
-    (["--warmup", "3"], ["--warmup is 3.0", "0 to 1"]),
-    (["--text-width", "-64"], ["--text-width is -64", "positive number"]),
-    (["--pixel-std", "0", "1", "1"], ["--pixel-std", "positive numbers"]),
-    (["--templates", "nofile"], ["no templates 'nofile'"]),
-    (["--stride", "500"], ["--stride 500", "at most the window"]),
-    (["--backbone-option", "pretrained=false"],
-     ["--backbone-option pretrained=false", "without a flag here"]),
-    (["--text-width", "33", "--text-heads", "2"], ["width 33", "2 heads"]),
-    (["--backbone", "toy", "--backbone-weights", "random"],
-     ["the toy backbone", "no --backbone-weights"]),
+    (["--pool-temperature", "0"], ["pool_temperature is 0.0", "more than 0"]),
+    (["--lambda", "-1"], ["local_weight is -1.0", "at least 0"]),
+    (["--set", "run.clip=-1"], ["clip is -1.0", "at least 0"]),
+    (["--base-rate", "nan"], ["base_rate is nan", "more than 0"]),
+    (["--set", "run.warmup=3"], ["warmup is 3.0", "at most 1"]),
+    (["--text-width", "-64"], ["width is -64", "at least 1"]),
+    (["--set", "protocol.templates=nofile"], ["no templates 'nofile'"]),
+    (["--set", "protocol.stride=500"], ["stride 500", "window"]),
+    (["--set", "protocol.scales=[]"], ["scales is empty", "at least one"]),
+    (["--text-width", "33", "--set", "model.text.heads=2"], ["width 33", "2 heads"]),
+    (["--backbone-weights", "random"], ["the toy backbone", "takes no weights"]),
     (["--base-rate", "1e30", "--steps", "9"],
-     ["the loss is nan", "5 steps in a row", "nonfinite-0.json", "--base-rate"]),
-    (["--micro-batch", "0"], ["--micro-batch is 0", "positive number"]),
-    (["--resume", "none.safetensors"], ["--resume: no file none.safetensors"])])
+     ["the loss is nan", "5 steps in a row", "pair", "--base-rate"]),
+    (["--micro-batch", "0"], ["micro_batch is 0", "at least 1"]),
+    (["--device", "cuda"], ["--device cuda", "auto or cpu"])])
 def test_mistakes_end_with_one_line(tmp_path, fails, more, words):
     """Wrong settings end with one line that says what is wrong and what to do."""
-    fails(train.main, [*TOY, "--output", tmp_path, *more], *words)
+    fails(train.main, [*SMALL, "--output", tmp_path / "run", *more], *words)
 
 
-def test_a_global_batch_that_cannot_be_shared_is_refused(tmp_path, fails, monkeypatch):
+def test_unknown_flags_end_with_the_known_ones(capsys):
+    """A flag that does not exist, or is of another method, is refused by its name; flags cannot be
+    shortened."""
+    for flag in ("--linear-width", "--epoch-pairs", "--text-wid"):
+        with pytest.raises(SystemExit) as ended:
+            train.main([*SMALL, flag, "3"])
+        assert ended.value.code == 2
+        assert f"unrecognized arguments: {flag} 3" in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_refused(tmp_path, fails, monkeypatch):
     """A global batch that is no multiple of the number of processes is refused before they wait
     for each other."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    fails(train.main, [*TOY, "--batch", "7", "--output", tmp_path],
+    fails(train.main, [*SMALL, "--batch", "7", "--output", tmp_path],
           "--batch 7 is the global batch", "the 2 processes")
 
 
@@ -372,41 +421,46 @@ def test_a_run_without_download_ends_with_both_ways_out(tmp_path, fails, monkeyp
     """Without network and weights a run ends with a line that names a local file and random
     weights."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    fails(train.main, [*TOY, "--backbone", "vit_tiny_patch16_224"],
+    fails(train.main, [*SMALL, "--backbone", "vit_tiny_patch16_224", "--output", tmp_path / "run"],
           "--backbone-weights FILE", "--backbone-weights random")
 
 
+# --------------------------------------------------------------------------------------------------
+# Images that cannot be used
+
 @pytest.fixture
-def broken(tmp_path):
-    """broken(every): a TSV of 60 captioned photos of which every `every`-th is a good image (0 =
-    none is) and the others are no images."""
-    def broken(every):
+def photos(tmp_path):
+    """photos(are_good): a TSV of 60 captioned photos, those for which are_good(number) is false
+    being no images."""
+    def photos(are_good):
         lines = [f"{i}.jpg\ta cow number {i}\n" for i in range(60)]
         (tmp_path / "pairs.tsv").write_text("".join(lines))
         for i in range(60):
             Image.new("RGB", (64, 64), (i, 99, 0)).save(tmp_path / f"{i}.jpg")
-            if every == 0 or i % every:
+            if not are_good(i):
                 (tmp_path / f"{i}.jpg").write_text("no image")
-        return tmp_path / "pairs.tsv"
-    return broken
+        return ["--train-data", str(tmp_path / "pairs.tsv"), "--set", "run.epoch_pairs=60"]
+    return photos
 
 
-def test_a_few_unreadable_images_are_replaced_and_counted(broken, tmp_path, capsys):
-    """An unreadable image is replaced by the next pair and counted, in the log and at the end."""
-    pairs = broken(1)
-    (tmp_path / "7.jpg").write_text("no image")
-    train.main(["--train-data", str(pairs), *SMALL, "--batch", "60", "--epochs", "1",
-                "--output", str(tmp_path / "run")])
-    assert [line["bad_images"] for line in read_log(tmp_path / "run")] == [1]
-    assert "left out: bad image 1" in capsys.readouterr().out
+def test_a_few_unreadable_images_are_replaced_and_counted(photos, tmp_path, capsys):
+    """An unreadable image, or one of more pixels than a training image may have, is replaced by the
+    next pair and counted, in the log and at the end."""
+    pairs = photos(lambda i: i != 7)
+    side = int(MAX_PIXELS ** 0.5) + 1
+    Image.new("1", (side, side)).save(tmp_path / "9.jpg", "PNG")
+    train.main([*SMALL, *pairs, "--batch", "60", "--epochs", "1", "--output",
+                str(tmp_path / "run")])
+    assert [line["bad_images"] for line in read_log(tmp_path / "run")] == [2]
+    assert "left out: bad image 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_many_unreadable_images_stop_the_run(broken, tmp_path, fails, workers):
+def test_many_unreadable_images_stop_the_run(photos, tmp_path, fails, workers):
     """More than 1 % unreadable images stop the run in one line, whether some are unreadable in
     every batch or all of them."""
-    more = [*SMALL, "--steps", "5", "--workers", workers, "--output", tmp_path / "run"]
-    fails(train.main, ["--train-data", broken(3), *more],
-          "pairs could not be read (bad image", "1%")
-    fails(train.main, ["--train-data", broken(0), *more],
-          "ten unreadable images in a row", "no readable image")
+    more = ["--steps", "5", "--workers", workers, "--output", tmp_path / "run"]
+    fails(train.main, [*SMALL, *photos(lambda i: i % 3 == 0), *more],
+          "pairs could not be read (bad image", "1%", "run.max_bad")
+    fails(train.main, [*SMALL, *photos(lambda i: False), *more],
+          "ten pairs in a row cannot be used")

@@ -1,4 +1,4 @@
-"""The authors' checkpoints -> settings and tensors (docs/method.md, section 11)."""
+"""SimZSS's checkpoints by its authors -> settings and tensors (docs/method.md, section 11)."""
 import math
 import pickle
 import sys
@@ -16,7 +16,7 @@ NAMES = {"backbone.trunk.": "visual.vit.model.", "backbone.denoiser.": "visual."
 UNUSED = ("classification_weights_ema", "beta_ema", "logit_scale_local")
 
 
-def read_tensors(path, flag):
+def read_weights(path, flag):
     """Tensors by name of a PyTorch or safetensors weights file.
 
     A "state_dict" around them and "module." before each name are removed. No pickled object is
@@ -60,7 +60,7 @@ def flat_table(table):
 def read_denoiser(path):
     """Tensors of a denoiser and the prefix of their names: "visual.", or none if the file holds
     {"denoiser": {"pos_embed": ..., "denoiser.*": ...}}, as the one that the authors name."""
-    state = read_tensors(path, "--denoiser")
+    state = read_weights(path, "--denoiser")
     prefix = "visual."
     if isinstance(state.get("denoiser"), dict):
         state = state["denoiser"]
@@ -73,13 +73,12 @@ def read_denoiser(path):
 
 
 def read_checkpoint(path, backbone=None, image_token=None):
-    """(config of SimZSS, tensors, function from our names to theirs) of an authors' checkpoint.
+    """(settings of SimZSS as a mapping, tensors by the authors' names) of an authors' checkpoint.
 
-    The settings are the release's. The file does not name the concepts, so the bank is empty.
-    backbone: timm's name, if the tensors do not tell. image_token: see `VisionBackbone`.
+    backbone: timm's name, if the tensors do not tell. image_token: see `BackboneSettings`.
     """
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    state = only_tensors(read_tensors(path, "--checkpoint"), path)
+    state = only_tensors(read_weights(path, "--checkpoint"), path)
     name = backbone or backbone_name(state, path)
     vit = {key.removeprefix("visual.vit.model."): value.shape for key, value in state.items()}
     if image_token is None:
@@ -101,18 +100,18 @@ def read_checkpoint(path, backbone=None, image_token=None):
     patch = vit.get("patch_embed.proj.weight", ())
     if len(table) == 3 and len(patch) == 4:         # the table (1, N, D) tells the image size
         options["img_size"] = math.isqrt(table[1]) * patch[-1]
-    width = state.get("text.positional_embedding", torch.empty(0)).shape[-1]        # (77, width)
+    positions = state.get("text.positional_embedding")                              # (77, width)
+    width = positions.shape[-1] if positions is not None and positions.ndim else None
     layers = {key.split(".")[3] for key in state if key.startswith("text.transformer.resblocks.")}
-    text = {"output_dim": patch[0] if patch else 0, "width": width or None, "heads": None,
-            "layers": len(layers) or 1}
-    vision = {"name": name, "weights": "imported", "options": options, "denoiser": has_denoiser,
+    text = {"width": width, "layers": len(layers) or 1}
+    vision = {"name": name, "weights": "imported", "options": options,
+              "denoiser": "imported" if has_denoiser else None,
               "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, "image_token": image_token}
-    switches = {"local_target": "argmax", "weights_over": "process"}
-    config = {"backbone": vision, "text": text, "bank": [], "switches": switches}
-    return config, state, their_name
+    return {"backbone": vision, "text": text, "local_target": "argmax"}, state
 
 
 def their_name(name):
+    """The authors' name of one of our tensors."""
     for ours, theirs in NAMES.items():
         name = name.replace(ours, theirs)
     return name

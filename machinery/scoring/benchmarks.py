@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from machinery.images import IGNORE, IMAGE_SUFFIXES, ScoredImages, load_image, read_mask
 from machinery.names import CLASSES, check_classes, normalise_name, read_classes, read_labels
-from machinery.images import IMAGE_SUFFIXES, load_image, read_mask
 from machinery.toy import ToyScenes
 
-IGNORE = -1                                         # of a mask that was read: not scored
-ILLEGAL = -2                                        # ... a value that may not occur
+ILLEGAL = -2                                        # in a mask that was read: this may not occur
 
 
 # --------------------------------------------------------------------------------------------------
@@ -35,7 +34,6 @@ class Benchmark(NamedTuple):
     count: int                                      # images
     background: str                                 # see segment.parse_background
     source: str
-    mistakes: dict = {}                             # what else such files have held -> its values
 
 
 def numbered(values, first=0, ignored=()):
@@ -54,21 +52,13 @@ CONTEXT = [0, 2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 
            308, 324, 326, 347, 349, 354, 355, 360, 366, 368, 397, 415, 416, 420, 424, 427, 440, 445,
            454, 458]
 THRESHOLD = "threshold:0.2"                         # our start; nobody published one: sweep it
-# Grey levels of VOC's palette, as `convert("L")` gives them.
-GREY = {0, 15, 19, 34, 38, 52, 53, 57, 72, 75, 76, 90, 94, 109, 113, 128, 133, 147, 151, 220}
-REDUCED = ("masks whose zero label was taken away (0 became 255, the rest one less); take the "
-           "original files")
 
 _VOC = {"images": ["VOCdevkit/VOC2012/JPEGImages"], "suffix": ".jpg", "count": 1449,
         "split": "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt",
-        "source": "VOCtrainval_11-May-2012.tar of http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
-        "mistakes": {REDUCED: {*range(20), 255},
-                     "the grey levels of the palette's colours; read the PNG's indices, without "
-                     "convert('L')": GREY}}
+        "source": "VOCtrainval_11-May-2012.tar of http://host.robots.ox.ac.uk/pascal/VOC/voc2012"}
 _VOC_MASKS = ("VOC masks", "VOCdevkit/VOC2012/SegmentationClass", ".png")
 _CONTEXT = {"images": ["VOCdevkit/VOC2010/JPEGImages"], "suffix": ".jpg", "count": 5104,
             "split": "VOCdevkit/VOC2010/ImageSets/SegmentationContext/val.txt",
-            "mistakes": {REDUCED: {*range(59), 255}},
             "source": "VOCtrainval_03-May-2010.tar of "
                       "http://host.robots.ox.ac.uk/pascal/VOC/voc2010 and trainval_merged.json of "
                       "https://sites.google.com/view/pasd"}
@@ -78,10 +68,7 @@ _CONTEXT_PNG = ("converted masks of 60 classes", "VOCdevkit/VOC2010/Segmentation
 _COCO = {"images": ["coco_stuff164k/images/val2017", "coco/val2017"], "suffix": ".jpg",
          "count": 5000, "split": None,
          "source": "val2017.zip of https://cocodataset.org and stuffthingmaps_trainval2017.zip of "
-                   "https://github.com/nightrome/cocostuff",
-         "mistakes": {"COCO-Object's masks; name them _instanceTrainIds.png": set(range(81)),
-                      "COCO-Stuff's train ids; name them _labelTrainIds.png": {*range(171), 255},
-                      "the raw stuffthingmaps; name them .png alone": {*COCO, 255}}}
+                   "https://github.com/nightrome/cocostuff"}
 _COCO_FOLDERS = ["coco_stuff164k/annotations/val2017", "coco/stuffthingmaps/val2017"]
 # COCO-Object: unlabelled pixels and stuff are background.
 _OBJECTS = {**dict.fromkeys([*COCO[80:], 255], 0), **numbered(COCO[:80], 1)}
@@ -120,35 +107,31 @@ BENCHMARKS = {
                Masks("Cityscapes trainIds", "cityscapes/gtFine/val", "_gtFine_labelTrainIds.png",
                      numbered(range(19), ignored=[255]), [0])),
         source="leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of "
-               "https://www.cityscapes-dataset.com",
-        mistakes={"Cityscapes trainIds; name them _labelTrainIds.png": {*range(19), 255},
-                  "Cityscapes labelIds; name them _labelIds.png": set(range(34))}),
+               "https://www.cityscapes-dataset.com"),
     "ade20k": Benchmark(
         [f"{at}ADEChallengeData2016/images/validation" for at in ("ade/", "")], ".jpg", None,
         count=2000, background="none",
         masks=tuple(Masks("ADE20K masks", f"{at}ADEChallengeData2016/annotations/validation",
                           ".png", numbered(range(1, 151), ignored=[0])) for at in ("ade/", "")),
-        source="ADEChallengeData2016.zip of http://sceneparsing.csail.mit.edu",
-        mistakes={REDUCED: {*range(150), 255}}),
+        source="ADEChallengeData2016.zip of http://sceneparsing.csail.mit.edu"),
 }
 
 
 # --------------------------------------------------------------------------------------------------
 # Datasets
 
-class MaskedImages:
-    """Images with masks to score on. Items: (name, RGB image, mask (H, W) int32 of classes or
-    IGNORE).
+class MaskedImages(ScoredImages):
+    """Images with masks from files.
 
-    classes: C lists of names. files: [(name, image path, mask for `read_mask`)]. masks: `Masks`.
-    count: how many images there should be, None = any. background: how the class "background" is
-    predicted, see `segment.parse_background`. without: classes that are neither scored nor
-    predicted; their pixels are ignored. names: class file with other words and synonyms for the
-    classes, line by line.
+    classes: C lists of names.
+    files: [(name, image path, mask for `read_mask`)].
+    masks: `Masks`, what the masks' values mean.
+    without: classes that are neither scored nor predicted; their pixels are ignored.
+    names: class file with other words and synonyms for the classes, line by line.
+    benchmark: of BENCHMARKS, None = a folder of one's own.
     """
 
-    def __init__(self, name, classes, files, masks, count=None, background=None, mistakes=None,
-                 without=(), names=None):
+    def __init__(self, name, classes, files, masks, without=(), names=None, benchmark=None):
         known = [normalise_name(synonyms[0]) for synonyms in classes]
         without = [normalise_name(left_out) for left_out in without]
         if names:
@@ -166,16 +149,14 @@ class MaskedImages:
         self.name = name
         self.files = files
         self.masks = masks
-        self.count = count
-        self.mistakes = mistakes or {}
+        self.forms = benchmark.masks if benchmark else ()
+        self.count = benchmark.count if benchmark else None
         self.classes = [classes[i] for i in kept]
-        self.background_class = next((i for i, k in enumerate(kept) if known[k] == "background"),
-                                     None)
-        self.background = "none"
-        if self.background_class is not None:
-            own_words = ", ".join(self.classes[self.background_class])
-            self.background = background or f"prompt:{own_words}"
         self.choices = {"masks": masks.what, "names": names and str(names), "without": without}
+        if "background" in known and "background" not in without:
+            self.background_class = kept.index(known.index("background"))
+            own_words = ", ".join(self.classes[self.background_class])
+            self.background = benchmark.background if benchmark else f"prompt:{own_words}"
         self.table = np.full(2 ** 16, ILLEGAL, np.int32)            # value in the file -> class
         for value, number in masks.classes.items():
             self.table[value] = kept.index(number) if number in kept else IGNORE
@@ -227,8 +208,8 @@ def open_benchmark(name, root, names=None, without=()):
                   root / masks.folder / (stem + masks.suffix)) for stem in stems]
     if not files:
         raise FileNotFoundError(expected_tree(name, benchmark, root))
-    return MaskedImages(name, read_classes(CLASSES / f"{name}.txt"), files, masks, benchmark.count,
-                        benchmark.background, benchmark.mistakes, without, names)
+    classes = read_classes(CLASSES / f"{name}.txt")
+    return MaskedImages(name, classes, files, masks, without, names, benchmark)
 
 
 def expected_tree(name, benchmark, root):
@@ -298,7 +279,7 @@ def open_folder(folder, names=None, without=(), ignore=(255,)):
                          "values with --ignore")
     files = folder_files(folder)
     masks = Masks(f"masks by {folder}/classes.txt", "", "", numbered(values, ignored=ignore))
-    return MaskedImages(str(folder), classes, files, masks, without=without, names=names)
+    return MaskedImages(str(folder), classes, files, masks, without, names)
 
 
 def folder_files(folder):

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, ILLEGAL, open_dataset
-from machinery.images import read_mask
+from machinery.images import IGNORE, read_mask
 from machinery.parallel import rank, sum_counts
+from machinery.scoring.benchmarks import BENCHMARKS, ILLEGAL, open_dataset
 
 
 def inspect(dataset, i):
@@ -40,7 +40,7 @@ def check(dataset, indices=None, workers=8):
     pixels = np.zeros(2 ** 16, int)                 # of each raw value
     usual_values = list(dataset.masks.usual)
     usual = 0                                       # masks that hold a usual value
-    strange = {}                                    # value that may not occur -> a mask that has it
+    odd = {}                                        # value that may not occur -> image that has it
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(lambda i: inspect(dataset, i), indices)
         for i, (problem, count) in zip(indices, tqdm(results, total=len(indices), desc="checking",
@@ -49,22 +49,24 @@ def check(dataset, indices=None, workers=8):
                 problems.append(problem)
             pixels += count
             usual += bool(count[usual_values].any())
-            illegal = np.flatnonzero((count > 0) & (dataset.table == ILLEGAL))
-            strange.update(dict.fromkeys(illegal.tolist(), dataset.files[i][0]))
+            odd.update(dict.fromkeys(np.flatnonzero((count > 0) & (dataset.table == ILLEGAL)), i))
     bad = len(problems)
     problems[5:] = [f"... and {bad - 5} more like these"] if bad > 5 else []
 
     what = dataset.masks.what
     found = set(np.flatnonzero(pixels).tolist())
-    is_whole = len(indices) == len(dataset)
-    if strange:
-        some = ", ".join(map(str, sorted(strange)[:5])) + ", ..." * (len(strange) > 5)
-        problems.append(f"value {some} (in {strange[min(strange)]}) cannot occur in {what}; "
-                        + likely_mistake(dataset, found))
-    elif usual_values and is_whole and 2 * usual < len(indices) - bad:
+    other = [f"; the values are those of {form.what} (*{form.suffix})" for form in dataset.forms
+             if form.what != what and found <= set(form.classes)]
+    if not dataset.forms:                           # a folder of one's own
+        other = ["; name values that are not scored with --ignore"]
+    if odd:
+        _, path, _ = dataset.files[odd[min(odd)]]
+        problems.append(f"value {some(sorted(odd))} (in the mask of {path}) cannot occur in {what};"
+                        f" expected {some([*dataset.masks.classes])}" + "".join(other[:1]))
+    elif usual_values and len(indices) == len(dataset) and 2 * usual < len(indices) - bad:
         problems.append(f"only {usual} of {len(indices)} masks hold a value of "
-                        f"{min(usual_values)}..{max(usual_values)}, as {what} do; "
-                        + likely_mistake(dataset, found))
+                        f"{min(usual_values)}..{max(usual_values)}, as {what} do; take the makers' "
+                        "files" + "".join(other[:1]))
     if dataset.count not in (None, len(dataset)):
         problems.append(f"{len(dataset)} images, expected {dataset.count}; complete the data, or "
                         "score what is there with --allow-partial, which marks the result")
@@ -72,22 +74,9 @@ def check(dataset, indices=None, workers=8):
     return problems, np.array([*counted, pixels[dataset.table == IGNORE].sum()])
 
 
-def likely_mistake(dataset, found):
-    """In words, what masks with the set of values found may be."""
-    legal = dataset.masks.classes
-    strange = sorted(found - set(legal))
-    if strange == [len(dataset.classes)] and dataset.count is None:
-        return (f"it follows the last class; if it marks what is not labelled, pass "
-                f"--ignore {strange[0]}")
-    likely = [f"they look like {what}" for what, values in dataset.mistakes.items()
-              if found <= values and values != set(legal)]
-    for shift in (1, -1):
-        fits = all(value - shift in legal or legal.get(value) == IGNORE for value in found)
-        wraps = max(found) < 256 and all((value - shift) % 256 in legal for value in found)
-        if fits or wraps:
-            likely.append(f"the labels look shifted by {shift:+d}")
-    some = ", ".join(map(str, [*legal][:12])) + ", ..." * (len(legal) > 12)
-    return ", or ".join(likely) or f"expected {some}"
+def some(values, most=12):
+    """The first of many values, in words."""
+    return ", ".join(map(str, values[:most])) + ", ..." * (len(values) > most)
 
 
 def check_warnings(dataset, pixels):
@@ -95,8 +84,8 @@ def check_warnings(dataset, pixels):
     absent = [synonyms[0] for synonyms, count in zip(dataset.classes, pixels) if not count]
     warnings = []
     if absent and dataset.count is None:
-        warnings.append(f"no mask of {dataset.name} holds {', '.join(absent[:5])}"
-                        + ", ..." * (len(absent) > 5) + "; are these values ignored, or shifted?")
+        warnings.append(f"no mask of {dataset.name} holds {some(absent, 5)}; are these values "
+                        "ignored, or shifted?")
     if pixels[-1] > 0.9 * pixels.sum():
         warnings.append(f"{pixels[-1] / pixels.sum():.0%} of the pixels of {dataset.name} are "
                         "ignored; is --ignore right?")
@@ -114,30 +103,30 @@ def verified_datasets(args):
         except (ValueError, OSError) as error:
             failed.append(str(error))
             continue
-        problems = []
-        if name != "toy" and rank() == 0:           # toy scenes are drawn, not read
-            first = range(min(args.limit or len(dataset), len(dataset)))
-            problems, pixels = check(dataset, first)
-            problems = [problem for problem in problems
-                        if not (args.allow_partial and "--allow-partial" in problem)]
-            if not problems and not args.limit:
-                for warning in check_warnings(dataset, pixels):
-                    print(f"warning: {warning}", file=sys.stderr)
+        problems = check_files(dataset, args) if dataset.files and rank() == 0 else []
         if sum_counts(torch.tensor([len(problems)])):
             failed.append(f"{name} failed its check: "
                           + ("; ".join(problems) or "the first process says why"))
-            continue
-        datasets[name] = dataset
-        if args.check and name != "toy" and rank() == 0:
-            print_check(name, dataset, pixels)
+        else:
+            datasets[name] = dataset
     if len(failed) > 1:
         failed.insert(0, f"{len(failed)} of {len(BENCHMARKS)} benchmarks cannot be scored")
     return datasets, failed
 
 
-def print_check(name, dataset, pixels):
-    print(f"{name}: {len(dataset)} images with masks, {dataset.masks.what}, "
-          f"{pixels[-1] / pixels.sum():.2%} of the pixels are not scored")
-    for names, count in zip(dataset.classes, pixels):
-        absent = "" if count else "   absent"
-        print(f"  {names[0]:<24}{count / pixels.sum():9.3%}{absent}")
+def check_files(dataset, args):
+    """Problems of a dataset by `check` and eval.py's flags; prints warnings and, with --check, the
+    share of each class."""
+    problems, pixels = check(dataset, range(min(args.limit or len(dataset), len(dataset))))
+    if args.allow_partial:
+        problems = [problem for problem in problems if "--allow-partial" not in problem]
+    if not problems and not args.limit:
+        for warning in check_warnings(dataset, pixels):
+            print(f"warning: {warning}", file=sys.stderr)
+    if not problems and args.check:
+        print(f"{dataset.name}: {len(dataset)} images with masks, {dataset.masks.what}, "
+              f"{pixels[-1] / pixels.sum():.2%} of the pixels are not scored")
+        for names, count in zip(dataset.classes, pixels):
+            absent = "" if count else "   absent"
+            print(f"  {names[0]:<24}{count / pixels.sum():9.3%}{absent}")
+    return problems

@@ -1,5 +1,4 @@
 """Zero-shot classification: whole images against class names."""
-import time
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from machinery.names import read_labels
 from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
-from machinery.parallel import own_indices, rank, sum_counts, world_size
+from machinery.names import read_labels
+from machinery.parallel import own_indices, rank, sum_counts
 from machinery.training.workers import start_data_worker
 
 
@@ -21,9 +20,9 @@ class LabelledImages:
     None = the sub-folders' own names. The short side is resized to size, bicubic, and the middle
     cut out. Raises FileNotFoundError or ValueError.
     """
+    count = None                                    # any number of images
 
     def __init__(self, folder, names=None, size=224):
-        self.name = str(folder)
         self.size = size
         folders = []
         if Path(folder).is_dir():
@@ -66,13 +65,12 @@ class LabelledImages:
 def classify(model, dataset, embeddings, limit=None, workers=0, batch=64):
     """Top-1 and top-5 accuracy of whole images against class embeddings (C, S, D).
 
-    limit: so many images only, spread over all classes. Returns a result.
+    limit: so many images only, spread over all classes. Returns ({"top1", "top5"}, images).
     """
     total = len(dataset) if limit is None else min(limit, len(dataset))
     chosen = np.linspace(0, len(dataset) - 1, total).astype(int)    # images lie class by class
     mine = chosen[own_indices(total)]
     right = torch.zeros(2, dtype=torch.int64)
-    start = time.time()
     loader = DataLoader(Subset(dataset, mine), batch_size=batch, num_workers=workers,
                         worker_init_fn=start_data_worker)
     for pixels, known in tqdm(loader, desc="classifying", unit=" batches",
@@ -81,8 +79,4 @@ def classify(model, dataset, embeddings, limit=None, workers=0, batch=64):
         best = scores.topk(min(5, len(embeddings)), dim=1).indices.cpu() == known[:, None]
         right += torch.stack([best[:, 0].sum(), best.sum()])
     top1, top5 = sum_counts(right).tolist()
-    seconds = time.time() - start
-    return {"top1": top1 / total, "top5": top5 / total, "images": total,
-            "partial": total != len(dataset), "classes": [names[0] for names in dataset.classes],
-            "seconds": round(seconds, 1), "images_per_second": round(total / seconds, 2),
-            "processes": world_size()}
+    return {"top1": top1 / total, "top5": top5 / total}, total

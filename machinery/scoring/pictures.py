@@ -1,40 +1,18 @@
-"""Pictures: overlays with legends, comparisons, heat maps, patch tokens as colours, plots."""
-import sys
+"""Pictures: overlays with legends, comparisons, heat maps, patch tokens as colours."""
 import unicodedata
-from functools import lru_cache
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from machinery.images import to_pixels
-
-BAND = 2 ** 22                                      # values worked on at a time, 16 MB
 NOT_SCORED = (224, 224, 192)                        # pixels without a class: as in Pascal VOC
-# Fonts with many letters, tried in this order where Pillow's own lacks one of a name.
-FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf",
-         "Arial.ttf", "PingFang.ttc", "msyh.ttc", "NotoColorEmoji.ttf")
-
-
-# --------------------------------------------------------------------------------------------------
-# Big masks, a band of rows at a time
-
-def row_bands(height, row):
-    """Slices of rows with about BAND values each. row: values in a row."""
-    rows = max(1, BAND // row)
-    return [slice(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 
 def count_pixels(mask, count, weights=None):
     """Pixels of each class, (count,), or the sums of their weights (H, W). mask: (H, W) array."""
-    total = np.zeros(count)
-    for band in row_bands(*mask.shape):
-        kept = (mask[band] >= 0) & (mask[band] < count)
-        weight = None if weights is None else weights[band][kept]
-        total += np.bincount(mask[band][kept], weight, minlength=count)
-    return total
+    kept = (mask >= 0) & (mask < count)
+    return np.bincount(mask[kept], None if weights is None else weights[kept], minlength=count)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -50,45 +28,11 @@ def palette(count):
     return colours.astype(np.uint8)
 
 
-def has_letters(font, text):
-    """Whether a font has a glyph for every letter of a text."""
-    missing = bytes(font.getmask("\U0010ffff"))
-    return all(bytes(font.getmask(letter)) != missing for letter in set(text) if letter.strip())
-
-
-@lru_cache(maxsize=None)
-def find_font(letters):
-    """(name of a font that has all letters, None = Pillow's own; whether there is one)."""
-    if has_letters(ImageFont.load_default(size=12), letters):
-        return None, True
-    for name in FONTS:
-        try:
-            font = ImageFont.truetype(name, 12)
-        except OSError:
-            continue
-        if has_letters(font, letters):
-            print(f"names are written in the font {name}", file=sys.stderr)
-            return name, True
-    print("no font here has all letters of the names; they are written in plain letters",
-          file=sys.stderr)
-    return None, False
-
-
 def plain(text):
-    """The closest text in letters that any font has: no accents, "?" for what has no such form."""
-    text = text.replace("ß", "ss").replace("æ", "ae").replace("ø", "o").replace("ł", "l")
+    """The text in the letters of Pillow's own font: no accents, "?" for what has no such form."""
     decomposed = unicodedata.normalize("NFKD", text)
     letters = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
     return letters.encode("ascii", "replace").decode()
-
-
-def lettering(texts, size):
-    """(font of that size, texts as it can write them)."""
-    name, complete = find_font("".join(sorted(set("".join(texts)))))
-    if not complete:
-        texts = [plain(text) for text in texts]
-    font = ImageFont.truetype(name, size) if name else ImageFont.load_default(size=size)
-    return font, texts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,30 +42,27 @@ def paint(image, mask, count, opacity=0.6):
     """The photo under its mask. mask: (H, W) int of count classes; other values stay as they are,
     or become `NOT_SCORED` if the mask is opaque."""
     mask = np.asarray(mask)
-    colours = palette(count)
-    painted = np.array(image)
-    for band in row_bands(*mask.shape):
-        named = (mask[band] >= 0) & (mask[band] < count)
-        mixed = opacity * colours[mask[band][named]] + (1 - opacity) * painted[band][named]
-        painted[band][named] = mixed.astype(np.uint8)
-        if opacity == 1:
-            painted[band][~named] = NOT_SCORED
-    return Image.fromarray(painted)
+    named = (mask >= 0) & (mask < count)
+    colours = np.array([*palette(count), NOT_SCORED], np.uint8)
+    coloured = Image.fromarray(colours[np.where(named, mask, np.int16(count))])
+    if opacity == 1:
+        return coloured
+    return Image.composite(Image.blend(image, coloured, opacity), image, Image.fromarray(named))
 
 
 def legend(lines, height, size):
     """Coloured squares with words, (colour, text) each, in columns of at most that height."""
-    font, texts = lettering([text for _, text in lines], size)
+    font = ImageFont.load_default(size=size)
     columns = -(-len(lines) // max(1, height // (2 * size)))
     rows = -(-len(lines) // max(1, columns))
-    width = int(max((font.getlength(text) for text in texts), default=0)) + 3 * size
+    width = int(max((font.getlength(plain(text)) for _, text in lines), default=0)) + 3 * size
     canvas = Image.new("RGB", (columns * width, max(height, 2 * size)), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, ((colour, _), text) in enumerate(zip(lines, texts)):
+    for i, (colour, text) in enumerate(lines):
         x = i // rows * width + size // 2
         y = i % rows * 2 * size + size // 2
         draw.rectangle((x, y, x + size, y + size), fill=tuple(map(int, colour)), outline="black")
-        draw.text((x + 1.5 * size, y + size / 2), text, fill="black", font=font, anchor="lm")
+        draw.text((x + 1.5 * size, y + size / 2), plain(text), fill="black", font=font, anchor="lm")
     return canvas
 
 
@@ -184,7 +125,8 @@ def grid(rows, gap=0):
 
 def titled(picture, title, colour=(255, 255, 255)):
     """The picture with a line of text above it, on a colour."""
-    font, [title] = lettering([title], 14)
+    font = ImageFont.load_default(size=14)
+    title = plain(title)
     width = max(picture.width, int(font.getlength(title)) + 8)
     canvas = Image.new("RGB", (width, picture.height + 24), tuple(colour))
     canvas.paste(picture, (0, 24))
@@ -242,81 +184,50 @@ def project_patches(model, pixels, directions, tile):
     return torch.cat(columns, dim=2).permute(1, 2, 0)
 
 
-def pca_view(model, image, names, class_embeddings, resized, scales=(1, 2, 4, 8), tile=448):
+def pca_view(model, image, names, class_embeddings, sizes, tile=448):
     """Patch tokens and class embeddings in three colours: the axes along which patch tokens differ
-    most. Class embeddings are coloured about their own mean, over a range of their own: they lie
-    close together, and would share one colour. So compare the direction of a hue, not its value.
+    most.
 
-    resized: function from the photo's pixels and a scale to pixels of so many times the size of
-    training images. A class of several names shows the first.
+    sizes: the photo in several sizes, uint8 (3, h, w) each, the first that of training images.
+    class_embeddings: (C, D) or (C, S, D); a class of several names shows the first.
+    tile: pixels a side; the model sees no more of the photo at a time.
+
+    Class embeddings are coloured about their own mean, over a range of their own: they lie close
+    together, and would share one colour. So compare the direction of a hue, not its value.
     """
     words = class_embeddings if class_embeddings.ndim == 2 else class_embeddings[:, 0]  # (C, D)
     axes = torch.eye(words.shape[-1], device=words.device)      # products with them: the tokens
-    photo = to_pixels(image)
-
-    def project(scale, directions):
-        return project_patches(model, resized(photo, scale).to(words.device), directions, tile)
-
-    tokens = project(scales[0], axes).flatten(0, 1)                                 # (N, D)
+    sizes = [pixels.to(words.device) for pixels in sizes]
+    tokens = project_patches(model, sizes[0], axes, tile).flatten(0, 1)                 # (N, D)
     mean = tokens.mean(dim=0)
     covariance = (tokens - mean).T @ (tokens - mean)
-    basis = torch.linalg.eigh(covariance.cpu())[1][:, -3:].flip(-1).to(mean)        # (D, 3)
-    shift = mean @ basis
-    grids = [project(scale, basis.T.contiguous()) - shift for scale in scales]      # (h, w, 3)
-    spread = torch.stack([grid.flatten(0, 1).quantile(torch.tensor([0.02, 0.98]).to(mean), dim=0)
+    basis = torch.linalg.eigh(covariance.cpu())[1][:, -3:].flip(-1).to(mean)            # (D, 3)
+    grids = [project_patches(model, pixels, basis.T.contiguous(), tile) - mean @ basis
+             for pixels in sizes]                                                       # (h, w, 3)
+    ends = torch.tensor([0.02, 0.98], device=words.device)
+    spread = torch.stack([grid.flatten(0, 1).quantile(ends, dim=0)
                           for grid in (part[::max(1, len(part) // 200)] for part in grids)])
-    low = spread[:, 0].amin(dim=0)                                  # one range for all scales
+    low = spread[:, 0].amin(dim=0)                              # one range for all sizes
     high = spread[:, 1].amax(dim=0)
-
-    def colour(values, low, high):
-        share = (values - low) / (high - low).clamp(min=1e-3)
-        return (share * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
 
     height = 448
     shape = (max(1, round(image.width * height / image.height)), height)
     panels = [titled(image.resize(shape, Image.BICUBIC), "photo")]
-    for grid_, scale in zip(grids, scales):
-        h, w = grid_.shape[:2]
-        picture = Image.fromarray(colour(grid_, low, high)).resize(shape, Image.NEAREST)
-        panels.append(titled(picture, f"{scale} x training size, {h} x {w} patches"))
+    for pixels, part in zip(sizes, grids):
+        h, w = part.shape[:2]
+        scale = round(pixels.shape[1] / sizes[0].shape[1], 1)
+        picture = Image.fromarray(levels(part, low, high)).resize(shape, Image.NEAREST)
+        panels.append(titled(picture, f"{scale:g} x training size, {h} x {w} patches"))
     projected = words @ basis
     projected = projected - projected.mean(dim=0)
     reach = projected.abs().amax(dim=0)
-    swatches = colour(projected, -reach, reach).tolist()
+    swatches = levels(projected, -reach, reach).tolist()
     key = [titled(Image.new("RGB", (shape[0], 4), tuple(swatch)), name, swatch)
            for name, swatch in zip(names, swatches)]
     return grid([panels] + [key[i:i + len(panels)] for i in range(0, len(key), len(panels))])
 
 
-# --------------------------------------------------------------------------------------------------
-# Plots
-
-def plot(path, curves, across, up):
-    """Draw curves into a PNG: {name: rows of (x, mean, lowest, highest)}, the range as a band.
-
-    An x axis whose values differ much is logarithmic. Returns False, with one line, where
-    matplotlib is missing; it is optional.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path} was not drawn: plots need 'pip install matplotlib'", file=sys.stderr)
-        return False
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, rows in curves.items():
-        x, mean, low, high = np.array(rows, float).T
-        line, = axes.plot(x, mean, marker="o" if len(x) <= 20 else None, label=name)
-        if (high > low).any():
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-        if x.min() > 0 and x.max() > 15 * x.min():
-            axes.set_xscale("log")
-            axes.set_xticks(x, [f"{value:,g}" for value in x])
-            axes.minorticks_off()
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        axes.legend()
-    figure.savefig(Path(path), dpi=120)
-    return True
+def levels(values, low, high):
+    """Values (..., 3) between low and high (3,) as colours: uint8 array."""
+    part = (values - low) / (high - low).clamp(min=1e-3)
+    return (part * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()

@@ -1,4 +1,5 @@
-"""Results as JSON files, and tables and plots of many."""
+"""Results as JSON files, and a table of many."""
+import dataclasses
 import datetime
 import json
 import os
@@ -10,16 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machinery.networks.checkpoint import upgrade_settings, write_text
 from machinery.contract import PRETRAINED
-from machinery.scoring.pictures import plot
+from machinery.files import write_text
+from machinery.images import IGNORE
 
-# Settings that do not make another variant of a run: they follow from the rest, or change results
-# by chance only.
-NOT_A_VARIANT = {"seed", "output", "resume", "device", "workers", "protocol", "step", "pass_pairs",
-                 "micro_batch", "images", "cache_features", "save_minutes", "timeout_minutes",
-                 "max_bad", "eval_data", "eval_names", "eval_without"}
-SCORED_ON = ("dataset", "scored", "names", "without")      # what methods must have in common
+# What methods must have in common to be compared
+SCORED_ON = ("dataset", "images", "data.names", "data.without")
 PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "pillow")
 
 
@@ -33,9 +30,8 @@ def made_with():
         commit = head.stdout.strip() + " and changes" * bool(status.stdout)
     except (OSError, subprocess.CalledProcessError):
         commit = None                               # not a checkout
-    versions = {distribution.metadata["Name"]: distribution.version
-                for distribution in distributions()
-                if distribution.metadata["Name"] in PACKAGES}
+    versions = {package.metadata["Name"]: package.version for package in distributions()
+                if package.metadata["Name"] in PACKAGES}
     return {"commit": commit, "date": datetime.date.today().isoformat(),
             "versions": {"python": platform.python_version(), **versions}}
 
@@ -109,67 +105,73 @@ def full_name(dataset):
 
 
 def read_result(path):
-    """(settings, mIoU in %, cost or None) of a result file of train.py or eval.py. Raises
-    ValueError."""
+    """(settings by their dotted names, mIoU in %, cost or None) of a result file of train.py or
+    eval.py. Raises ValueError."""
     try:
         result = json.loads(Path(path).read_text())
-        training = result.get("training") or {"checkpoint": result["checkpoint_sha256"]}
-        settings = {"dataset": result["dataset"], "scored": result["images"],
-                    **upgrade_settings(training), **result["protocol"]}
-        return settings, 100 * float(result["mIoU"]), result.get("cost")
+        settings = {"dataset": result["dataset"], "images": result["images"],
+                    "method": result["method"], "checkpoint": result.get("checkpoint_sha256"),
+                    "data": result["data"], "model": result["settings"],
+                    "protocol": result["protocol"], "run": result["training"].get("run", {})}
+        if settings["run"]:
+            del settings["checkpoint"]              # its run tells more
+        return dict(flat(settings)), 100 * float(result["mIoU"]), result.get("cost")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no segmentation result of train.py or eval.py "
                          f"({error!r})") from None
 
 
-def compare(paths, picture):
+def flat(settings, before=""):
+    """{"run": {"batch": 8}} -> pairs ("run.batch", 8)."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{before}{name}.")
+        else:
+            yield before + name, value
+
+
+def compare(paths, run_settings):
     """Print mean and spread over seeds of the mIoU of runs, a row for each set of the settings in
     which they differ. Of several methods a setting counts where runs of one method differ in it,
     and their mean cost is printed.
 
-    paths: result files of train.py or eval.py. A curve is drawn into picture if the rows differ in
-    one number, or in several that each tell every two rows apart, as window and stride do; it is
-    drawn over the first of these.
+    paths: result files of train.py or eval.py. run_settings: the dataclass of a run's settings,
+    which knows those that do not change results.
     """
     runs = [read_result(path) for path in paths]
-    differing = differing_settings([settings for settings, _, _ in runs])
-    rows = {}                                       # values of the differing settings -> mIoUs
-    costs = {}                                      # the same -> costs
+    same = {f"run.{field.name}" for field in dataclasses.fields(run_settings)
+            if not field.metadata["changes_result"]}
+    differing = differing_settings([settings for settings, _, _ in runs], {"run.seed", *same})
+    rows = {}                                       # values of the differing settings -> runs
     for settings, miou, cost in runs:
         values = [settings.get(name) for name in differing]
         values = tuple(value if np.isscalar(value) else json.dumps(value) for value in values)
-        rows.setdefault(values, []).append(miou)
-        costs.setdefault(values, []).append(cost)
+        rows.setdefault(values, []).append((miou, cost))
     numeric = all(isinstance(value, (int, float)) for row in rows for value in row)
-    ordered = sorted(rows, key=None if numeric else str)
-    heads = ["lambda" if name == "local_weight" else name for name in differing] or ["runs"]
 
-    title = "   seconds  M trained   GiB" if "method" in differing else ""
-    print("  ".join(f"{head:>16}" for head in heads) + f"      mIoU    +-{title}   runs")
-    for row in ordered:
-        mious = np.array(rows[row])
+    heads = [f"{name:>16}" for name in differing or ["runs"]]
+    costs = "   seconds  M trained   GiB" if "method" in differing else ""
+    print("  ".join(heads) + f"      mIoU    +-{costs}   runs")
+    for row in sorted(rows, key=None if numeric else str):
+        mious = np.array([miou for miou, _ in rows[row]])
         spread = f"{mious.std(ddof=1):5.2f}" if len(mious) > 1 else "    -"
-        cells = "  ".join(f"{value!s:>16}" for value in row or ["all"])
+        cells = "  ".join(f"{value!s:>{len(head)}}" for head, value in zip(heads, row or ["all"]))
         each = ", ".join(f"{miou:.1f}" for miou in mious)
-        cost = mean_cost(costs[row]) if title else ""
+        cost = mean_cost([cost for _, cost in rows[row]]) if costs else ""
         print(f"{cells}  {mious.mean():8.2f} {spread}{cost}   {each}")
-    if differing and numeric and all(len(set(column)) == len(rows) for column in zip(*rows)):
-        curve = [(row[0], np.mean(rows[row]), min(rows[row]), max(rows[row])) for row in ordered]
-        if plot(picture, {"mIoU": curve}, heads[0], "mIoU, %"):
-            print(f"plotted in {picture}: mean, and the range over seeds as a band")
 
 
-def differing_settings(runs):
-    """Names of the settings that tell runs apart. runs: their settings, dicts."""
+def differing_settings(runs, left_out):
+    """Names of the settings that tell runs apart. runs: their settings by name. left_out: names
+    that do not count."""
     methods = {}
     for settings in runs:
-        methods.setdefault(settings.get("method"), []).append(settings)
+        methods.setdefault(settings["method"], []).append(settings)
 
     def differs(name, group):
         return len({json.dumps(settings.get(name)) for settings in group}) > 1
 
-    names = [name for name in dict.fromkeys(name for settings in runs for name in settings)
-             if name not in NOT_A_VARIANT]
+    names = dict.fromkeys(name for settings in runs for name in settings if name not in left_out)
     return [name for name in names
             if any(differs(name, group) for group in methods.values())
             or name in ("method", *SCORED_ON) and differs(name, runs)]
@@ -187,49 +189,39 @@ def mean_cost(costs):
 class ThresholdSweep:
     """mIoU over the background threshold, from one pass over the images.
 
-    thresholds: rising (K,) tensor. classes: C, the background among them. background: its number.
-    ignore: value of pixels that are not scored.
+    classes: C, the background among them. background: its number.
     """
 
-    def __init__(self, thresholds, classes, background, ignore):
-        self.thresholds = thresholds
+    def __init__(self, classes, background):
+        self.thresholds = torch.arange(-100, 101) / 100
         self.background = background
-        self.ignore = ignore
         self.others = [c for c in range(classes) if c != background]
         # pixels by truth, best of the other classes, and number of thresholds below its score
-        self.hits = torch.zeros(classes, classes - 1, len(thresholds) + 1, dtype=torch.int64)
+        self.pixels = torch.zeros(classes, classes - 1, len(self.thresholds) + 1, dtype=torch.int64)
 
     def count(self, mask, score, truth):
         """mask: of the classes without background. All (H, W)."""
-        scored = truth != self.ignore
+        scored = truth != IGNORE
         cell = torch.bucketize(score[scored], self.thresholds)
         row = mask[scored].long() + len(self.others) * truth[scored].long()
-        cell += self.hits.shape[-1] * row
-        self.hits += torch.bincount(cell, minlength=self.hits.numel()).view_as(self.hits)
+        cell += self.pixels.shape[-1] * row
+        self.pixels += torch.bincount(cell, minlength=self.pixels.numel()).view_as(self.pixels)
 
     def curve(self, scores):
         """[[threshold, mIoU], ...]. scores: function from a confusion matrix to measures."""
         curve = []
-        classes = len(self.hits)
+        classes = len(self.pixels)
         for i, threshold in enumerate(self.thresholds.tolist()):
             matrix = torch.zeros(classes, classes, dtype=torch.int64)
-            matrix[:, self.others] = self.hits[..., i + 1:].sum(-1)
-            matrix[:, self.background] = self.hits[..., :i + 1].sum((1, 2))
+            matrix[:, self.others] = self.pixels[..., i + 1:].sum(-1)
+            matrix[:, self.background] = self.pixels[..., :i + 1].sum((1, 2))
             curve.append([round(threshold, 6), scores(matrix)["mIoU"]])
         return curve
 
 
-def show_sweep(curve, name, picture):
-    """Print mIoU around the best background threshold and draw it where it changes.
-
-    curve: [(threshold, mIoU)].
-    """
+def print_sweep(curve):
+    """Print mIoU around the best background threshold. curve: [(threshold, mIoU)]."""
     best = max(curve, key=lambda point: point[1])
     near = [f"{t:.2f} {miou:.2%}" for t, miou in curve if abs(t - best[0]) < 0.055]
     print(f"background threshold, mIoU: {', '.join(near)}\nbest at {best[0]:.2f}: {best[1]:.2%}. "
           "Choose it on training images, not on those that you report")
-    changing = [point for i, point in enumerate(curve)
-                if any(other[1] != point[1] for other in curve[max(0, i - 1):i + 2])]
-    rows = [(t, 100 * miou, 100 * miou, 100 * miou) for t, miou in changing or curve]
-    if plot(picture, {name: rows}, "background threshold", "mIoU, %"):
-        print(f"plotted in {picture}")

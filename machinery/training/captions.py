@@ -1,4 +1,4 @@
-"""Captions files, and annotations as arrays with their cache files."""
+"""Captions files, and the concepts found in captions with their cache beside the source."""
 import json
 from functools import cached_property
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machinery.networks.checkpoint import whole_file
+from machinery.files import save_arrays
+from machinery.training.shards import BAD
+from machinery.tokenizer import CONTEXT_LENGTH
 
-MAX_MISSING = 0.01                                  # share of missing images that is no mistake
-CONTEXT_LENGTH = 77                                 # CLIP's: tokens, start and end included
+MAX_MISSING = 0.01                                  # fraction of missing images that is no mistake
 
 
 def read_captions(path):
@@ -24,8 +25,8 @@ def read_captions(path):
         raise FileNotFoundError(
             f"no captions file {path}. For COCO expected "
             "data/coco/annotations/captions_train2017.json and data/coco/train2017/*.jpg from "
-            "https://cocodataset.org/#download (2017 train images, train/val annotations); or pass "
-            "--train-data FILE, or --train-data toy, which needs no files")
+            "https://cocodataset.org/#download (2017 train images, train/val annotations); or name "
+            "another source with --train-data; --recipe toy needs no files")
     readers = {".json": read_coco, ".jsonl": read_jsonl, ".tsv": read_tsv}
     try:
         if path.suffix not in readers:
@@ -88,80 +89,44 @@ def find_images(path, pairs, images=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Annotations: rows[offsets[i]:offsets[i + 1]] are the (concept id, first token, end token) of
-# caption i. offsets: (captions + 1,) int32. rows: (occurrences, 3) int32.
-
-def as_arrays(annotations):
-    """Lists of rows, one list per caption -> (offsets, rows)."""
-    offsets = np.cumsum([0, *map(len, annotations)], dtype=np.int32)
-    rows = [row for found in annotations for row in found]
-    return offsets, np.array(rows, dtype=np.int32).reshape(-1, 3)
-
-
-def check_annotations(offsets, rows, bank_size):
-    """Raise ValueError if arrays from a file cannot be annotations."""
-    integers = offsets.dtype.kind in "iu" and rows.dtype.kind in "iu"
-    shaped = offsets.ndim == 1 and rows.ndim == 2 and rows.shape[1] == 3
-    if not integers or not shaped or not len(offsets):
-        raise ValueError(f"expected integers (K + 1,) and (n, 3), found {offsets.dtype} "
-                         f"{offsets.shape} and {rows.dtype} {rows.shape}")
-    if offsets[0] != 0 or offsets[-1] != len(rows) or (np.diff(offsets) < 0).any():
-        raise ValueError("offsets do not rise from 0 to the number of rows")
-    ids, first, end = rows.T
-    if len(rows) and not (0 <= ids.min() <= ids.max() < bank_size):
-        raise ValueError(f"concept ids {ids.min()}..{ids.max()}, expected 0..{bank_size - 1}")
-    if len(rows) and not (1 <= first.min() and (first < end).all() and end.max() < CONTEXT_LENGTH):
-        raise ValueError("token positions that no caption has")
-
-
-def save_arrays(path, **arrays):
-    """np.savez, whole or not at all. Raises OSError."""
-    with whole_file(path) as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays)
-
-
-def read_cache(path, key, captions, bank_size=None):
-    """(offsets, rows, names of an open bank) of a cache file, or None if it is missing, broken or
-    of something else.
-
-    key: of `save_cache`. captions: their number. bank_size: None = as many concepts as the file
-    names.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["key"]) != key:
-                return None
-            offsets = file["offsets"]
-            rows = file["rows"]
-            names = [str(name) for name in file["names"]] if bank_size is None else []
-        if len(offsets) != captions + 1:
-            raise ValueError(f"annotations of {len(offsets) - 1} captions, expected {captions}")
-        check_annotations(offsets, rows, len(names) if bank_size is None else bank_size)
-    except Exception:                               # a broken file raises almost anything
-        return None
-    return offsets, rows, names
-
-
-def save_cache(path, key, offsets, rows, names):
-    save_arrays(path, key=key, offsets=offsets, rows=rows, names=np.array(names, dtype=str))
-
+# Concepts found in captions
 
 class Annotations:
-    """The concepts of captions, by caption, and captions that share one."""
+    """The concepts of a source's captions, by caption, and captions that have one in common.
+
+    offsets: (captions + 1,) integers. rows: (occurrences, 3) integers, of (concept id, first token,
+    end token); rows[offsets[i]:offsets[i + 1]] are those of caption i.
+    """
 
     def __init__(self, offsets, rows):
         self.offsets = offsets
         self.rows = rows
+
+    @classmethod
+    def of_lists(cls, found):
+        """From lists of rows, one list per caption."""
+        offsets = np.cumsum([0, *map(len, found)], dtype=np.int32)
+        rows = [row for rows in found for row in rows]
+        return cls(offsets, np.array(rows, dtype=np.int32).reshape(-1, 3))
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def of(self, i):
+        """Rows (M, 3) int64 tensor of caption i."""
+        return torch.from_numpy(self.rows[self.offsets[i]:self.offsets[i + 1]]).long()
+
+    def only(self, kept):
+        """The annotations of some captions. kept: (captions,) bool."""
+        sizes = np.diff(self.offsets)
+        return Annotations(np.concatenate([[0], np.cumsum(sizes[kept])]),
+                           self.rows[np.repeat(kept, sizes)])
 
     @cached_property
     def by_concept(self):
         """(numbers of the rows, sorted by concept; their concepts). Most runs never ask for it."""
         order = np.argsort(self.rows[:, 0], kind="stable")
         return order, self.rows[order, 0]
-
-    def of(self, i):
-        """Rows (M, 3) int64 tensor of caption i."""
-        return torch.from_numpy(self.rows[self.offsets[i]:self.offsets[i + 1]]).long()
 
     def partner(self, i, rng):
         """(number of a caption that shares a concept with caption i, the concept's id), drawn by
@@ -174,3 +139,41 @@ class Annotations:
         first, last = np.searchsorted(concepts, [concept, concept + 1])
         row = order[rng.integers(first, last)]
         return int(np.searchsorted(self.offsets, row, side="right")) - 1, int(concept)
+
+
+# Their cache, SOURCE.concepts.npz beside a captions file or a tar: arrays key, offsets, rows, bad
+
+def save_annotations(source, key, annotations, bad):
+    """Write the cache of a source. bad: (len(BAD),) counts of bad samples. Raises OSError."""
+    save_arrays(f"{source}.concepts.npz", key=key, offsets=annotations.offsets,
+                rows=annotations.rows, bad=bad)
+
+
+def read_annotations(source, key, bank_size):
+    """(`Annotations`, bad) from the cache of a source; None if it is missing, broken, or of another
+    bank, parser or state of the source.
+
+    key: of `save_annotations`. bank_size: number of concepts.
+    """
+    try:
+        with np.load(f"{source}.concepts.npz", allow_pickle=False) as file:
+            offsets, rows, bad = (file[name] for name in ("offsets", "rows", "bad"))
+            is_valid = str(file["key"]) == key and are_annotations(offsets, rows, bank_size)
+        if is_valid and bad.shape == (len(BAD),) and bad.dtype.kind in "iu":
+            return Annotations(offsets, rows), bad
+    except Exception:                               # a broken file raises almost anything
+        pass
+    return None
+
+
+def are_annotations(offsets, rows, bank_size):
+    """Whether arrays from a file have the form of `Annotations` and values within bounds."""
+    integers = offsets.dtype.kind in "iu" and rows.dtype.kind in "iu"
+    shaped = offsets.ndim == 1 and rows.ndim == 2 and rows.shape[1] == 3
+    if not (integers and shaped and len(offsets)):
+        return False
+    if offsets[0] != 0 or offsets[-1] != len(rows) or (np.diff(offsets) < 0).any():
+        return False
+    ids, first, end = rows.T
+    return len(rows) == 0 or bool(0 <= ids.min() and ids.max() < bank_size and 1 <= first.min()
+                                  and (first < end).all() and end.max() < CONTEXT_LENGTH)

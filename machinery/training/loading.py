@@ -1,61 +1,52 @@
-"""From pairs to the batches of a process: data workers, parts of a batch, joining."""
+"""From pairs to the batches of a process: data workers, loader batches, joining.
+
+A process's local batch is loaded in several loader batches, which one data worker each prepares.
+"""
 import time
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.checkpoint import checkpoint
 
 from machinery.training.shards import BAD
-from machinery.training.workers import start_data_worker
 
 LOADER_BATCH = 256                                  # pairs that a data worker loads at a time
 
 
 class BatchStream:
-    """This process's share of the global batches, part by part.
+    """This process's local batches.
 
-    pairs: data set. processes: of this run. local_batch: pairs of the share. loader_batch: pairs
-    that are loaded at a time, a part. workers: data workers. states: of `Shards.begin`, None for
-    single images. bad_images: unreadable ones so far. settings: of the DataLoader.
+    pairs: data set of data.py; `name(key)` says in words where a pair comes from, `positions` where
+        the readers of tars stand, None for single images.
+    loader: DataLoader of the pairs.
+    local_batch: pairs of a step in this process.
+    device: where the batches go.
     """
 
-    def __init__(self, pairs, processes, local_batch, loader_batch, workers, states=None,
-                 bad_images=0, **settings):
-        self.device = processes.device
+    def __init__(self, pairs, loader, local_batch, device):
+        self.pairs = pairs
+        self.loader = iter(loader)
         self.local_batch = local_batch
-        self.loader_batch = loader_batch
-        self.states = states
-        self.bad_images = bad_images
-        self.waited = 0.0                           # seconds that the last share was waited for
-        self.keys = []                              # of the last share's pairs
-        self.loader = iter(DataLoader(pairs, num_workers=workers, **settings,
-                                      pin_memory=processes.device_type == "cuda",
-                                      worker_init_fn=start_data_worker))
+        self.device = device
+        self.positions = pairs.positions
+        self.left_out = torch.zeros(len(BAD), dtype=torch.int64)    # pairs so far, by reason
+        self.waited = 0.0                           # seconds that the last batch was waited for
+        self.keys = []                              # of the last batch's pairs
 
-    def counts(self):
-        """Pairs left out so far by this process, by reason: (len(BAD),) int64."""
-        if self.states is not None:
-            return self.states[:, -len(BAD):].sum(dim=0)
-        counts = torch.zeros(len(BAD), dtype=torch.int64)
-        counts[BAD.index("bad image")] = self.bad_images
-        return counts
-
-    def parts(self):
-        """The parts of the next share: dicts of tensors on the device."""
+    def loader_batches(self):
+        """The loader batches of the next local batch: dicts of tensors on the device."""
         self.waited = 0.0
         self.keys = []
-        for _ in range(self.local_batch // self.loader_batch):
+        while len(self.keys) < self.local_batch:
             start = time.time()
-            part = next(self.loader)
+            loaded = next(self.loader)
             self.waited += time.time() - start
-            bad = part.pop("bad")
-            state = part.pop("state", None)
-            if state is None:
-                self.bad_images += bad
-            else:
-                self.states[state[0]] = state
-            self.keys.extend(part.pop("key"))
+            self.left_out += loaded.pop("bad")
+            if "position" in loaded:
+                reader, position = loaded.pop("position")
+                self.positions[reader] = position
+            self.keys.extend(loaded.pop("key"))
             yield {name: value.to(self.device, non_blocking=True)
-                   for name, value in part.items()}
+                   for name, value in loaded.items()}
 
 
 def loader_batch_size(local_batch, micro_batch=None):
@@ -64,19 +55,19 @@ def loader_batch_size(local_batch, micro_batch=None):
     return max(size for size in range(1, most + 1) if local_batch % size == 0)
 
 
-def join(parts, rows):
-    """Parts of a batch -> the batch. rows: pairs of all parts.
+def join(loaded, rows):
+    """Loader batches -> one batch of so many rows.
 
     Each tensor is copied into place as it comes, so that the largest, the patch tokens, is never
     held twice. Second lengths that differ are padded with -1.
     """
     joined = {}
     first = 0
-    for part in parts:
-        count = len(next(iter(part.values())))
+    for one in loaded:
+        count = len(next(iter(one.values())))
         if count == rows:
-            return part
-        for name, value in part.items():
+            return one
+        for name, value in one.items():
             if name not in joined:
                 joined[name] = value.new_empty(rows, *value.shape[1:])
             if value.ndim > 1 and value.shape[1] != joined[name].shape[1]:
@@ -92,3 +83,16 @@ def pad_second(value, length):
     """(rows, n, ...) -> (rows, length, ...), filled up with -1."""
     missing = value.new_full((len(value), length - value.shape[1], *value.shape[2:]), -1)
     return torch.cat([value, missing], dim=1)
+
+
+def encode_in_micro_batches(encode, batch, size):
+    """`Method.encode` of a batch, size rows at a time, with the exact gradient and little memory.
+
+    Gradient caching (arXiv 2101.06983): each micro-batch is encoded without keeping what its
+    gradient needs, and encoded again when the gradient of the loss of the whole batch reaches it.
+    Memory holds the activations of one micro-batch.
+    """
+    names = list(batch)
+    encoded = [checkpoint(encode, dict(zip(names, rows)), use_reentrant=False)
+               for rows in zip(*[batch[name].split(size) for name in names])]
+    return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}

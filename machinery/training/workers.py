@@ -1,13 +1,12 @@
-"""Processes that work for another one and end when it does."""
-import contextlib
+"""Processes that work for another one, and end with it."""
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+
+PR_SET_PDEATHSIG = 1                                # of Linux: the signal when the parent has ended
 
 
 def cores_per_process():
@@ -17,70 +16,40 @@ def cores_per_process():
 
 
 def end_with_parent():
-    """End this process within seconds of the one that started it, even if that one was killed."""
+    """Let Linux kill this process when the one that started it ends, however that ends.
+
+    A parent that was itself killed cannot stop its workers. torch's data workers look for their
+    parent, but not while they wait to hand over an image.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()       # None in a process of torchrun
-    parent_id = os.getppid()
-
-    def watch():
-        if parent:
-            parent.join()
-        else:
-            while os.getppid() == parent_id:
-                time.sleep(1)
+    if parent and not parent.is_alive():            # it ended before the line above
         os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_with_torchrun():
-    """`end_with_parent`, if torchrun is the parent; a run without torchrun may go on
-    when its shell is closed."""
+    """`end_with_parent`, if torchrun is the parent; a run without torchrun may go on when its shell
+    is closed."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
 
 
 def start_data_worker(worker):
-    """worker_init_fn of a DataLoader: the process that started the workers decides when they stop.
+    """worker_init_fn of a DataLoader: only the process that started the workers stops them.
 
     Launchers send signals to all processes, but a run that is told to stop still finishes its step.
-    So SIGINT is ignored, and SIGTERM counts only if it comes from the parent.
+    So SIGINT is ignored, and SIGTERM counts only if it comes from the parent. (To ignore it too
+    would not do: a parent that ends with a traceback waits for workers until SIGTERM ends them.)
     """
-    def wait_for_signal_of_parent():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):              # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=wait_for_signal_of_parent, daemon=True).start()
-    end_with_parent()                               # last: its thread inherits the blocked signal
+        threading.Thread(target=end_when_parent_says, daemon=True).start()
 
 
-@contextlib.contextmanager
-def process_pool(processes, make, *arguments):
-    """Yield map(function, items), which runs in new processes: each makes its own tool =
-    make(*arguments) once, and results are function(tool, item), in order.
-
-    Functions are sent by name. Raises ChildProcessError if a process dies.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")   # a process per core, not also a thread per core
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _start, (make, *arguments))
-    try:
-        with pool:
-            yield lambda function, items: pool.map(partial(_call, function), items)
-    except BrokenProcessPool:
-        raise ChildProcessError("a parser process died, perhaps for want of memory; run the "
-                                "command again, with fewer --processes. Finished shards are "
-                                "kept") from None
-
-
-def _start(make, *arguments):
-    global _tool
-    end_with_parent()
-    _tool = make(*arguments)
-
-
-def _call(function, item):
-    return function(_tool, item)
+def end_when_parent_says():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -7,11 +7,13 @@ import torch
 def kmeans(tokens, clusters, steps=10, first=None, tolerance=None):
     """Lloyd's algorithm on each image by itself, all images at once.
 
-    tokens: (B, N, D). clusters: K. first: (B, K) int64, tokens that are the first centres; None =
-    the token farthest from the image's mean, then again and again the token farthest from its
-    nearest centre. tolerance: stop once the squared shift of an image's centres, summed, is at most
-    that. A centre that loses all its tokens keeps its value. Returns labels (B, N) int64 in 0..K-1;
-    a label may occur nowhere.
+    tokens: (B, N, D).
+    clusters: K.
+    steps: at most.
+    first: (B, K) int64, tokens that are the first centres; None = `farthest_tokens`.
+    tolerance: an image is done once the squared shifts of its centres sum to at most this.
+    Returns labels (B, N) int64 in 0..K-1; a label may occur nowhere. A centre that loses all its
+    tokens keeps its value.
     """
     tokens = tokens.float()
     if first is None:
@@ -21,9 +23,9 @@ def kmeans(tokens, clusters, steps=10, first=None, tolerance=None):
     moving = torch.ones(len(tokens), 1, 1, dtype=torch.bool, device=tokens.device)
     for _ in range(steps):
         member = torch.nn.functional.one_hot(nearest(tokens, centres), clusters)    # (B, N, K)
-        count = member.sum(dim=1)[..., None]                                        # (B, K, 1)
-        mean = member.to(tokens.dtype).transpose(1, 2) @ tokens / count.clamp(min=1)
-        moved = torch.where(moving & (count > 0), mean, centres)
+        size = member.sum(dim=1)[..., None]                                         # (B, K, 1)
+        mean = member.to(tokens.dtype).transpose(1, 2) @ tokens / size.clamp(min=1)
+        moved = torch.where(moving & (size > 0), mean, centres)
         if tolerance is not None:                   # an image that has converged stands still
             shift = (moved - centres).square().sum(dim=(1, 2), keepdim=True)
             moving = moving & (shift > tolerance)
@@ -34,14 +36,15 @@ def kmeans(tokens, clusters, steps=10, first=None, tolerance=None):
 
 
 def nearest(tokens, centres):
-    """Number of the nearest centre (B, K, D) of each token (B, N, D): (B, N)."""
+    """Index of the nearest centre (B, K, D) of each token (B, N, D): (B, N)."""
     # |x - c|^2 without |x|^2, which is the same for all centres
     distance = centres.square().sum(dim=-1)[:, None] - 2 * tokens @ centres.transpose(1, 2)
     return distance.argmin(dim=-1)
 
 
 def farthest_tokens(tokens, count):
-    """Numbers (B, count) of tokens that lie far apart; see `kmeans`."""
+    """Indices (B, count) of tokens that lie far apart: the one farthest from the image's mean, then
+    again and again the one farthest from its nearest centre."""
     far = (tokens - tokens.mean(dim=1, keepdim=True)).square().sum(dim=-1)          # (B, N)
     chosen = [far.argmax(dim=1)]
     rows = torch.arange(len(tokens), device=tokens.device)

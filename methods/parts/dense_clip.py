@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from machinery.training.captions import CONTEXT_LENGTH
 from machinery.errors import quiet_hub
+from machinery.tokenizer import CONTEXT_LENGTH
+from model import patch_tokens
 
 VOCABULARY = 49408                                  # tokens of CLIP's own text tower
 
@@ -20,8 +21,7 @@ VOCABULARY = 49408                                  # tokens of CLIP's own text 
 # Dense encoders: normalised images (B, 3, H, W), H and W multiples of `stride`, to (B, h, w, D),
 # not normalised. `pooled` is CLIP's own embedding (B, D) of images of `image_size`. What each has:
 # TRAINED, words in the names of the parameters that PixelCLIP trains; SHARPNESS, its factor on
-# cosines; cells, the side of the grid in training; drops, how many random numbers of an image
-# stochastic depth takes, draws (B, drops) in 0..1.
+# cosines; cells, the side of the grid in training.
 
 def position_table(table, old, new):
     """A ViT's positions for another grid: bicubic; the class token's row stays as it is.
@@ -51,7 +51,6 @@ class DenseViT(nn.Module):
     TRAINED = ("attn", "position")
     SHARPNESS = 100.0
     cells = 20
-    drops = 0
 
     def __init__(self, visual):
         super().__init__()
@@ -72,7 +71,7 @@ class DenseViT(nn.Module):
             x = block(x)
         return x
 
-    def forward(self, images, draws=None):
+    def forward(self, images):
         x = value_path(self.visual.transformer.resblocks[-1], self.tokens(images))
         x = self.visual.ln_post(x[:, 1:]) @ self.visual.proj                # (B, N, D)
         return x.unflatten(1, [side // self.stride for side in images.shape[-2:]])
@@ -81,25 +80,9 @@ class DenseViT(nn.Module):
         return self.visual(images)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth by given random numbers, so that a result depends neither on the number of
-    processes nor on how a batch is cut. draws: (B,) in 0..1; None = nothing is dropped."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-        self.draws = None
-
-    def forward(self, x):
-        if self.draws is None:
-            return x
-        kept = (self.draws >= self.rate).to(x.dtype) / (1 - self.rate)
-        return x * kept.view(-1, 1, 1, 1)
-
-
 class DenseConvNeXt(nn.Module):
     """visual: a ConvNeXt of open_clip. Its last norm and projection are applied at every position;
-    nothing is averaged."""
+    nothing is averaged. timm's stochastic depth is at work in training mode."""
     TRAINED = ("",)
     SHARPNESS = 1.0
     cells = 20
@@ -109,23 +92,12 @@ class DenseConvNeXt(nn.Module):
         self.visual = visual
         self.stride = visual.trunk.feature_info[-1]["reduction"]
         self.image_size = visual.image_size
-        self.drop_paths = []                        # plain list: they belong to their blocks
-        for stage in visual.trunk.stages:
-            for block in stage.blocks:
-                if hasattr(block.drop_path, "drop_prob"):           # the first drops nothing
-                    block.drop_path = DropPath(block.drop_path.drop_prob)
-                    self.drop_paths.append(block.drop_path)
-        self.drops = len(self.drop_paths)
 
-    def forward(self, images, draws=None):
-        for i, drop_path in enumerate(self.drop_paths):
-            drop_path.draws = None if draws is None else draws[:, i]
+    def forward(self, images):
         x = self.visual.trunk.forward_features(images)                      # (B, width, h, w)
         return self.visual.head(self.visual.trunk.head.norm(x).permute(0, 2, 3, 1))
 
     def pooled(self, images):
-        for drop_path in self.drop_paths:
-            drop_path.draws = None
         return self.visual(images)
 
 
@@ -137,7 +109,6 @@ class DenseToy(nn.Module):
     TRAINED = ("block.",)
     SHARPNESS = 100.0
     cells = 16
-    drops = 0
     image_size = (128, 128)
 
     def __init__(self, trunk):
@@ -150,12 +121,12 @@ class DenseToy(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, images, draws=None):
-        x = self.block(self.trunk.forward_features(images)[:, 1:])          # (B, N, D)
-        return x.unflatten(1, [side // self.stride for side in images.shape[-2:]])
+    def forward(self, images):
+        _, patches, grid = patch_tokens(self.trunk, images)                 # (B, N, D)
+        return self.block(patches).unflatten(1, grid)
 
     def pooled(self, images):
-        return self.trunk.forward_features(images)[:, 0]
+        return patch_tokens(self.trunk, images)[0][:, 0]
 
 
 def dense_encoder(name, visual):
@@ -185,8 +156,10 @@ def create_clip(name, weights):
     import open_clip                                # slow, and most of the project does not need it
     config = open_clip.get_model_config(name)
     if config is None:
-        raise ValueError(f"unknown CLIP {name!r}; expected MODEL/WEIGHTS with a model of "
-                         "open_clip.list_models(), such as ViT-B-16-quickgelu/openai")
+        raise ValueError(f"unknown CLIP {name}/{weights}; expected MODEL/WEIGHTS with a model of "
+                         "open_clip.list_models(), such as ViT-B-16-quickgelu/openai; or a CLIP of "
+                         "the toy world, which this trains: python train.py --recipe toy "
+                         "--lambda 0 --class-embedding caption --output runs/toy-clip")
     text = config["text_cfg"]
     if (text.get("context_length"), text.get("vocab_size")) != (CONTEXT_LENGTH, VOCABULARY):
         raise ValueError(f"{name}: expected CLIP's own text tower, with {VOCABULARY:,} tokens and "

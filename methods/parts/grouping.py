@@ -6,17 +6,18 @@
     N   patches         d_t   width of the text encoder      K    groups that come out
     T   text tokens     P     pixels of an enlarged mask
 
-The blocks have timm's names, so that DINO's weights fit.
+The blocks are timm's, so that DINO's weights fit.
 """
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from machinery.networks.backbones import create_trunk
-from machinery.networks.layers import Block, CrossBlock, GlobalBatchNorm, mlp
+from machinery.networks.layers import CrossBlock, GlobalBatchNorm, block, mlp
 from machinery.parallel import global_mean, global_rows
+from machinery.settings import setting
 
 
 # --------------------------------------------------------------------------------------------------
@@ -103,40 +104,60 @@ class Binding(nn.Module):
         return groups + self.mlp(self.norm(groups)), queries, keys
 
 
+@dataclass
+class ImageSettings:
+    """An image encoder; see `ImageEncoder`."""
+    width: int = setting(768, "d, of the image encoder", least=1)
+    heads: int = setting(
+        8, "of image encoder and entity decoder; DINO was trained with 12", least=1)
+    layers: int = setting(12, "of the image encoder, both halves", least=2)
+    patch: int = setting(16, "pixels a side of a patch of the convolution", least=1, flag=False)
+    grid: int = setting(
+        14, "patches a side of the position table: of an image of --image-size", least=1,
+        flag=False)
+    group_tokens: int = setting(64, "K0, group tokens that go in", least=1)
+    groups: int = setting(8, "K, groups that come out", least=1)
+    drop_path: float = setting(
+        0.1, "probability that the last block leaves a part out, rising from 0", least=0, most=0.9)
+    init_std: float = setting(
+        0.02, "of new weights; small widths need more, such as width ** -0.5", above=0, flag=False)
+
+    def check(self):
+        if self.width % self.heads:
+            raise ValueError(f"the width {self.width} is no multiple of the {self.heads} heads")
+
+
 class ImageEncoder(nn.Module):
     """A vision transformer cut in two: its lower half sees patches and group tokens, its upper half
     the groups only.
 
-    channels, patch: of the maps that come in, (3, 16) for pixels. grid: of the position table.
-    drop_path: of the last block, rising from 0. init_std: of linear maps and tokens.
+    settings: `ImageSettings`. channels: of the maps that come in, 3 for pixels. patch: of the
+    convolution, in pixels or in cells of the maps.
     """
 
-    def __init__(self, width=768, heads=8, layers=12, channels=3, patch=16, grid=14,
-                 group_tokens=64, groups=8, drop_path=0.1, init_std=0.02):
+    def __init__(self, settings, channels=3, patch=16):
         super().__init__()
-        self.config = {"width": width, "heads": heads, "layers": layers, "channels": channels,
-                       "patch": patch, "grid": grid, "group_tokens": group_tokens,
-                       "groups": groups, "drop_path": drop_path, "init_std": init_std}
+        width = settings.width
+        layers = settings.layers
+        self.grid = settings.grid
         self.patch_embed = nn.Conv2d(channels, width, patch, patch)
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, width))
-        self.group_tokens = nn.Parameter(torch.zeros(1, group_tokens, width))
-        rates = [drop_path * i / max(1, layers - 1) for i in range(layers)]
-        self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
-        self.binding = Binding(width, heads, group_tokens, groups)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid ** 2, width))
+        self.group_tokens = nn.Parameter(torch.zeros(1, settings.group_tokens, width))
+        rates = [settings.drop_path * i / (layers - 1) for i in range(layers)]
+        self.blocks = nn.ModuleList(block(width, settings.heads, rate) for rate in rates)
+        self.binding = Binding(width, settings.heads, settings.group_tokens, settings.groups)
         self.norm = nn.LayerNorm(width)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=init_std)
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=init_std)
-        nn.init.trunc_normal_(self.group_tokens, std=init_std)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.trunc_normal_(parameter, std=settings.init_std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def positions(self, h, w):
         """The position table (1, N, d) for a grid of h x w patches, resized bicubically."""
-        grid = self.config["grid"]
-        if (h, w) == (grid, grid):
+        if (h, w) == (self.grid, self.grid):
             return self.pos_embed
-        table = self.pos_embed.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        table = self.pos_embed.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
         return F.interpolate(table, (h, w), mode="bicubic").flatten(2).transpose(1, 2)
 
     def forward(self, maps):
@@ -154,27 +175,19 @@ class ImageEncoder(nn.Module):
             groups = block(groups)
         return self.norm(groups), queries, keys, (h, w)
 
+    @torch.no_grad()
     def fill(self, trunk):
-        """Take the initial values of an `initial_trunk`. Raises ValueError if it does not fit."""
+        """Take the initial values of a vision transformer of timm, without its class token."""
         try:
             self.patch_embed.load_state_dict(trunk.patch_embed.proj.state_dict())
-            self.pos_embed.data.copy_(trunk.pos_embed[:, -self.pos_embed.shape[1]:])
+            self.pos_embed.copy_(trunk.pos_embed[:, -trunk.patch_embed.num_patches:])
             self.blocks.load_state_dict(trunk.blocks.state_dict())
             self.norm.load_state_dict(trunk.norm.state_dict())
-        except (AttributeError, RuntimeError) as error:
+        except (AttributeError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{type(trunk).__name__} does not fit the image encoder of --width, "
-                             f"--layers and --patch ({reason})") from None
-
-
-def initial_trunk(name, weights):
-    """A timm vision transformer for `ImageEncoder.fill`. weights: local file, or None for timm's
-    download. Raises ValueError for another kind of network."""
-    trunk = create_trunk(name, weights or "pretrained", {})
-    if getattr(trunk, "pos_embed", None) is None:
-        raise ValueError(f"--backbone {name} is no vision transformer, whose weights --patches "
-                         "convolution takes; use --patches frozen")
-    return trunk
+            raise ValueError(
+                f"{type(trunk).__name__} does not fit width, layers, patch and grid of the image "
+                f"encoder ({reason}); with patches = \"frozen\" any backbone does") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,9 +202,14 @@ class Projector(nn.Module):
         self.norm = GlobalBatchNorm(hidden)
         self.fc2 = nn.Linear(hidden, output)
 
-    def forward(self, x, counts=True):
-        """counts: see `GlobalBatchNorm`."""
-        return self.fc2(F.relu(self.norm(self.fc1(x), counts)))
+    def forward(self, x, update=True):
+        """x: (..., width) -> (..., output). update: see `GlobalBatchNorm`."""
+        return self.fc2(F.relu(self.norm(self.fc1(x), update)))
+
+    @torch.no_grad()
+    def update_statistics(self, x):
+        """Let x change the running statistics of BatchNorm, and nothing else."""
+        self.norm(self.fc1(x))
 
 
 class EntityDecoder(nn.Module):
@@ -200,6 +218,9 @@ class EntityDecoder(nn.Module):
     def __init__(self, image_width, text_width, heads):
         super().__init__()
         width = min(image_width, text_width)
+        if width % heads:
+            raise ValueError(f"the entity decoder is as wide as the narrower of image encoder and "
+                             f"text encoder, {width}, which is no multiple of the {heads} heads")
         self.narrow_image = self.narrow_text = nn.Identity()
         if image_width > width:
             self.narrow_image = nn.Linear(image_width, width)
@@ -208,12 +229,13 @@ class EntityDecoder(nn.Module):
         self.norm_groups = nn.LayerNorm(width)
         self.norm_text = nn.LayerNorm(width)
         self.cross = CrossBlock(width, heads)
-        self.block = Block(width, heads)
+        self.block = block(width, heads)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, groups, states, mask=None):
-        """groups: (B, K, d). states: of the question (B, T, d_t). mask: (B, T) bool, its tokens
+    def forward(self, groups, question, mask=None):
+        """groups: (B, K, d). question: its hidden states (B, T, d_t). mask: (B, T) bool, its tokens
         without padding; None = padding takes part. Returns (B, T, min(d, d_t))."""
         groups = self.norm_groups(self.narrow_image(groups))
-        u = self.cross(self.norm_text(self.narrow_text(states)), groups)
+        u = self.cross(self.norm_text(self.narrow_text(question)), groups)
+        mask = mask if mask is None else mask[:, None, None]                        # (B, 1, 1, T)
         return self.norm(self.block(u, mask) + u)

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from machinery.networks import backbones
-from machinery.parallel import GlobalDropout, GlobalDropPath
+from model import create_trunk
 
 STRIDE = 32                                         # of the coarsest map
 
@@ -23,23 +22,19 @@ STRIDE = 32                                         # of the coarsest map
 class SwinMaps(nn.Module):
     """A Swin Transformer from random initial values: images -> maps at strides 4, 8, 16, 32.
 
-    name: timm's. image_size: pixels of training images, which windows are laid out for. drop_path:
-    the last block's rate of stochastic depth. options: of timm.
+    name: timm's. drop_path: the last block's rate of stochastic depth. options: of timm.
     """
 
-    def __init__(self, name, image_size, drop_path, **options):
+    def __init__(self, name, drop_path, options):
         super().__init__()
-        from timm.layers import DropPath
-        self.trunk = backbones.create_trunk(name, "random", {
-            "img_size": image_size, "strict_img_size": False, "drop_path_rate": drop_path,
-            **options})
+        self.trunk = create_trunk(name, "random", {
+            "strict_img_size": False, "drop_path_rate": drop_path, **options}, "--student")
+        # Windows are shifted on maps of any size, as in MaskFormer's Swin; timm would lay them out
+        # for one size of images.
+        self.trunk.set_input_size(always_partition=True)
         self.trunk.norm = nn.Identity()             # for classification only
         self.channels = [info["num_chs"] for info in self.trunk.feature_info]
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
-        for module in list(self.trunk.modules()):
-            for place, part in module.named_children():
-                if isinstance(part, DropPath):
-                    setattr(module, place, GlobalDropPath(part.drop_prob))
 
     def forward(self, images):
         """(B, 3, H, W) -> four maps (B, c, H / s, W / s)."""
@@ -116,44 +111,23 @@ def sine_code(height, width, channels):
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
-class Attention(nn.Module):
-    """Multi-head attention. Own code, because its dropout is drawn for the global batch."""
-
-    def __init__(self, width, heads, dropout):
-        super().__init__()
-        self.heads = heads
-        self.into = nn.Linear(width, 3 * width)     # queries, keys, values
-        self.out = nn.Linear(width, width)
-        self.dropout = GlobalDropout(dropout)
-
-    def forward(self, queries, keys, values):
-        """(B, n, d), (B, m, d), (B, m, d) -> (B, n, d)."""
-        weights = self.into.weight.chunk(3)
-        biases = self.into.bias.chunk(3)
-        q, k, v = (F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for x, weight, bias in zip((queries, keys, values), weights, biases))
-        attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)     # (B, heads, n, m)
-        mixed = self.dropout(attention) @ v                                 # (B, heads, n, d/heads)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention, two linear layers; normalised after each (post-norm)."""
 
     def __init__(self, width, heads, ffn, dropout):
         super().__init__()
-        self.self_attention = Attention(width, heads, dropout)
-        self.cross_attention = Attention(width, heads, dropout)
-        self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), GlobalDropout(dropout),
+        self.self_attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.cross_attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout),
                                  nn.Linear(ffn, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.dropout = GlobalDropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, o, code, keys, memory):
         """o: (B, Q, d). code: (Q, d), of the queries. keys, memory: (B, m, d)."""
-        attended = self.self_attention(o + code, o + code, o)
+        attended, _ = self.self_attention(o + code, o + code, o, need_weights=False)
         o = self.norms[0](o + self.dropout(attended))
-        attended = self.cross_attention(o + code, keys, memory)
+        attended, _ = self.cross_attention(o + code, keys, memory, need_weights=False)
         o = self.norms[1](o + self.dropout(attended))
         return self.norms[2](o + self.dropout(self.ffn(o)))
 

@@ -1,0 +1,109 @@
+"""Files that are written whole or not at all, and tensors in safetensors files without pickle."""
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+UMASK = os.umask(0o022)                             # it can only be read by setting it
+os.umask(UMASK)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield a path to write to; the file takes its place at `path` once the block has succeeded.
+
+    A crash leaves the old file or the new one, never half of one.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_text(path, text):
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_arrays(path, **arrays):
+    """np.savez, whole or not at all. Raises OSError."""
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def save_tensors(path, tensors, header=None):
+    """Tensors by name and a header (JSON) to a safetensors file. Raises OSError."""
+    # Each tensor needs memory of its own, which tied ones do not have.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    metadata = {"simzss": json.dumps(header)} if header else None
+    try:
+        with whole_file(path) as partial:
+            safetensors.torch.save_file(tensors, partial, metadata)
+            os.chmod(partial, 0o666 & ~UMASK)       # safetensors gives it to its owner alone
+    except (safetensors.SafetensorError, OSError) as error:         # a full disk, for one
+        raise OSError(f"{path} could not be written ({error})") from None
+
+
+def read_tensors(path):
+    """(header, tensors by name) of a file of `save_tensors`.
+
+    Raises FileNotFoundError; ValueError for a file that is cut short or has no header.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["simzss"])
+            if not isinstance(header, dict):
+                raise TypeError(f"its header is {type(header).__name__}, expected a JSON object")
+            return header, {key: file.get_tensor(key) for key in file.keys()}
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+@torch.no_grad()
+def fill(expected, found, complaint):
+    """Copy tensors into those of the same names: all of them and no others.
+
+    Raises ValueError with complaint and the names that differ.
+    """
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    misshapen = [f"{key} {list(found[key].shape)} instead of {list(value.shape)}"
+                 for key, value in expected.items()
+                 if key in found and found[key].shape != value.shape]
+    wrong = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    wrong = [f"{len(keys)} {how}: {', '.join(keys[:20])}" + ", ..." * (len(keys) > 20)
+             for how, keys in wrong.items() if keys]
+    if wrong:
+        raise ValueError(f"{complaint}: {'; '.join(wrong)}")
+    for key, value in expected.items():
+        value.copy_(found[key])
+
+
+def file_sha256(path):
+    """Hash of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensors_sha256(tensors):
+    """One hash of names and values of tensors."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        values = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(values.numpy())
+    return digest.hexdigest()

@@ -1,0 +1,28 @@
+"""CLIP's byte-pair tokenizer, of open_clip."""
+from functools import lru_cache
+
+CONTEXT_LENGTH = 77                                 # CLIP's: tokens, start and end included
+
+
+@lru_cache(maxsize=None)
+def tokenizer():
+    from open_clip.tokenizer import SimpleTokenizer     # slow to import
+    return SimpleTokenizer()
+
+
+def clean(caption):
+    """The caption as the tokenizer sees it: repaired Unicode, HTML entities resolved, single
+    spaces, lower case."""
+    return tokenizer().clean_fn(caption)
+
+
+def tokenize(caption, context=CONTEXT_LENGTH):
+    """Caption -> (context,) int64: start token, byte pairs (cut to fit), end token, zeros."""
+    return tokenizer()(caption, context_length=context)[0]
+
+
+def forget_words():
+    """Bound the memory of the tokenizer, which remembers every word; to be called now and then."""
+    if len(tokenizer().cache) > 500_000:            # words; about 100 MB
+        special = [tokenizer().decoder[id] for id in tokenizer().all_special_ids]
+        tokenizer().cache = {token: token for token in special}

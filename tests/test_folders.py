@@ -1,0 +1,222 @@
+"""Folders of one's own data: what is read, what is refused, and the check of their masks."""
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import eval
+from machinery.images import IGNORE
+from machinery.scoring.benchmarks import open_folder
+from machinery.scoring.check import check
+
+MASK = np.array([[0, 1, 2, 255], [2, 2, 1, 0]], np.uint8)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """A segmentation folder: a photo of 4 x 2 pixels and its mask."""
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "classes.txt").write_text("background\ndog, puppy\ncat\n")
+    Image.fromarray(noise(2, 4)).save(tmp_path / "images" / "a.PNG")
+    Image.fromarray(MASK).save(tmp_path / "masks" / "a.png")
+    return tmp_path
+
+
+def noise(*size):
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def test_folder(scored):
+    """Masks come with the photo's name and pixels; values are lines of classes.txt, 255 is ignored;
+    files that are no images are left out."""
+    (scored / "images" / "notes.txt").touch()
+    dataset = open_folder(scored)
+    ((name, image, mask),) = dataset
+    assert name == "a" and len(dataset) == 1
+    assert dataset.classes == [["background"], ["dog", "puppy"], ["cat"]]
+    assert (np.array(image) == noise(2, 4)).all()
+    assert mask.tolist() == [[0, 1, 2, IGNORE], [2, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("without, classes, expected", [
+    (["background"], [["dog", "puppy"], ["cat"]], [[-1, 0, 1, -1], [1, 1, 0, -1]]),
+    (["dog"], [["background"], ["cat"]], [[0, -1, 1, -1], [1, 1, -1, 0]]),
+    (["cat", "background"], [["dog", "puppy"]], [[-1, 0, -1, -1], [-1, -1, 0, -1]])])
+def test_folder_without_classes(scored, without, classes, expected):
+    """Classes left out become ignored, and the others are numbered anew; 255 stays ignored."""
+    dataset = open_folder(scored, without=without)
+    assert dataset.classes == classes and dataset[0][2].tolist() == expected and IGNORE == -1
+
+
+def test_folder_with_other_names(scored):
+    """Names from another file prompt for the same classes: masks stay, classes are left out by
+    their own names, and the background is still the background."""
+    (scored / "names.txt").write_text("something else\nhound\nkitten, tomcat\n")
+    dataset = open_folder(scored, scored / "names.txt", ["background"])
+    assert dataset.classes == [["hound"], ["kitten", "tomcat"]] and dataset.background == "none"
+    assert dataset[0][2].tolist() == [[-1, 0, 1, -1], [1, 1, 0, -1]]
+    dataset = open_folder(scored, scored / "names.txt")
+    assert dataset.background_class == 0 and dataset.background == "prompt:something else"
+
+
+@pytest.mark.parametrize("classes, ignore, values", [
+    ("0: background\n1: dog\n2: cat\n", [255], MASK),
+    ("7: road\n300: sky, clouds\n65535: sea\n", [0, 9],
+     [[7, 300, 65535, 9], [65535, 65535, 300, 7]]),
+    ("255:road\n0:sky\n9:sea\n", [], [[255, 0, 9, 9], [9, 9, 0, 255]])])
+def test_folder_with_any_values(scored, classes, ignore, values):
+    """Masks may hold any values up to 65535, written before the names, and any may be ignored, or
+    none; 255 may be a class, too."""
+    (scored / "classes.txt").write_text(classes)
+    values = np.array(values)
+    Image.fromarray(values.astype(np.uint16)).save(scored / "masks" / "a.png")
+    dataset = open_folder(scored, ignore=ignore)
+    expected = np.where(np.isin(values, ignore), IGNORE, [[0, 1, 2, 2], [2, 2, 1, 0]])
+    assert dataset[0][2].tolist() == expected.tolist() and check(dataset)[0] == []
+
+
+def test_folder_with_many_classes(scored):
+    """If the value 255 is not ignored, masks of 16 bit hold more than 255 classes."""
+    (scored / "classes.txt").write_text("".join(f"thing number {i}\n" for i in range(400)))
+    values = np.array([[255, 256, 399, 0]] * 2)
+    Image.fromarray(values.astype(np.uint16)).save(scored / "masks" / "a.png")
+    assert (open_folder(scored, ignore=[])[0][2] == values).all()
+    message = "the value 255 is a class and ignored; name other values with --ignore"
+    with pytest.raises(ValueError, match=message):
+        open_folder(scored)
+
+
+def test_palettes_and_single_bits(scored):
+    """A palette mask's values are its indices, not its colours; a mask of one bit per pixel has the
+    values 0 and 1."""
+    path = scored / "masks" / "a.png"
+    mask = Image.fromarray(MASK)
+    mask.putpalette([255 - i // 3 for i in range(768)])
+    mask.save(path)
+    expected = np.where(MASK == 255, IGNORE, MASK.astype(int))
+    assert Image.open(path).mode == "P" and (open_folder(scored)[0][2] == expected).all()
+    Image.fromarray(MASK == 1).save(path)
+    assert Image.open(path).mode == "1" and (open_folder(scored)[0][2] == (MASK == 1)).all()
+
+
+@pytest.mark.parametrize("mask, message", [
+    (MASK[:, :3], r"the mask of .*a\.PNG has 2 x 3 pixels \(height x width\), the image 2 x 4"),
+    (MASK.T, r"the mask of .*a\.PNG has 4 x 2 pixels"),
+    (np.stack([MASK] * 3, 2), r"a\.png has 3 channels, expected one value per pixel"),
+    (MASK + (MASK == 1).astype(np.uint8) * 2,
+     r"the mask of .*a\.PNG holds values that are no class; run eval\.py --check")])
+def test_wrong_mask(scored, mask, message):
+    """A mask of another size, in colour, or with values that are no class is refused also where it
+    is read."""
+    Image.fromarray(np.ascontiguousarray(mask)).save(scored / "masks" / "a.png")
+    with pytest.raises(ValueError, match=message):
+        open_folder(scored)[0]
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+@pytest.mark.parametrize("kept", [2000, 10])
+def test_cut_short(scored, part, kept):
+    """An image or mask that is cut short, or is none at all, is refused by name."""
+    mask = Image.fromarray(noise(64, 64)[..., 0] % 3)
+    Image.fromarray(noise(64, 64)).save(scored / "images" / "a.PNG")
+    mask.save(scored / "masks" / "a.png", compress_level=0)
+    (path,) = (scored / part).iterdir()
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{part}/{path.name}"):
+        open_folder(scored)[0]
+
+
+def moved(part, to="elsewhere"):
+    return lambda folder: (folder / part).rename(folder / to)
+
+
+def classes(text):
+    return lambda folder: (folder / "classes.txt").write_bytes(text.encode("latin-1"))
+
+
+def second_image(name):
+    def spoil(folder):
+        (folder / "images" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "images" / "a.PNG", folder / "images" / name)
+    return spoil
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (moved("images"),
+     r"no folder .*images; a segmentation folder holds images/, masks/ \(PNG, value = class\)"),
+    (moved("masks"), r"no folder .*masks; a segmentation folder holds"),
+    (moved("images/a.PNG"), r"no images in .*images"),
+    (moved("classes.txt"), r"classes\.txt: expected a text file with one class name per line"),
+    (moved("masks/a.png", "masks/a.jpg"), r"no mask .*a\.png, but a\.jpg is there"),
+    (moved("masks/a.png", "masks/a_mask.png"), r"no mask .*a\.png, but a_mask\.png is there"),
+    (second_image("a.jpg"), "two images called a, and one mask would serve both"),
+    (second_image("more/b.png"), "1 images lie in sub-folders.*more/b.png; move them up"),
+    (classes("# my classes\ncat\nsofa"), "begins with '# my classes'; comments would count"),
+    (classes("a\nb\na"), r"classes\.txt: duplicate class name 'a'"),
+    (classes("1: a\n2: b\n3: a"), r"classes\.txt: duplicate class name 'a'"),
+    (classes("1: a\n1: b"), r"classes\.txt: the label '1' is there twice"),
+    (classes("1: a\nb"),
+     r'classes\.txt: 1 lines have a colon, as in "label: name", and 1 have none; '
+     r"expected one in every line or in none, look at 'b'"),
+    (classes("1: a\n2: b\nc"), r"classes\.txt: 2 lines have a colon.*look at 'c'"),
+    (classes("a\nb\nc: d"), r"classes\.txt: 1 lines have a colon.*2 have none.*look at 'c: d'"),
+    (classes("road: a\nsky: b"),
+     r"classes\.txt: what stands before a colon must be a mask value, 0 to 65535"),
+    (classes("65536: a"), r"classes\.txt: what stands before a colon must be a mask value"),
+    (classes("0: caf\xe9\n1: a"), r"classes\.txt is no UTF-8 text.*saved as UTF-8"),
+    (classes("caf\xe9"), r"classes\.txt is no UTF-8 text")])
+def test_folders_that_are_none(scored, spoil, message):
+    """What is missing from a segmentation folder, lies in the wrong place, or is wrong in its
+    classes.txt, is named."""
+    spoil(scored)
+    with pytest.raises((ValueError, OSError), match=message):
+        open_folder(scored)
+
+
+@pytest.mark.parametrize("name", ["Background", "BACKGROUND"])
+def test_the_background_in_any_case(scored, name):
+    """The class "background" is known in any case, as names are compared everywhere."""
+    (scored / "classes.txt").write_text(f"{name}\ndog\ncat\n")
+    dataset = open_folder(scored)
+    assert dataset.background_class == 0 and dataset.background == f"prompt:{name}"
+    left = open_folder(scored, without=["background"])
+    assert left.classes == [["dog"], ["cat"]] and left.background_class is None
+
+
+# --------------------------------------------------------------------------------------------------
+# The check of masks
+
+def test_a_value_that_is_no_class(scored):
+    """A value that is no class is named with its file, what is expected, and --ignore, which is
+    what most likely is missing."""
+    path = scored / "masks" / "a.png"
+    Image.fromarray(np.where(MASK == 0, 3, MASK).astype(np.uint8)).save(path)
+    problems, _ = check(open_folder(scored))
+    assert problems == [f"value 3 (in the mask of {scored / 'images' / 'a.PNG'}) cannot occur in "
+                        f"masks by {scored}/classes.txt; expected 0, 1, 2, 255; name values that "
+                        "are not scored with --ignore"]
+    assert check(open_folder(scored, ignore=(3, 255)))[0] == []
+
+
+def test_a_mask_as_jpeg(scored):
+    """A mask that was stored as JPEG, whatever it is called, is refused for that."""
+    path = scored / "masks" / "a.png"
+    Image.fromarray(MASK).save(path, format="JPEG")
+    (problem,), _ = check(open_folder(scored))
+    assert f"{path} is a JPEG, which changes values; expected a PNG" in problem
+
+
+def test_masks_of_0_and_255(scored, capsys):
+    """Two classes with masks of 0 and 255: the second is ignored everywhere, which is warned of
+    with its name, and so is a dataset that is nearly all ignored."""
+    (scored / "classes.txt").write_text("cat\nsofa\n")
+    Image.fromarray(noise(40, 40)).save(scored / "images" / "a.PNG")
+    mask = np.full((40, 40), 255, np.uint8)
+    mask[0, 0] = 0
+    Image.fromarray(mask).save(scored / "masks" / "a.png")
+    eval.main(["--dataset", str(scored), "--check"])
+    absent, ignored = capsys.readouterr().err.splitlines()
+    assert absent.startswith(f"warning: no mask of {scored} holds sofa")
+    assert "100% of the pixels" in ignored and "--ignore" in ignored

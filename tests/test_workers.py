@@ -1,0 +1,246 @@
+"""Processes that work for another one: none is left behind, however that one ends, and none is
+stopped by a signal that was meant for it (machinery/training/workers.py)."""
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from machinery.training.workers import cores_per_process
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc here")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+PATIENCE = 300                                      # seconds until a test gives up
+
+
+class Command:
+    """A command in a session of its own; its processes are known by a variable of the environment.
+    """
+
+    def __init__(self, *command, **settings):
+        self.token = f"TOKEN={uuid.uuid4()}"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT),
+                       "TOKEN": self.token.partition("=")[2]}
+        self.process = subprocess.Popen(list(map(str, command)), env=environment, text=True,
+                                        start_new_session=True, **settings)
+
+    def running(self):
+        """{process id: command line} of the command and all that it started."""
+        found = {}
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdigit() and self.token.encode() in (folder
+                                                                     / "environ").read_bytes():
+                    line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found[int(folder.name)] = line
+            except OSError:                         # it has just ended
+                pass
+        return found
+
+    def signal_all(self, number):
+        for process in self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def wait_until(self, is_true):
+        """Wait until is_true(running processes), while the command runs."""
+        give_up = time.time() + PATIENCE
+        while not is_true(self.running()):
+            assert self.process.poll() is None and time.time() < give_up, self.running()
+            time.sleep(0.05)
+
+    def wait_for_end(self):
+        """Exit status of the command, once all that it started has ended too."""
+        status = self.process.wait(PATIENCE)
+        give_up = time.time() + PATIENCE
+        while self.running():
+            assert time.time() < give_up, self.running()
+            time.sleep(0.05)
+        return status
+
+
+@pytest.fixture
+def command():
+    """command(*arguments) -> `Command`; what a failed test leaves is killed."""
+    started = []
+
+    def start(*arguments, **settings):
+        started.append(Command(*arguments, **settings))
+        return started[-1]
+    yield start
+    for one in started:
+        one.signal_all(signal.SIGKILL)
+        one.process.wait()
+
+
+# --------------------------------------------------------------------------------------------------
+# Data workers
+
+# A run with two data workers, which wait to hand over an item that is larger than a pipe
+DATA_WORKERS = """
+import signal, sys, time
+from torch.utils.data import DataLoader
+from machinery.training.run import note_signals
+from machinery.training.workers import start_data_worker
+
+class Items:
+    def __len__(self):
+        return 10 ** 9
+    def __getitem__(self, i):
+        return bytes(10 ** 6)
+
+def run(how, signals):
+    loader = iter(DataLoader(Items(), batch_size=None, num_workers=2,
+                             worker_init_fn=start_data_worker))
+    for _ in range(4):                              # both workers have started
+        next(loader)
+    print("ready", flush=True)
+    if how == "traceback":
+        raise RuntimeError
+    while how == "signal" and not signals or how == "kill":
+        next(loader)
+    for _ in range(20):
+        next(loader)
+    print("saved", flush=True)
+
+with note_signals() as signals:
+    run(sys.argv[1], signals)
+"""
+
+
+def data_workers(command, how):
+    run = command(sys.executable, "-c", DATA_WORKERS, how, stdout=subprocess.PIPE,
+                  stderr=subprocess.PIPE)
+    assert run.process.stdout.readline() == "ready\n", run.process.communicate()[1]
+    return run
+
+
+def test_data_workers_end_with_a_run_that_succeeds(command):
+    """A run that ends leaves no data worker, though it did not read all their items."""
+    run = data_workers(command, "end")
+    assert run.wait_for_end() == 0
+    assert run.process.communicate() == ("saved\n", "")
+
+
+def test_data_workers_end_with_a_run_that_fails(command):
+    """A run that ends with a traceback, which holds the loader, leaves no data worker and does not
+    wait for one."""
+    assert data_workers(command, "traceback").wait_for_end() == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_stops_no_data_worker(command, number):
+    """A launcher's signal goes to the run and its data workers. The run goes on to load until it
+    has saved, and then all end."""
+    run = data_workers(command, "signal")
+    os.killpg(run.process.pid, number)
+    assert run.wait_for_end() == 0
+    assert run.process.communicate() == ("saved\n", "")
+
+
+def test_data_workers_end_with_a_run_that_is_killed(command):
+    """SIGKILL of a run leaves no data worker, though they wait for it to take their items."""
+    run = data_workers(command, "kill")
+    run.process.kill()
+    assert run.wait_for_end() == -signal.SIGKILL
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes of torchrun
+
+def training(folder):
+    """train.py with a data worker in each of two processes, until it is stopped."""
+    return [*TORCHRUN, ROOT / "train.py", "--recipe", "toy", "--set", "run.epoch_pairs=40",
+            "--batch", "8", "--epochs", "1000000", "--image-size", "64", "--text-width", "32",
+            "--workers", "1", "--eval-data", "none", "--output", folder]
+
+
+def test_training_ends_with_torchrun(command, tmp_path):
+    """SIGKILL of torchrun leaves neither a process of train.py nor a data worker."""
+    log = tmp_path / "log.jsonl"
+    run = command(*training(tmp_path), stdout=subprocess.DEVNULL)
+    run.wait_until(lambda found: log.exists() and log.read_text())      # a step is done
+    run.process.kill()
+    assert run.wait_for_end() == -signal.SIGKILL
+
+
+def test_training_that_is_told_to_stop_saves(command, tmp_path):
+    """SIGTERM to torchrun, its processes and their data workers: the run saves a state, and nothing
+    is left."""
+    log = tmp_path / "log.jsonl"
+    run = command(*training(tmp_path), stdout=subprocess.DEVNULL)
+    run.wait_until(lambda found: log.exists() and log.read_text())      # a step is done
+    run.signal_all(signal.SIGTERM)
+    assert run.wait_for_end() != 0
+    assert len(list(tmp_path.glob("state-*.safetensors"))) == 1
+
+
+def test_scoring_ends_with_torchrun(command, folder, checkpoint, tmp_path):
+    """SIGKILL of torchrun leaves neither a process of eval.py nor a data worker."""
+    for part in ("images", "masks"):
+        for i in range(2000):                       # more than are scored in a moment
+            os.link(folder / part / "photo0.png", folder / part / f"more{i}.png")
+    run = command(*TORCHRUN, ROOT / "eval.py", "--dataset", folder, "--without", "background",
+                  "--checkpoint", checkpoint, "--device", "cpu", "--workers", "2", "--output",
+                  tmp_path, stdout=subprocess.DEVNULL)
+    run.wait_until(lambda found: sum("eval.py" in line for line in found.values()) >= 7)
+    run.process.kill()
+    assert run.wait_for_end() == -signal.SIGKILL
+
+
+# --------------------------------------------------------------------------------------------------
+# Parser processes
+
+def annotation(command, folder):
+    """concepts.py with two parser processes, and the number of one of them."""
+    path = folder / "captions.tsv"
+    path.write_text("".join(f"{i}.png\ta dog on the grass, number {i}\n" for i in range(300_000)))
+    run = command(sys.executable, ROOT / "concepts.py", path, "--parser", "match", "--processes",
+                  "2", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def parsers(found):
+        return [process for process, line in found.items()
+                if "concepts.py" in line and process != run.process.pid]
+    run.wait_until(lambda found: len(parsers(found)) == 2)
+    return run, parsers(run.running())[0]
+
+
+def test_parser_processes_end_with_their_command(command, tmp_path):
+    """`concepts.py FILE --processes 2` that is killed leaves no parser process."""
+    run, _ = annotation(command, tmp_path)
+    run.process.kill()
+    assert run.wait_for_end() == -signal.SIGKILL
+
+
+def test_a_killed_parser_process_ends_the_command(command, tmp_path):
+    """When a parser process is killed, the command ends with one line; it does not wait for it."""
+    run, victim = annotation(command, tmp_path)
+    os.kill(victim, signal.SIGKILL)
+    _, errors = run.process.communicate(timeout=PATIENCE)
+    assert run.wait_for_end() == 1 and "Traceback" not in errors
+    assert "error: a parser process died" in errors.splitlines()[-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# How many
+
+def test_cores_are_shared_by_the_processes_of_torchrun(monkeypatch):
+    """Each of torchrun's processes on a machine counts its part of the cores, one at least."""
+    cores = os.sched_getaffinity(0)
+    assert cores_per_process() == len(cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(cores)))
+    assert cores_per_process() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * len(cores)))
+    assert cores_per_process() == 1
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert cores_per_process() == 1
+    finally:
+        os.sched_setaffinity(0, cores)
