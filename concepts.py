@@ -7,12 +7,11 @@
 A caption is cleaned as the tokenizer cleans it and parsed by spaCy. Each noun chunk gives one
 concept: its root's lemma with the compound before it ("two wooden baseball bats" -> "baseball
 bat"). It is kept if it is in the concept bank, with the positions of its byte-pair tokens. The
-command prints captions per second, the share of captions with a concept, the most frequent
+command prints captions per second, the part of the captions that have a concept, the most frequent
 concepts, and how many class names of the benchmarks are in the bank and in the captions.
 """
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -32,8 +31,7 @@ from machinery.names import (BENCHMARK_NAMES, CLASSES, check_classes, merge_equa
 from machinery.tokenizer import CONTEXT_LENGTH, clean, forget_words, tokenizer
 from machinery.training.captions import (Annotations, read_annotations, read_captions,
                                          save_annotations)
-from machinery.training.shards import (BAD, BadSample, bad_line, captions_of_tar, count_bad,
-                                       find_tars, is_tars)
+from machinery.training.shards import bad_line, captions_of_tar, count_bad, find_tars, is_tars
 from machinery.training.workers import start_data_worker
 
 DEFAULT_PARSER = "en_core_web_trf"                  # the paper's; en_core_web_sm is the light one
@@ -63,27 +61,22 @@ def noun_concepts(doc):
     return concepts
 
 
-def matched_concepts(doc):
-    """Concepts of a caption found by the built-in matcher, in the form of `noun_concepts`."""
-    return [(entity.ent_id_, entity.start_char, entity.end_char) for entity in doc.ents]
-
-
 def parse(captions, pipeline):
     """Find the concepts of captions and the tokens that name them, whether in a bank or not.
 
     captions: iterable of str.
     pipeline: of spaCy, one that parses ("DEP"), or the built-in matcher, which marks entities
-        ("ENT_IOB"). Raises ValueError when it is neither.
+        ("ENT_IOB").
     Yields, caption by caption, [(concept, words as written, first token, end token)]; positions
     count the start-of-text token as 0, and the end token is not included. An occurrence that does
     not fit whole into the context is left out.
     """
-    captions, texts = itertools.tee(captions)
-    for caption, doc in zip(captions, pipeline.pipe(map(clean, texts))):
+    cleaned = ((clean(caption), caption) for caption in captions)
+    for doc, caption in pipeline.pipe(cleaned, as_tuples=True):
         if doc.has_annotation("DEP"):
             concepts = noun_concepts(doc)
         elif doc.has_annotation("ENT_IOB"):
-            concepts = matched_concepts(doc)
+            concepts = [(found.ent_id_, found.start_char, found.end_char) for found in doc.ents]
         else:
             raise ValueError("the spaCy pipeline has no dependency parser; expected one like "
                              "en_core_web_sm")
@@ -150,15 +143,14 @@ class ConceptBank:
 
     def __init__(self, names, excluded=(), source="concept bank"):
         lists = [[name] if isinstance(name, str) else list(name) for name in names]
-        lists = check_classes(merge_equal_names(lists), source)
+        lists = [list(map(normalise_name, synonyms))
+                 for synonyms in check_classes(merge_equal_names(lists), source)]
         excluded = {form for name in map(normalise_name, excluded) for form in (name, plural(name))}
         lists = [synonyms for synonyms in lists
-                 if excluded.isdisjoint(form for name in map(normalise_name, synonyms)
-                                        for form in (name, plural(name)))]
+                 if excluded.isdisjoint([*synonyms, *map(plural, synonyms)])]
         check_classes(lists, "concept bank")        # all of them may be excluded
-        self.names = [normalise_name(synonyms[0]) for synonyms in lists]
-        self.ids = {normalise_name(name): i for i, synonyms in enumerate(lists)
-                    for name in synonyms}
+        self.names = [synonyms[0] for synonyms in lists]
+        self.ids = {name: i for i, synonyms in enumerate(lists) for name in synonyms}
 
     @classmethod
     def from_file(cls, path, excluded=()):
@@ -168,18 +160,15 @@ class ConceptBank:
     @classmethod
     def default(cls, excluded=()):
         """The union of the eight benchmarks' class names, as in the paper."""
-        files = [read_classes(CLASSES / f"{benchmark}.txt") for benchmark in BENCHMARK_NAMES]
-        names = [name for classes in files for synonyms in classes for name in synonyms]
-        return cls(dict.fromkeys(map(normalise_name, names)), excluded)
+        names = [normalise_name(name) for benchmark in BENCHMARK_NAMES
+                 for name in class_names(CLASSES / f"{benchmark}.txt")]
+        return cls(dict.fromkeys(names), excluded)
 
     @classmethod
     def by_name(cls, source=None, exclude=None):
         """What --bank and --exclude-classes name: files, or the names of those in classes/. source:
         None = the default bank."""
-        excluded = ()
-        if exclude:
-            classes = read_classes(named_file(exclude, CLASSES, "class file"))
-            excluded = [name for synonyms in classes for name in synonyms]
+        excluded = class_names(named_file(exclude, CLASSES, "class file")) if exclude else ()
         if source is None:
             return cls.default(excluded)
         return cls.from_file(named_file(source, CLASSES, "concept bank"), excluded)
@@ -190,6 +179,11 @@ class ConceptBank:
     def find(self, name):
         """Bank id of a name, -1 if it is not in the bank."""
         return self.ids.get(normalise_name(name), -1)
+
+
+def class_names(path):
+    """All names of a class file, synonyms included."""
+    return [name for synonyms in read_classes(path) for name in synonyms]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -204,10 +198,10 @@ def load_parser(name, bank):
     if name == "match":
         pipeline = spacy.blank("en")
         ruler = pipeline.add_pipe("entity_ruler")   # prefers the longest match
-        forms = {plural(name): name for name in bank.ids} | {name: name for name in bank.ids}
-        forms |= {form.replace(" ", "-"): name for form, name in forms.items()}
+        names = {plural(name): name for name in bank.ids} | {name: name for name in bank.ids}
+        names |= {form.replace(" ", "-"): name for form, name in names.items()}
         ruler.add_patterns([{"label": "CONCEPT", "pattern": form, "id": name}
-                            for form, name in forms.items()])
+                            for form, name in names.items()])
         return pipeline
     try:
         return spacy.load(name, exclude=["ner"])
@@ -226,7 +220,7 @@ class Concepts:
 
     bank: `ConceptBank`.
     parser: name for `load_parser`.
-    processes: that parse. Each loads a pipeline of its own.
+    processes: that parse, each with a pipeline of its own.
     device: where they do: "cpu", "cuda", or "auto", which takes a GPU if spaCy can use one.
     """
 
@@ -245,12 +239,12 @@ class Concepts:
             self.on_gpu = use_gpu()
         return load_parser(self.parser, self.bank)
 
-    def __getstate__(self):
+    def __getstate__(self):                         # a new process loads a pipeline of its own
         return {name: value for name, value in vars(self).items() if name != "pipeline"}
 
     @cached_property
     def version(self):
-        """Hash of all that a caption's concepts depend on."""
+        """Hash of bank and parser."""
         content = [CACHE_VERSION, sorted(self.bank.ids.items()), self.pipeline.meta]
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
@@ -260,28 +254,36 @@ class Concepts:
         return f"{self.version} {status.st_size} {status.st_mtime_ns}"
 
     def in_captions(self, captions):
-        """Rows of (bank id, first token, end token) of each caption. Words are forgotten after it,
-        so memory does not grow."""
+        """Rows of (bank id, first token, end token) of each caption, see `annotate`."""
+        return self.without_memory(annotate(captions, self.bank, self.pipeline))
+
+    def nouns(self, piece):
+        """Counter of what every noun chunk of a piece names, in a bank or not. piece: captions, or
+        the path of a tar."""
+        if not isinstance(piece, list):
+            piece = [caption for caption in captions_of_tar(piece) if isinstance(caption, str)]
+        found = self.without_memory(parse(piece, self.pipeline))
+        return Counter(normalise_name(concept) for one in found for concept, *_ in one)
+
+    def without_memory(self, found):
+        """List of what a parser finds. It forgets new words afterwards: memory does not grow."""
         with self.pipeline.memory_zone():
-            found = list(annotate(captions, self.bank, self.pipeline))
+            found = list(found)
         forget_words()
         return found
 
     def of_captions(self, captions):
         """`Annotations` of captions in memory."""
-        found = []
-        with tqdm(total=len(captions), desc="concepts", unit=" captions", disable=None,
-                  leave=False) as bar:
-            for rows in self.in_processes(self.in_captions, pieces(captions)):
-                found += rows
-                bar.update(len(rows))
-        return Annotations.of_lists(found)
+        pieces = in_pieces(captions)
+        found = tqdm(self.in_processes(self.in_captions, pieces), "concepts", len(pieces),
+                     unit=f" x {PIECE} captions", leave=False, disable=None)
+        return Annotations.of_lists([rows for piece in found for rows in piece])
 
     def of_file(self, path, captions):
         """`Annotations` of the captions of a file, from its cache if that is valid."""
         key = self.key(path)
-        cached = read_annotations(path, key, len(self.bank))
-        if cached and len(cached[0]) == len(captions):
+        cached = read_annotations(path, key)
+        if cached:
             return cached[0]
         start = time.time()
         annotations = self.of_captions(captions)
@@ -297,37 +299,25 @@ class Concepts:
         """(`Annotations`, bad samples by reason) from the cache of a tar, None without one. Samples
         without a caption, and what was cut off, have annotations, too: no rows."""
         try:
-            return read_annotations(path, self.key(path), len(self.bank))
+            return read_annotations(path, self.key(path))
         except OSError:                             # the tar is gone
             return None
 
-    def of_caption(self, caption):
-        """Rows (M, 3) int64 of one caption of a tar without cache, by the built-in matcher. Raises
-        `BadSample` for other parsers, which are too slow in training."""
-        if self.parser != "match":
-            raise BadSample("no concepts")
-        [rows] = self.in_captions([caption])
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
-
     def cache_tar(self, path):
-        """Write the cache of a tar if there is no valid one. Returns its `in_numbers`, with bad
-        samples by reason, and how many captions are "new"."""
+        """Write the cache of a tar if there is no valid one. Returns (`Annotations`, bad samples by
+        reason, how many captions were parsed)."""
         found = self.of_tar(path)
-        new = 0
-        if found is None:
-            key = self.key(path)
-            captions = list(captions_of_tar(path))
-            usable = [caption for caption in captions if isinstance(caption, str)]
-            rows = iter(self.in_captions(usable))
-            found = (Annotations.of_lists([next(rows) if isinstance(caption, str) else []
-                                           for caption in captions]),
-                     count_bad([caption for caption in captions if not isinstance(caption, str)]))
-            save_annotations(path, key, *found)
-            new = len(usable)
-        annotations, bad = found
-        numbers = in_numbers(annotations)
-        numbers.update(dict(zip(BAD, bad.tolist())), new=new, captions=-int(bad.sum()))
-        return numbers
+        if found:
+            return *found, 0
+        key = self.key(path)
+        captions = list(captions_of_tar(path))
+        usable = [caption for caption in captions if isinstance(caption, str)]
+        rows = iter(self.in_captions(usable))
+        annotations = Annotations.of_lists([next(rows) if isinstance(caption, str) else []
+                                            for caption in captions])
+        bad = count_bad([caption for caption in captions if not isinstance(caption, str)])
+        save_annotations(path, key, annotations, bad)
+        return annotations, bad, len(usable)
 
     def check_tars(self, paths, source):
         """Raise FileNotFoundError if tars have no concepts yet. The built-in matcher needs none: it
@@ -340,23 +330,12 @@ class Concepts:
                 f'python concepts.py "{source}" --parser {self.parser} (and --bank, if training '
                 "has one), or train with --parser match")
 
-    def nouns(self, piece):
-        """Counter of what every noun chunk of a piece names, in a bank or not. piece: captions, or
-        the path of a tar."""
-        if not isinstance(piece, list):
-            piece = [caption for caption in captions_of_tar(piece) if isinstance(caption, str)]
-        with self.pipeline.memory_zone():
-            found = Counter(normalise_name(concept) for concepts in parse(piece, self.pipeline)
-                            for concept, *_ in concepts)
-        forget_words()
-        return found
-
-    def in_processes(self, method, pieces):
-        """Results of a method for each piece, in order. Raises ChildProcessError if a process
+    def in_processes(self, function, pieces):
+        """Results of a function for each piece, in order. Raises ChildProcessError if a process
         dies."""
         self.pipeline                               # if it cannot be loaded: one error, now
         processes = min(self.processes, len(pieces))
-        loader = DataLoader(pieces, batch_size=None, collate_fn=method,     # called in the workers
+        loader = DataLoader(pieces, batch_size=None, collate_fn=function,   # called in the workers
                             num_workers=processes if processes > 1 else 0,
                             worker_init_fn=start_data_worker,
                             multiprocessing_context="spawn" if self.on_gpu else None,
@@ -371,16 +350,9 @@ class Concepts:
                                     "kept") from None
 
 
-def pieces(captions):
+def in_pieces(captions):
     """Captions in lists of PIECE."""
     return [captions[i:i + PIECE] for i in range(0, len(captions), PIECE)]
-
-
-def in_numbers(annotations):
-    """Counter of "captions", of those "with a concept", and of the occurrences of each id."""
-    return Counter({"captions": len(annotations),
-                    "with a concept": int((np.diff(annotations.offsets) > 0).sum()),
-                    **Counter(annotations.rows[:, 0].tolist())})
 
 
 def print_speed(captions, seconds):
@@ -418,68 +390,70 @@ def main(argv=None):
     args = parse_args(argv)
     with one_line_errors("pass --device cpu"):
         bank = ConceptBank.by_name(args.bank, args.exclude_classes)
-        has_tars = is_tars(args.source)
+        tars = find_tars(args.source) if is_tars(args.source) else None
         concepts = Concepts(bank, args.parser, device=args.device,
-                            processes=args.processes or (os.cpu_count() if has_tars else 1))
+                            processes=args.processes or (os.cpu_count() if tars else 1))
+        captions = None if tars else [caption for _, caption in read_captions(args.source)]
         if args.all_nouns:
-            print_nouns(args.source, concepts)
-        elif has_tars:
-            print_concepts(cache_tars(find_tars(args.source), concepts), bank)
+            print_nouns(tars or in_pieces(captions), concepts)
+        elif tars:
+            print_concepts(cache_tars(tars, concepts), bank)
         else:
-            captions = [caption for _, caption in read_captions(args.source)]
-            print_concepts(in_numbers(concepts.of_file(args.source, captions)), bank)
+            print_concepts([(concepts.of_file(args.source, captions), count_bad([]))], bank)
 
 
 def cache_tars(paths, concepts):
-    """Write the caches of all tars. Returns the sum of their numbers, see `Concepts.cache_tar`."""
-    total = Counter()
+    """Write the caches of all tars. Yields (`Annotations`, bad samples by reason) of each."""
+    captions = 0
+    new = 0
+    bad = count_bad([])
     start = time.time()
-    with tqdm(total=len(paths), desc="concepts", unit=" tars", disable=None) as bar:
-        for numbers in concepts.in_processes(concepts.cache_tar, paths):
-            total.update(numbers)
-            speed = total["new"] / (time.time() - start)
-            bar.set_postfix_str(f"{speed:,.0f} captions/s", refresh=False)
-            bar.update()
-    if total["new"]:
-        print_speed(total["new"], time.time() - start)
-    print(f"{len(paths):,} tars; skipped samples: {bad_line([total[name] for name in BAD])}")
-    if not total["captions"]:
+    for annotations, bad_here, parsed in tqdm(concepts.in_processes(concepts.cache_tar, paths),
+                                              "concepts", len(paths), unit=" tars", disable=None):
+        yield annotations, bad_here
+        captions += len(annotations) - bad_here.sum()
+        new += parsed
+        bad += bad_here
+    if new:
+        print_speed(new, time.time() - start)
+    print(f"{len(paths):,} tars; skipped samples: {bad_line(bad)}")
+    if not captions:
         raise ValueError(f"no captions in {paths[0]} and the other tars; expected a .txt or .json "
                          "beside every image")
-    return total
 
 
-def print_concepts(numbers, bank):
-    """numbers: see `in_numbers`."""
-    captions = numbers["captions"]
-    occurrences = Counter({id: numbers[id] for id in range(len(bank)) if numbers[id]})
-    print(f"{captions:,} captions; {numbers['with a concept'] / captions:.1%} have a concept, "
-          f"{occurrences.total() / captions:.2f} per caption; bank of {len(bank)}")
-    for concept, times in occurrences.most_common(20):
-        print(f"{times:8,}  {bank.names[concept]}")
+def print_concepts(found, bank):
+    """found: (`Annotations`, bad samples by reason) of each part of the source."""
+    captions = 0
+    with_concept = 0
+    occurrences = np.zeros(len(bank), np.int64)
+    for annotations, bad in found:
+        captions += len(annotations) - bad.sum()    # bad samples have annotations, too: no rows
+        with_concept += (np.diff(annotations.offsets) > 0).sum()
+        occurrences += np.bincount(annotations.rows[:, 0], minlength=len(bank))
+    print(f"{captions:,} captions; {with_concept / captions:.1%} have a concept, "
+          f"{occurrences.sum() / captions:.2f} per caption; bank of {len(bank)}")
+    for id in np.argsort(-occurrences, kind="stable")[:20]:
+        if occurrences[id]:
+            print(f"{occurrences[id]:8,}  {bank.names[id]}")
     print("class names of the benchmarks: all, in the bank, found at least once in these captions")
     for benchmark in BENCHMARK_NAMES:
         classes = read_classes(CLASSES / f"{benchmark}.txt")
         ids = [bank.find(name) for names in classes for name in names]
-        known = {id for id in ids if id >= 0}
-        print(f"{len(ids):8} {sum(id >= 0 for id in ids):5} {len(known & set(occurrences)):5}  "
-              f"{benchmark}")
+        known = [id for id in ids if id >= 0]
+        there = len({id for id in known if occurrences[id]})
+        print(f"{len(ids):8} {len(known):5} {there:5}  {benchmark}")
 
 
-def print_nouns(source, concepts):
-    """The concepts of all noun phrases, in the form of a bank."""
+def print_nouns(pieces, concepts):
+    """The concepts of all noun phrases, in the form of a bank. pieces: see `Concepts.nouns`."""
     if concepts.parser == "match":
         raise ValueError("--all-nouns: the built-in matcher looks for the names of a bank; name a "
                          "spaCy pipeline with --parser")
-    if is_tars(source):
-        found_in = find_tars(source)
-    else:
-        found_in = pieces([caption for _, caption in read_captions(source)])
     total = Counter()
-    with tqdm(total=len(found_in), desc="nouns", disable=None) as bar:
-        for found in concepts.in_processes(concepts.nouns, found_in):
-            total.update(found)
-            bar.update()
+    for found in tqdm(concepts.in_processes(concepts.nouns, pieces), "nouns", len(pieces),
+                      disable=None):
+        total.update(found)
     for name, _ in total.most_common():
         if name and "," not in name:                # a comma would part it into synonyms
             print(name)

@@ -3,10 +3,10 @@
     image --crop--> pixels uint8 (B, 3, size, size)
     caption --concepts.py--> tokens (B, 77), concepts (B, M, 3)
 
-What training needs of a pair is the method's business (`Method.sample`). Which pairs are in which
-batch, and the random numbers of a pair, follow from the seed and the position in the run alone.
+What training takes of a pair is said by `Method.sample`. Which pairs are in which batch, and the
+random numbers of a pair, follow from the seed and the position in the run alone.
 """
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from machinery.images import IMAGE_SUFFIXES, load_image, read_segments, to_pixels
 from machinery.tokenizer import forget_words, tokenize
 from machinery.toy import toy_scene
-from machinery.training.captions import find_images, read_captions
+from machinery.training.captions import Annotations, find_images, read_captions
 from machinery.training.loading import loader_batch_size
 from machinery.training.shards import (BAD, BadSample, bad_line, count_bad, find_tars, is_tars,
                                        samples_of_tar)
@@ -37,10 +37,10 @@ class Pair:
     image: path of its file, an open file, or its pixels (H, W, 3) uint8.
     size: pixels a side that training wants.
     caption: str.
-    concepts: (M, 3) int64, rows of (bank id, first token, end token); None if there are none.
+    concepts: (M, 3) int64, rows of (bank id, first token, end token), or None.
     bank: the `ConceptBank` of these ids, or None.
     features: what `Method.features` made of the image, with --cache-features, else None.
-    find_partner: see `partner`; None = there is none.
+    find_partner: function rng -> see `partner`, or None.
     In place of image or caption there may be a `BadSample`, which is raised when it is asked for.
     """
 
@@ -61,18 +61,25 @@ class Pair:
 
     @property
     def caption(self):
-        return usable(self._caption)
+        if isinstance(self._caption, BadSample):
+            raise BadSample(*self._caption.args)
+        return self._caption
 
     def image(self):
         """RGB PIL image; a large JPEG may come reduced, to no less than twice the size. Raises
         ValueError or OSError, upon which another pair is taken."""
-        return open_image(usable(self._image), self.size)
+        if isinstance(self._image, BadSample):
+            raise BadSample(*self._image.args)
+        if isinstance(self._image, np.ndarray):
+            return Image.fromarray(self._image)
+        return load_image(self._image, 2 * self.size, MAX_PIXELS)
 
     def crop(self, rng, scale=(0.9, 1.0), flip=0.0, interpolation=v2.InterpolationMode.BICUBIC):
         """A random part of the image, uint8 (3, size, size) (docs/method.md, section 3).
 
-        rng: decides whether it is mirrored; the part is drawn by torch's generator. scale: range of
-        its fraction of the area; width / height is 3/4 to 4/3. flip: probability.
+        rng: decides whether it is mirrored; torch's generator draws the part.
+        scale: range of its fraction of the area; width / height is 3/4 to 4/3.
+        flip: probability.
         """
         cut = v2.RandomResizedCrop(self.size, scale, interpolation=interpolation)
         image = cut(self.image())
@@ -92,23 +99,9 @@ class Pair:
         return self.find_partner and self.find_partner(rng)
 
 
-def usable(value):
-    """The value; a `BadSample` in its place is raised."""
-    if isinstance(value, BadSample):
-        raise BadSample(*value.args)
-    return value
-
-
-def open_image(image, size):
-    """RGB PIL image of a path, an open file or pixels. Raises ValueError or OSError."""
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
-    return load_image(image, 2 * size, MAX_PIXELS)
-
-
 def draw_sample(sample, pair, seed):
-    """sample(pair, rng), with torch's generator and rng, NumPy's, seeded by a tuple of numbers. The
-    state of torch's is as before afterwards."""
+    """sample(pair, rng), with rng, NumPy's, and torch's generator seeded by a tuple of numbers;
+    torch's then goes on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[]):
         state, = np.random.SeedSequence(seed).generate_state(1, np.uint64)
         torch.default_generator.manual_seed(int(state))
@@ -122,16 +115,15 @@ class CaptionedImages(Dataset):
     """Pairs of image and caption with the caption's concepts.
 
     images: paths or arrays (H, W, 3), one per pair.
-    captions: str, one per pair, or `BadSample` where the images have none.
-    sample: function (pair, rng) -> dict of tensors, of `Method.sample`.
+    captions: str, one per pair, or `BadSample`.
+    sample: `Method.sample`, function (pair, rng) -> dict of tensors.
     size: pixels a side of the crops.
     seed: of the run.
     annotations, bank: `Annotations` of the captions with ids of this bank; None = no concepts.
     `cache`, a `FeatureCache`, may be set later.
 
     An item is asked for by (position in the run, number of the pair). The position seeds its random
-    numbers, so they depend neither on the number of processes nor on that of workers. A pair that
-    cannot be used is replaced by the next one.
+    numbers. A pair that cannot be used is replaced by the next one.
     """
     positions = None                                # only readers of tars have some
 
@@ -148,10 +140,6 @@ class CaptionedImages(Dataset):
     def __len__(self):
         return len(self.images)
 
-    def open_image(self, i):
-        """Image of pair i, a large JPEG reduced. Raises ValueError or OSError."""
-        return open_image(self.images[i], self.size)
-
     def pair(self, i):
         concepts = None
         find_partner = None
@@ -163,7 +151,6 @@ class CaptionedImages(Dataset):
                     find_partner)
 
     def partner(self, i, rng):
-        """(a pair that shares a concept with pair i, the concept's id), or None if i has none."""
         drawn = self.annotations.partner(i, rng)
         return drawn and (self.pair(drawn[0]), drawn[1])
 
@@ -181,7 +168,7 @@ class CaptionedImages(Dataset):
         raise ValueError(f"ten pairs in a row cannot be used, the last is {self.name(i)}: {last}")
 
     def name(self, i):
-        """Words for pair i, to find it again."""
+        """Where pair i comes from, for messages."""
         image = self.images[i]
         return f"pair {i}" + ("" if isinstance(image, np.ndarray) else f", {image}")
 
@@ -209,26 +196,25 @@ class CaptionedTars(IterableDataset):
         self.deal()
 
     def deal(self, rank=0, world=1, workers=0, positions=None):
-        """Say which tars this process reads.
+        """Set `self.positions`, (readers,) int64: where this process's readers begin in the
+        sequence of all epochs' tars.
 
         rank, world: this process among all.
         workers: data workers of each process, at most; 0 = the process itself reads.
-        positions: (world, readers) int64, where the readers of an interrupted run stood in the
-            sequence of all epochs' tars. The tars in work begin again. With another number of
-            processes or workers all go on from the least, so that none is left out.
-        `self.positions`, (readers,) int64, are then those to begin with. Raises ValueError for
-        fewer tars than processes.
+        positions: (world, readers) int64, of an interrupted run. The tars in work begin again. With
+            another number of processes or workers all go on from the least, so that none is left
+            out.
         """
         if len(self.paths) < world:
             raise ValueError(f"{len(self.paths)} tars for {world} processes; each process reads "
                              f"tars of its own: expected at least {world}, or fewer processes")
         readers = min(max(1, workers), len(self.paths) // world)
-        every = torch.arange(world * readers).view(world, readers)
+        begin = torch.arange(world * readers).view(world, readers)
         if positions is not None:
-            same = positions.shape == every.shape
-            every = positions if same else every + positions.min()
+            same = positions.shape == begin.shape
+            begin = positions if same else begin + positions.min()
         self.step = world * readers
-        self.positions = every[rank].clone()
+        self.positions = begin[rank].clone()
 
     def __iter__(self):
         """Items, with key (3,): epoch, number of the tar, number in it; and position (2,): this
@@ -236,8 +222,8 @@ class CaptionedTars(IterableDataset):
         worker = get_worker_info()
         reader = worker.id if worker else 0
         position = int(self.positions[reader])
-        bad = np.zeros(len(BAD), np.int64)          # since the last good pair
-        fruitless = 0                               # tars and samples since then
+        bad = np.zeros(len(BAD), np.int64)          # samples since the last good one
+        tars = 0                                    # that ended since then
         while True:
             epoch, place = divmod(position, len(self.paths))
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.paths))
@@ -248,14 +234,13 @@ class CaptionedTars(IterableDataset):
                     item = draw_sample(self.sample, pair, (self.seed, *key))
                 except (ValueError, OSError) as error:
                     bad += count_bad([error])
-                    fruitless += 1
                     continue
                 yield {**item, "key": torch.tensor(key), "bad": torch.from_numpy(bad),
                        "position": torch.tensor([reader, position])}
                 bad = np.zeros(len(BAD), np.int64)
-                fruitless = 0
-            fruitless += 1                          # a tar may be empty; a thousand are not
-            if fruitless > 1000:
+                tars = 0
+            tars += 1                               # a tar may be empty; a thousand are not
+            if bad.sum() + tars > 1000:
                 raise ValueError(f"no usable pair for long, now in {self.paths[tar]}; left out "
                                  f"since the last one: {bad_line(bad)}")
             position += self.step
@@ -269,10 +254,10 @@ class CaptionedTars(IterableDataset):
             if found:
                 concepts = found[0].of(number)
             elif self.concepts and isinstance(caption, str):
-                try:
-                    concepts = self.concepts.of_caption(caption)
-                except BadSample as error:
-                    caption = error
+                if self.concepts.parser == "match":
+                    concepts = Annotations.of_lists(self.concepts.in_captions([caption])).of(0)
+                else:                               # too slow here; its cache is lost
+                    caption = BadSample("no concepts")
             yield Pair(image, self.size, caption, concepts, self.concepts and self.concepts.bank)
 
     def name(self, key):
@@ -299,9 +284,9 @@ def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=N
     annotations = None
     bank = concepts and concepts.bank
     if source == "toy":
-        scenes = [toy_scene(np.random.default_rng((seed, 0, i))) for i in range(toy_scenes or TOY_SCENES)]
-        files = [image for image, _, _ in scenes]
-        captions = [caption for _, _, caption in scenes]
+        scenes = [toy_scene(np.random.default_rng((seed, 0, i)))
+                  for i in range(toy_scenes or TOY_SCENES)]
+        files, _, captions = map(list, zip(*scenes))
         annotations = concepts and concepts.of_captions(captions)
     elif is_tars(source):
         paths = find_tars(source)
@@ -309,7 +294,11 @@ def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=N
             concepts.check_tars(paths, source)
         return CaptionedTars(paths, sample, size, seed, concepts)
     elif Path(source).is_dir():
-        files = images_in(Path(source))
+        files = sorted(file for file in Path(source).rglob("*")
+                       if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise FileNotFoundError(f"no tars and no images in {source}; expected *.tar, or "
+                                    f"{', '.join(IMAGE_SUFFIXES)}")
         if concepts:
             raise ValueError(f"{source} is a folder of images, which have no captions; expected a "
                              "captions file or tars")
@@ -325,24 +314,15 @@ def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=N
     return CaptionedImages(files, captions, sample, size, seed, annotations, bank)
 
 
-def images_in(folder):
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"no tars and no images in {folder}; expected *.tar, or "
-                                f"{', '.join(IMAGE_SUFFIXES)}")
-    return files
-
-
 # --------------------------------------------------------------------------------------------------
 # Batches
 
 class GlobalBatches(Sampler):
-    """The run's batches, of which each process takes its own slice: the same pairs whatever the
-    number of processes.
+    """The run's batches, of which each process takes its own slice, its local batch: the same pairs
+    whatever the number of processes.
 
-    A pass (epoch) is the data in a new random order, of which the first epoch_pairs are taken.
-    Passes follow one another without a gap: a batch may hold the end of one and the start of the
-    next.
+    An epoch is the data in a new random order, of which the first epoch_pairs are taken. Epochs
+    follow one another without a gap: a batch may hold the end of one and the start of the next.
 
     length: pairs of the data.
     settings: of the run: batch, epoch_pairs, seed, and pairs: so many of the data are used, drawn
@@ -357,7 +337,7 @@ class GlobalBatches(Sampler):
         chosen = np.random.default_rng(settings.seed).permutation(length)[:settings.pairs]
         self.data = np.sort(chosen)
         self.batch = settings.batch
-        self.pass_pairs = min(settings.epoch_pairs or len(self.data), len(self.data))
+        self.epoch_pairs = min(settings.epoch_pairs or len(self.data), len(self.data))
         self.seed = settings.seed
         self.steps = steps
         self.rank = rank
@@ -368,24 +348,23 @@ class GlobalBatches(Sampler):
         return len(self.steps) * (self.local_batch // self.loader_batch)
 
     def __iter__(self):
-        ordered_pass = None                         # the pass that `order` is of
+        @lru_cache(maxsize=1)
+        def order(epoch):
+            return np.random.default_rng((self.seed, epoch)).permutation(self.data)
+
         for step in self.steps:
             first = step * self.batch + self.rank * self.local_batch
-            keys = []
-            for position in range(first, first + self.local_batch):
-                pass_number, place = divmod(position, self.pass_pairs)
-                if pass_number != ordered_pass:
-                    rng = np.random.default_rng((self.seed, pass_number))
-                    order = rng.permutation(self.data)
-                    ordered_pass = pass_number
-                keys.append((position, int(order[place])))
-            for i in range(0, self.local_batch, self.loader_batch):
-                yield keys[i:i + self.loader_batch]
+            for start in range(first, first + self.local_batch, self.loader_batch):
+                keys = []
+                for position in range(start, start + self.loader_batch):
+                    epoch, place = divmod(position, self.epoch_pairs)
+                    keys.append((position, int(order(epoch)[place])))
+                yield keys
 
 
 def collate(items):
-    """Items -> batch. Tensors of different first lengths are padded with -1, so concepts become
-    (B, M, 3). bad (len(BAD),): how many pairs were passed over, by reason."""
+    """Items -> batch. Tensors that differ in their first dimension are padded with -1, so concepts
+    (M, 3) become (B, M, 3). bad (len(BAD),): how many pairs were passed over, by reason."""
     batch = {}
     for name in items[0]:
         values = [item[name] for item in items]

@@ -36,7 +36,7 @@ from machinery.scoring.results import (ThresholdSweep, compare, full_name, made_
                                        print_result, print_sweep, write_result)
 from machinery.settings import as_mapping
 from machinery.training.workers import cores_per_process, end_with_torchrun, start_data_worker
-from segment import parse_background, put_background, segment_image, sizes
+from segment import parse_background, put_background, segment_image, window_settings
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     limit: score the first images only.
     workers: processes that load images.
 
-    With background threshold:T the result has a "sweep", too: the mIoU with any T. With several
+    With background threshold:T the result has a "sweep": the mIoU with any T. With several
     processes each takes its part of the images, and all return the same numbers.
     """
     C = len(dataset.classes)
@@ -136,7 +136,8 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
                         worker_init_fn=start_data_worker)
     bar = tqdm(loader, desc="scoring", unit=" images", disable=None if rank() == 0 else True)
     for i, (_, image, truth) in zip(mine, bar):
-        mask, score = segment_image(model, image, embeddings, batch=batch, **sizes(protocol))
+        mask, score = segment_image(model, image, embeddings, batch=batch,
+                                    **window_settings(protocol))
         truth = torch.as_tensor(truth)
         if sweep:
             sweep.count(mask, score, truth)
@@ -155,7 +156,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
 
 
 def describe(model, dataset, total, start):
-    """What a result says beside the scores. total: images that were scored. start: time of it."""
+    """What a result says beside the scores. total: images that were scored. start: by time.time."""
     seconds = time.time() - start
     return {"classes": [names[0] for names in dataset.classes], "images": total,
             "partial": total != (dataset.count or len(dataset)), "method": model.name,
@@ -183,9 +184,8 @@ def score_dataset(args, name, dataset, model, protocol):
         if not args.sweep_background:
             result.pop("sweep", None)
         print_result(result)
-        write_result(path, {"dataset": name, "folder": full_name(name),
-                            "training": model.trained_with, **result})
-        print(f"written to {path}" + (f", pictures in {folder}" if shown else ""))
+        write_result(path, {"dataset": full_name(name), "training": model.trained_with, **result})
+        print(f"written to {path}" + f", pictures in {folder}" * bool(shown))
         if "sweep" in result:
             print_sweep(result["sweep"])
     return result
@@ -205,8 +205,7 @@ def score_segmentation(args, model):
                for name, dataset in datasets.items()}
     if args.dataset == "all" and rank() == 0:
         for name, result in results.items():
-            only = "only " if result["partial"] else ""
-            print(f"{name:<14}{result['mIoU']:8.2%}   {only}{result['images']} images, background "
+            print(f"{name:<14}{result['mIoU']:8.2%}   {result['images']} images, background "
                   f"{result['protocol']['background'][:40]}")
         if not failed:
             mean = np.mean([result["mIoU"] for result in results.values()])
@@ -230,12 +229,11 @@ def score_classification(args, model):
     result, total = classify(model, dataset, embeddings, args.limit, args.workers)
     result |= describe(model, dataset, total, start)
     if rank() == 0:
-        only = "only " if result["partial"] else ""
+        only = "only " * result["partial"]
         print(f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   ({only}{result['images']}"
               f" images, {len(dataset.classes)} classes, {result['images_per_second']} images/s)")
-        write_result(path, {"dataset": args.dataset, "folder": full_name(args.dataset),
-                            "names": args.names, "image_size": dataset.size,
-                            "training": model.trained_with, **result})
+        write_result(path, {"dataset": full_name(args.dataset), "names": args.names,
+                            "image_size": dataset.size, "training": model.trained_with, **result})
         print(f"written to {path}")
 
 
@@ -251,11 +249,11 @@ def parse_args(argv=None):
                       help="results of runs to tabulate: mean and spread over seeds")
     add = parser.add_argument
     add("--task", choices=["segmentation", "classification"], default="segmentation",
-        help="(default: %(default)s)")
+        help="what to score (default: %(default)s)")
     add("--data", default="data",
         help="folder that holds the benchmarks (default: %(default)s)")
     add("--sweep-background", action="store_true",
-        help="also print the mIoU over the background threshold")
+        help="also print the mIoU for other thresholds of the background")
     add("--without", nargs="*", default=[],
         help="classes neither scored nor predicted, such as background")
     add("--names",

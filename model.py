@@ -1,8 +1,8 @@
 """SimZSS: a frozen vision backbone, a text encoder that is trained from scratch, two losses.
 
 Paper: "A Simple Framework for Open-Vocabulary Zero-Shot Segmentation", ICLR 2025, arXiv 2406.16085.
-docs/method.md explains every formula; "section n" below is a section of that page. This file is in
-the order of the paper: its formulas as functions of tensors, both towers, the whole.
+docs/method.md explains every formula; "section n" below is a section of that page. The formulas
+come first, as functions of tensors, then both towers, then the whole.
 
 Letters of shapes:
 
@@ -11,13 +11,11 @@ Letters of shapes:
     D   width of the shared space                 C   concepts in the bank, or classes at test time
     P   prompts                                   S   names (synonyms) of a class
 
-D is the width of the vision backbone. The backbone has no trained projection: the text encoder
-projects into its space.
+D is the width of the vision backbone: the text encoder projects into its space.
 
 "paper" and "release" in comments say where a choice comes from: the text, or the authors' code.
-"global" loss: of whole images; "local" loss: of regions. The global batch is that of all processes.
-The losses are those of the global batch: sums and gathers run over all processes and carry gradient
-(machinery/parallel.py).
+"global" loss: of whole images; "local" loss: of regions. Both are of the global batch, that of all
+processes: sums and gathers run over all processes and carry gradient (machinery/parallel.py).
 """
 import math
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from machinery.contract import Method, Protocol
+from machinery.files import tensors_sha256
 from machinery.networks import backbones
 from machinery.networks.layers import Normalise
 from machinery.parallel import gather_rows, rank, sum_over_processes
@@ -37,8 +36,8 @@ from machinery.tokenizer import CONTEXT_LENGTH, tokenize
 TEXT_TOWERS = {384: (384, 6), 1024: (768, 12)}      # D -> (width, heads) of CLIP's tower
 DEFAULT_TEXT_TOWER = (512, 8)                       # for ViT-B's D, 768, and any other
 MAX_LOGIT_SCALE = 100.0                             # CLIP's bound on the learned 1 / temperature
-GROUP = 16                                          # captions of like length encoded together ...
-GPU_GROUP = 256                                     # ... a GPU needs more to be busy
+GROUP = 16                                          # captions of like length encoded together;
+GPU_GROUP = 256                                     # a GPU needs more to be busy
 
 
 # --------------------------------------------------------------------------------------------------
@@ -48,8 +47,8 @@ def concept_embeddings(tokens, spans):
     """g(c): text embedding of each concept occurrence, the sum of its token embeddings (section 6).
 
     tokens: (B, T, D) unit-norm token embeddings, not ids. spans: (B, M, 2) int, token positions
-    [start, end) with the start-of-text token at 0. Padding, (-1, -1), is an empty span and gives
-    zeros. Returns (B, M, D), not normalised: an occurrence of more tokens weighs more in w_c.
+    [start, end), the start token at 0; padding, (-1, -1), gives zeros. Returns (B, M, D), not
+    normalised: an occurrence of more tokens weighs more in w_c.
     """
     position = torch.arange(tokens.shape[1], device=tokens.device)                  # (T,)
     inside = (position >= spans[..., :1]) & (position < spans[..., 1:])             # (B, M, T)
@@ -60,8 +59,8 @@ def class_weights(concepts, ids, bank_size):
     """w_c = normalize(sum of the occurrences of concept c), one weight per concept (section 6).
 
     The weights are the classifier of the local loss. They are no parameters: a batch has its own.
-    concepts: (B, M, D). ids: (B, M) int bank ids, -1 = padding. Sums run over the global batch.
-    Returns weights (C, D), unit-norm rows, zero for absent concepts; counts (C,), float.
+    concepts: (B, M, D). ids: (B, M) int bank ids, -1 = padding. Returns weights (C, D), unit-norm
+    rows, zero for absent concepts; and how often each concept occurs, counts (C,), float.
     """
     found = ids >= 0
     sums = concepts.new_zeros(bank_size, concepts.shape[-1])                        # (C, D)
@@ -84,8 +83,7 @@ def global_loss(image, text, logit_scale):
     """L_g: the CLIP loss. Each image must find its caption among all, and the reverse (section 8).
 
     image, text: (B, D), unit-norm, row i of one belongs to row i of the other. logit_scale:
-    1 / temperature. Each process scores its own rows against the rows of all processes. Returns the
-    mean over the global batch, a scalar.
+    1 / temperature. Returns the mean over the global batch, a scalar.
     """
     all_image = gather_rows(image)                                                  # (global B, D)
     all_text = gather_rows(text)
@@ -119,10 +117,10 @@ def concept_loss(visual, ids, weights, counts, temperature, target="concept"):
 
 
 def best_synonym(features, class_embeddings):
-    """Inference: similarity of features (B, N, D) to the best name of each class, (B, C, N)
-    (section 10).
+    """Inference: similarity of features to the best name of each class (section 10).
 
-    class_embeddings: (C, D), or (C, S, D) with S names of each class.
+    features: (B, N, D). class_embeddings: (C, D), or (C, S, D) with S names of each class. Returns
+    (B, C, N).
     """
     if class_embeddings.ndim == 2:
         class_embeddings = class_embeddings[:, None]                                # (C, 1, D)
@@ -142,11 +140,8 @@ def prompt_ensemble(classes, templates, embed, normalise_each=True, batch=256):
     """
     classes = [[names] if isinstance(names, str) else list(names) for names in classes]
     names = [name for synonyms in classes for name in synonyms]
-    prompts = []
-    for name in names:
-        for template in templates:
-            before, _, after = template.partition("{}")
-            prompts.append((before, name, after))
+    around = [template.split("{}", 1) for template in templates]
+    prompts = [(before, name, after) for name in names for before, after in around]
     embedded = torch.cat([embed(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
     if normalise_each:
         embedded = F.normalize(embedded, dim=-1)
@@ -166,8 +161,8 @@ class BackboneSettings:
         "vit_base_patch14_reg4_dinov2.lvd142m", "timm name of a ViT or CNN, or toy",
         flag="backbone")
     weights: str = setting(
-        "pretrained", "pretrained = timm's download, random, or a local weights file, loaded "
-        "strictly", flag="backbone-weights", changes_result=False)      # known by its hash
+        "pretrained", "pretrained = timm's download, random, or a local weights file",
+        flag="backbone-weights", changes_result=False)              # compared by their hash
     options: dict = setting(
         dict, "options of timm that shape the network, by name", flag=False)
     mean: tuple[float, ...] | None = setting(
@@ -178,8 +173,8 @@ class BackboneSettings:
         None, "file of a denoising block for the patch tokens (docs/method.md, section 3)",
         flag=False, changes_result=False)
     image_token: str = setting(
-        "class", "what stands for the whole image: the class token, or the mean of the patch "
-        "tokens as in the release's ViT-L", choices=("class", "mean"), flag="image-token")
+        "class", "what stands for the whole image: the class token, or the patch tokens' mean",
+        choices=("class", "mean"), flag="image-token")              # mean: the release's ViT-L
 
     def check(self):
         for name in ("mean", "std"):
@@ -196,8 +191,8 @@ class BackboneSettings:
 def create_trunk(name, weights="pretrained", options=None, flag="--backbone-weights"):
     """A timm network without its head, for images of any size where it can; or the toy backbone.
 
-    name: timm's. weights: "pretrained", "random" or a file. options: of timm. flag: named in
-    errors. machinery/networks/backbones.py says which names, options and files are refused.
+    Arguments: of `BackboneSettings`; machinery/networks/backbones.py says what is refused. flag:
+    named in errors.
     """
     if name == "toy":
         return backbones.ToyTrunk()
@@ -216,8 +211,8 @@ def patch_tokens(trunk, images):
     """Tokens of a network made by `create_trunk`, after its last norm (section 3).
 
     images: normalised (B, 3, H, W), any size; padded here, right and bottom, to whole patches.
-    Returns prefix tokens (B, P, D), class token and registers, none of a CNN; patch tokens
-    (B, N, D); and the grid (h, w) of the patches, N = h * w.
+    Returns prefix tokens, class token and registers, (B, P, D), P = 0 of a CNN; patch tokens
+    (B, N, D); and their grid (h, w), N = h * w.
     """
     ph, pw = backbones.patch_size(trunk)
     H, W = images.shape[-2:]
@@ -236,8 +231,8 @@ def patch_tokens(trunk, images):
 class VisionBackbone(nn.Module):
     """A timm vision transformer or CNN, or "toy"; it never learns (section 3).
 
-    Arguments: of `BackboneSettings`. With weights="imported" or denoiser=True the values are random
-    until a checkpoint fills them in.
+    Arguments: of `BackboneSettings`; weights="imported" and denoiser=True are to be filled by a
+    checkpoint.
     """
 
     def __init__(self, name="vit_base_patch14_reg4_dinov2.lvd142m", weights="pretrained",
@@ -259,8 +254,8 @@ class VisionBackbone(nn.Module):
     @torch.no_grad()
     def forward(self, images):
         """images: normalised (B, 3, H, W), any size. Returns class token (B, D) and patch tokens
-        (B, N, D), float32 and unit-norm, and the grid (h, w). The last patches may reach beyond the
-        image; segment.py cuts that away."""
+        (B, N, D), float32 and unit-norm, and their grid (h, w), which may reach beyond the image.
+        """
         prefix, patches, grid = patch_tokens(self.trunk, images)
         class_token = prefix[:, 0] if self.uses_class_token else patches.mean(dim=1)        # (B, D)
         if self.denoiser:
@@ -280,7 +275,8 @@ class TextSettings:
     heads: int | None = setting(
         None, "its attention heads; none = CLIP's for the backbone, or width / 64", least=1,
         flag=False)
-    layers: int = setting(12, "its layers; few for few captions", least=1, flag="text-layers")
+    layers: int = setting(
+        12, "layers of the text encoder; few for few captions", least=1, flag="text-layers")
 
 
 class TextEncoder(nn.Module):
@@ -302,15 +298,18 @@ class TextEncoder(nn.Module):
         self.tower = TextTransformer(CONTEXT_LENGTH, width=width, heads=heads, layers=layers,
                                      output_dim=output_dim)
 
+    @staticmethod
+    def ends(tokens):
+        """Position of each caption's end token (B,): it has the highest id; zeros follow."""
+        return tokens.argmax(dim=-1)
+
     def states(self, tokens, embedded=None):
         """Hidden states after the final LayerNorm (B, T, width), and end positions (B,).
 
-        tokens: (B, 77) int64, zeros after the end token, which has the highest id. embedded:
-        (B, at least T, width), the tokens' embeddings, if they are known already. Captions are cut
-        to the longest, T: attention is causal, so no state depends on what follows, such as
-        padding.
+        tokens: (B, 77) int64. embedded: (B, at least T, width), the tokens' embeddings, if known.
+        Captions are cut to the longest, T: attention is causal, so no state depends on padding.
         """
-        end = tokens.argmax(dim=-1)                                                 # (B,)
+        end = self.ends(tokens)                                                     # (B,)
         T = max(end.tolist(), default=0) + 1
         if embedded is None:
             embedded = self.tower.token_embedding(tokens[:, :T])
@@ -321,7 +320,7 @@ class TextEncoder(nn.Module):
     def forward(self, tokens, embedded=None):
         """Caption embedding (B, D), the state at the end token, and token embeddings (B, T, D).
 
-        Arguments: of `states`. Both float32 and unit-norm. Rows behind a caption's end are padding.
+        Arguments: of `states`. Both float32 and unit-norm.
         """
         x, end = self.states(tokens, embedded)                                      # (B, T, width)
         x = F.normalize((x @ self.tower.text_projection).float(), dim=-1)           # (B, T, D)
@@ -344,15 +343,15 @@ class SimZSSSettings:
         "concept", "target of the local loss: the concept (paper) or the prediction (release)",
         choices=("concept", "argmax"))
     pool_query: str = setting(
-        "class", "what pools the patches: the batch's class weight (release) or the caption's own "
-        "concept embedding (paper)", choices=("class", "caption"))
+        "class", "what pools the patches: the class weight (release) or the occurrence's own "
+        "embedding (paper)", choices=("class", "caption"))
 
 
 @dataclass
 class SimZSSProtocol(Protocol):
     class_embedding: str = setting(
-        "caption", "embed a class by its prompt's end token, or by its name's own tokens as in the "
-        "local loss", choices=("caption", "concept"))
+        "caption", "embed a class by its prompt's end token, or by its name's own tokens, as the "
+        "local loss does", choices=("caption", "concept"))
 
 
 class SimZSS(Method):
@@ -379,39 +378,37 @@ class SimZSS(Method):
 
     @staticmethod
     def sample(pair, rng, settings):
-        """tokens (77,), concepts (M, 3) of (bank id, start, end), and pixels uint8 (3, size, size)
-        or the cached features."""
+        """Returns tokens (77,), concepts (M, 3) of (bank id, start, end), and pixels uint8
+        (3, size, size) or the cached features."""
         seen = pair.features or {"pixels": pair.crop(rng)}
         return {**seen, "tokens": pair.tokens(), "concepts": pair.concepts}
 
     def features(self, batch):
-        """class_token (B, D) and patch_tokens (B, N, D) in place of pixels."""
-        if "pixels" not in batch:                   # they come from a cache, in float16
-            return {name: value.float() if value.is_floating_point() else value
-                    for name, value in batch.items()}
-        pixels = batch["pixels"]
-        with self.autocast():                       # mixed precision, set by train.py
-            class_token, patches, _ = self.backbone(self.backbone.normalise(pixels))
+        """Returns the batch with class_token (B, D) and patch_tokens (B, N, D), not pixels."""
         others = {name: value for name, value in batch.items() if name != "pixels"}
-        return {**others, "class_token": class_token, "patch_tokens": patches}
+        if "pixels" in batch:
+            with self.autocast():                   # mixed precision, set by train.py
+                tokens = self.backbone(self.backbone.normalise(batch["pixels"]))
+        else:                                       # from a cache, in float16
+            tokens = batch["class_token"].float(), batch["patch_tokens"].float()
+        return {**others, "class_token": tokens[0], "patch_tokens": tokens[1]}
 
     def feature_key(self):
-        return {**as_mapping(self.settings.backbone), "weights": backbones.sha256(self.backbone)}
+        weights = tensors_sha256(self.backbone.state_dict())
+        return {**as_mapping(self.settings.backbone), "weights": weights}
 
     def encode(self, batch):
-        """caption (B, D) and concepts, the occurrences (B, M, D).
-
-        Captions are computed in groups of like length, so that little padding is."""
-        tokens = batch["tokens"]                                                    # (B, 77)
-        spans = batch["concepts"][..., 1:]                                          # (B, M, 2)
-        order = tokens.argmax(dim=-1).argsort(stable=True)                          # by length
-        tokens = tokens[order]
-        longest = int(tokens[-1].argmax()) + 1
+        """Returns caption (B, D) and concepts, the occurrences' embeddings (B, M, D). Captions of
+        like length are computed together: that saves padding."""
+        order = self.text.ends(batch["tokens"]).argsort(stable=True)
+        tokens = batch["tokens"][order]                                             # (B, 77)
+        spans = batch["concepts"][order, :, 1:]                                     # (B, M, 2)
         size = GPU_GROUP if tokens.is_cuda else GROUP
         with self.autocast():
             # Looked up once: the gradient of the embedding table is as large as the vocabulary
-            embedded = self.text.tower.token_embedding(tokens[:, :longest])         # (B, T, width)
-            groups = zip(tokens.split(size), spans[order].split(size), embedded.split(size))
+            T = int(self.text.ends(tokens[-1])) + 1
+            embedded = self.text.tower.token_embedding(tokens[:, :T])               # (B, T, width)
+            groups = zip(tokens.split(size), spans.split(size), embedded.split(size))
             captions, concepts = zip(*[self.encode_texts(*group) for group in groups])
         back = order.argsort()
         return {"caption": torch.cat(captions)[back], "concepts": torch.cat(concepts)[back]}
@@ -423,26 +420,19 @@ class SimZSS(Method):
             return caption, concept_embeddings(token_embeddings, spans)
 
     def losses(self, encoded, batch):
-        """loss = global + lambda * local, in float32, and what is logged beside them."""
-        caption = encoded["caption"]                                                # (B, D)
+        """Returns loss = global + lambda * local, in float32, and what is logged beside them."""
         concepts = encoded["concepts"]                                              # (B, M, D)
         ids = batch["concepts"][..., 0]                                             # (B, M)
         logit_scale = self.logit_scale.exp()
-        loss_global = global_loss(batch["class_token"], caption, logit_scale)
+        loss_global = global_loss(batch["class_token"], encoded["caption"], logit_scale)
         weights, counts = class_weights(concepts, ids, len(self.bank))      # (C, D), (C,)
+        queries = weights[ids.clamp(min=0)]                 # (B, M, D); padding is left out later
         if self.settings.pool_query == "caption":
-            queries = F.normalize(concepts, dim=-1)                                 # (B, M, D)
-        else:
-            queries = self.weights_of(ids, weights)                                 # (B, M, D)
+            queries = F.normalize(concepts, dim=-1)
         loss_local = self.local_loss(queries, batch, weights, counts)
         return {"loss": loss_global + self.settings.local_weight * loss_local,
                 "global": loss_global, "local": loss_local, "logit_scale": logit_scale,
                 "concepts": counts.sum(), "present": (counts > 0).sum()}
-
-    @staticmethod
-    def weights_of(ids, weights):
-        """Class weights (C, D) of the concepts ids (B, M): (B, M, D)."""
-        return weights[ids.clamp(min=0)]    # padding reads concept 0; `concept_loss` leaves it out
 
     def local_loss(self, queries, batch, weights, counts):
         """L_l of queries (B, M, D): pool the patches, classify what was pooled."""
@@ -459,13 +449,11 @@ class SimZSS(Method):
     # Inference
 
     def embed_classes(self, classes, templates=("{}",), class_embedding=None):
-        """See `Method.embed_classes`. class_embedding: "caption", the state at the prompt's end
-        token, or "concept", the sum of the name's own token embeddings, as in the local loss; None
-        = the protocol's."""
+        """See `Method.embed_classes`. class_embedding: of `SimZSSProtocol`; None = the protocol's.
+        """
         class_embedding = class_embedding or self.protocol.class_embedding
         if class_embedding not in ("caption", "concept"):
-            raise ValueError("class embedding must be 'caption' or 'concept', found "
-                             f"{class_embedding!r}")
+            raise ValueError(f"class embedding {class_embedding!r}: expected caption or concept")
         if class_embedding == "concept" and self.settings.local_weight == 0:
             raise ValueError("with lambda = 0 no concept embeddings are trained; embed classes by "
                              "their prompt's end token: --class-embedding caption")
@@ -477,7 +465,7 @@ class SimZSS(Method):
             if class_embedding == "caption":
                 return caption
             # Alone, `before` has its end token exactly where the name begins in the whole prompt
-            spans = [[tokenize(before).argmax(), tokenize(before + name).argmax()]
+            spans = [[self.text.ends(tokenize(text)) for text in (before, before + name)]
                      for before, name, _ in prompts]
             spans = torch.tensor(spans, device=self.device)[:, None]                # (P, 1, 2)
             return concept_embeddings(states, spans)[:, 0]                          # (P, D)
@@ -486,8 +474,7 @@ class SimZSS(Method):
 
     @torch.no_grad()
     def patch_scores(self, pixels, class_embeddings):
-        """pixels: uint8 (B, 3, H, W). class_embeddings: (C, D) or (C, S, D). Returns cosine
-        similarities (B, C, h, w), and the size in pixels that the grid (h, w) covers."""
+        """See `Method.patch_scores`; the scores are cosine similarities."""
         _, patches, (h, w) = self.backbone(self.backbone.normalise(pixels))         # (B, N, D)
         scores = best_synonym(patches, class_embeddings)                            # (B, C, N)
         ph, pw = self.backbone.patch_size

@@ -44,8 +44,8 @@ PCA_SIZES = (1, 2, 4, 8)                                # of --view pca, times t
 # From a photo to a mask
 
 def resized_size(height, width, short_side, long_side=LONG_SIDE):
-    """(height, width) by the benchmarks' usual rule: short side as asked for, long side at most
-    long_side, rounded half up."""
+    """(height, width) by the benchmarks' usual rule: a short side as asked for, a long side of at
+    most long_side, rounded half up."""
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -53,8 +53,8 @@ def resized_size(height, width, short_side, long_side=LONG_SIDE):
 def resize(pixels, short_side, scale=1):
     """uint8 (3, H, W) -> uint8 (3, h, w) by `resized_size`, bilinear without anti-aliasing.
 
-    scale: of short side and long side. Benchmarks are resized so with OpenCV; about 12 % of its
-    values differ, by one grey level.
+    scale: of short side and long side. About 12 % of the values differ from OpenCV's, by one grey
+    level.
     """
     size = resized_size(*pixels.shape[-2:], scale * short_side, scale * LONG_SIDE)
     if pixels.shape[-2:] == size:
@@ -72,8 +72,7 @@ def window_starts(length, window, stride):
 def slide(model, pixels, class_embeddings, protocol, batch):
     """Score of every class at every pixel, averaged where windows overlap: (C, h, w).
 
-    pixels: uint8 (3, h, w), the resized photo. protocol: its window and stride. batch: windows at a
-    time.
+    pixels: uint8 (3, h, w), the resized photo. batch: windows at a time.
     """
     h, w = pixels.shape[-2:]
     window = protocol.window
@@ -98,7 +97,7 @@ def slide(model, pixels, class_embeddings, protocol, batch):
 def score_maps(model, photo, class_embeddings, protocol, batch=8):
     """Score of every class at every pixel of the resized photo: (C, h, w).
 
-    photo: uint8 (3, H, W). protocol: its sizes, scales and refinement. batch: windows at a time.
+    photo: uint8 (3, H, W). batch: windows at a time.
     """
     pixels = resize(photo, protocol.short_side).to(class_embeddings.device)         # (3, h, w)
     total = 0
@@ -114,8 +113,8 @@ def score_maps(model, photo, class_embeddings, protocol, batch=8):
 def best_classes(maps, height, width):
     """Maps (C, h, w), enlarged to the photo -> (best class, its score), (height, width) each.
 
-    One class after another, so that no more than its map is there at the photo's own size. The
-    first of equal classes wins.
+    One class after another, so that only one map is there at the photo's own size. The first of
+    equal classes wins.
     """
     score = torch.full((height, width), -math.inf, device=maps.device)
     mask = torch.zeros(height, width, device=maps.device,
@@ -148,10 +147,10 @@ def segment_image(model, image, class_embeddings, window=448, stride=224, short_
     return mask.cpu(), score.cpu()
 
 
-def sizes(protocol):
+def window_settings(protocol):
     """What `segment_image` takes from a protocol, by name."""
-    return {name: getattr(protocol, name)
-            for name in ("window", "stride", "short_side", "scales", "refine_steps")}
+    names = ("window", "stride", "short_side", "scales", "refine_steps")
+    return {name: getattr(protocol, name) for name in names}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ def sizes(protocol):
 
 def parse_background(text):
     """None or "none" -> ("none", None); "threshold:0.2" -> ("threshold", 0.2);
-    "prompt:sky, wall" -> ("prompt", ["sky", "wall"]). Raises ValueError for anything else."""
+    "prompt:sky, wall" -> ("prompt", ["sky", "wall"])."""
     kind, _, value = (text or "none").partition(":")
     if kind == "none" and not value:
         return kind, None
@@ -201,18 +200,18 @@ def parse_args(argv=None):
 
 
 def find_photos(names):
-    """Files among names, and all images in the folders among them, sub-folders left out. Raises
-    FileNotFoundError for a folder without images, ValueError for two files of the same name."""
+    """Files among names, and all images in the folders among them, sub-folders left out."""
     photos = []
     for name in names:
-        found = [name]
         if os.path.isdir(name):
-            found = sorted(str(file) for file in Path(name).iterdir()
-                           if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise FileNotFoundError(f"no images in the folder {name}; expected "
-                                    f"{', '.join(IMAGE_SUFFIXES)}")
-        photos += found
+            found = [str(file) for file in sorted(Path(name).iterdir())
+                     if file.suffix.lower() in IMAGE_SUFFIXES]
+            if not found:
+                raise FileNotFoundError(f"no images in the folder {name}; expected "
+                                        f"{', '.join(IMAGE_SUFFIXES)}")
+            photos += found
+        else:
+            photos.append(name)
     if len({Path(photo).stem for photo in photos}) < len(photos):
         raise ValueError("two photos have the same name, so would their masks; segment them into "
                          "different --output folders")
@@ -225,11 +224,12 @@ def find_classes(text, background):
         classes = read_classes(text)
     else:
         classes = check_classes([[name] for name in split_names(text)], "--classes")
-    kind, words = parse_background(background)
     names = [synonyms[0] for synonyms in classes]
-    if kind != "none":
-        check_classes([["background"], *classes], "--background and --classes")
-        names = ["background", *names]
+    kind, words = parse_background(background)
+    if kind == "none":
+        return classes, names
+    names = ["background", *names]
+    check_classes([[name] for name in names], "--background and --classes")
     if kind == "prompt":
         classes = check_classes([words, *classes], "--background and --classes")
     return classes, names
@@ -240,7 +240,8 @@ def segment_file(model, photo, classes, names, embeddings, args):
     content. classes, names: of `find_classes`. args: the command's output, batch and view."""
     image = load_image(photo)
     protocol = model.protocol
-    mask, score = segment_image(model, image, embeddings, batch=args.batch, **sizes(protocol))
+    mask, score = segment_image(model, image, embeddings, batch=args.batch,
+                                **window_settings(protocol))
     kind, threshold = parse_background(protocol.background)
     if kind == "threshold":
         mask = put_background(mask, score, threshold)
@@ -249,32 +250,27 @@ def segment_file(model, photo, classes, names, embeddings, args):
     files = {part: f"{stem}_{part}.png" for part in ("mask", "overlay", *args.view)}
     pictures.save_mask(files["mask"], mask, len(names))
     pictures.overlay(image, mask, names).save(files["overlay"])
-    for view in args.view:
-        scored = names[1:] if kind == "threshold" else names        # it has no embedding
-        draw_view(view, model, image, scored, embeddings).save(files[view])
+    embedded = names[1:] if kind == "threshold" else names
+    if "similarity" in args.view:
+        maps = score_maps(model, to_pixels(image), embeddings, protocol, args.batch)
+        view = pictures.similarity_view(image, embedded, maps.cpu().numpy())
+        view.save(files["similarity"])
+    if "pca" in args.view:
+        side = training_run(model).get("image_size", 224)
+        photos = [resize(to_pixels(image), side, scale) for scale in PCA_SIZES]
+        pictures.pca_view(model, image, embedded, embeddings, photos).save(files["pca"])
 
     pixels = pictures.count_pixels(mask, len(names))
     total = pictures.count_pixels(mask, len(names), score.numpy())
     found = [{"index": i, "name": names[i], "share": round(pixels[i] / mask.size, 6),
               "colour": colour, "score": round(total[i] / pixels[i], 4)}
-             for i, colour in enumerate(pictures.palette(len(names)).tolist()) if pixels[i] > 0]
+             for i, colour in enumerate(pictures.palette(len(names)).tolist()) if pixels[i]]
     result = {"photo": str(photo), "width": image.width, "height": image.height, "names": names,
               "classes": classes, "found": found, **files, **model.checkpoint_file,
               "method": model.name, "settings": as_mapping(model.settings),
               "protocol": as_mapping(protocol)}
     write_text(f"{stem}.json", json.dumps(result, indent=1))
     return result
-
-
-def draw_view(view, model, image, names, embeddings):
-    """The picture of --view. names: of the embeddings' classes."""
-    photo = to_pixels(image)
-    if view == "similarity":
-        maps = score_maps(model, photo, embeddings, model.protocol)
-        return pictures.similarity_view(image, names, maps.cpu().numpy())
-    side = training_run(model).get("image_size", 224)
-    return pictures.pca_view(model, image, names, embeddings,
-                             [resize(photo, side, scale) for scale in PCA_SIZES])
 
 
 def main(argv=None):

@@ -27,7 +27,6 @@ from machinery.contract import Method, Protocol, find_method
 from machinery.errors import one_line_errors
 from machinery.names import read_templates
 from machinery.networks.backbones import warn_if_random
-from machinery.networks.checkpoint import save_model         # for use from Python
 from machinery.parallel import average_gradients, join_processes, pick_precision
 from machinery.scoring.benchmarks import open_dataset
 from machinery.scoring.pictures import comparison
@@ -38,7 +37,7 @@ from machinery.toy import save_scene
 from machinery.training.features import open_cache
 from machinery.training.loading import BatchStream, encode_in_micro_batches, join
 from machinery.training.resume import agree_on, find_state, seed_step, state_files
-from machinery.training.run import Run, print_run
+from machinery.training.run import Run
 from machinery.training.workers import cores_per_process
 
 WARMUP_START = 0.025            # first learning rate / peak of the schedule "cosine-whole"
@@ -52,14 +51,14 @@ POWER = 0.9                     # of the schedule "polynomial"
 class RunSettings:
     """What is trained on, how the optimizer is set, and what happens when something goes wrong."""
     train_data: str = setting(
-        MISSING, "toy, a COCO captions JSON, a TSV / JSONL of (image, caption), or tar shards in "
-        'img2dataset\'s layout: a folder, or names such as "shards/{00000..00295}.tar"')
+        MISSING, "toy, a COCO captions JSON, a TSV or JSONL of (image, caption), or tar shards of "
+        'img2dataset: a folder, or names such as "shards/{00000..00295}.tar"')
     output: str = setting(MISSING, "folder to write to", changes_result=False)
     images: str | None = setting(
         None, "folder of the images; none = COCO's place, or the captions file's folder",
         changes_result=False)
     parser: str = setting(
-        DEFAULT_PARSER, "spaCy pipeline, or match, the built-in matcher")
+        DEFAULT_PARSER, "spaCy pipeline that finds concepts, or match, the built-in matcher")
     bank: str | None = setting(
         None, "concept bank: a file with one name per line, synonyms after commas, or the name of "
         "one in classes/; none = the benchmarks' classes", changes_result=False)
@@ -69,8 +68,7 @@ class RunSettings:
     micro_batch: int | None = setting(
         None, "pairs that a process encodes at a time, for little memory; changes no result; none "
         "= all of its local batch", least=1, changes_result=False)
-    epochs: float | None = setting(
-        None, "passes over the data", above=0, changes_result=False)
+    epochs: float | None = setting(None, "passes over the data", above=0, changes_result=False)
     steps: int | None = setting(
         None, "steps to train for, instead of epochs", least=1, changes_result=False)
     base_rate: float = setting(
@@ -78,26 +76,29 @@ class RunSettings:
         "not finite", above=0)
     image_size: int = setting(MISSING, "pixels a side of training images", least=1)
     cache_features: str | None = setting(
-        None, "folder in which the frozen backbone's features are computed once and trained from: "
-        "much faster steps, but no random crops", changes_result=False)
+        None, "folder for the frozen backbone's features, computed once: much faster steps, but no "
+        "random crops", changes_result=False)
     workers: int = setting(
         lambda: min(8, cores_per_process()), "processes that load images, per process", least=0,
         changes_result=False)
     eval_data: str = setting(
         "none", "scored at the end: toy, a segmentation folder or none", changes_result=False)
     resume: str | None = setting(
-        None, "go on with an interrupted run: auto = from the newest state in the output folder "
-        "that can be read, if there is one; or from a state file", changes_result=False)
+        None, "a state file to go on from, or auto: the newest one in the output folder, if any",
+        changes_result=False)
     precision: str = setting(
-        "auto", "of the networks", choices=("auto", "fp32", "bf16", "fp16"), changes_result=False)
+        "auto", "floating-point type of the networks", choices=("auto", "fp32", "bf16", "fp16"),
+        changes_result=False)
     device: str = setting(
         "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"), changes_result=False)
-    seed: int = setting(0, "of everything that is drawn", least=0)
+    seed: int = setting(0, "seed of all random numbers", least=0)
     pairs: int | None = setting(
         None, "train on so many of the pairs only, drawn by the seed; none = all", least=1)
 
+    # Without a flag of their own
     epoch_pairs: int | None = setting(
-        None, "pairs of one pass, at most; none = all", least=1, flag=False, changes_result=False)
+        None, "pairs of one pass, at most, and scenes of the toy world; none = all", least=1,
+        flag=False, changes_result=False)
     schedule: str = setting(
         "cosine", "of the learning rate, see `learning_rate`", flag=False,
         choices=("cosine", "cosine-whole", "polynomial"))
@@ -105,7 +106,7 @@ class RunSettings:
         0.0, "part of the steps with a rising rate", least=0, most=1, flag=False)
     final_rate: float = setting(
         0.0, "learning rate at the end / its peak", least=0, flag=False)
-    weight_decay: float = setting(0.0, "on matrices", least=0, flag=False)
+    weight_decay: float = setting(0.0, "of AdamW, on matrices", least=0, flag=False)
     beta1: float = setting(0.9, "of AdamW", least=0, most=1, flag=False)
     beta2: float = setting(0.999, "of AdamW", least=0, most=1, flag=False)
     eps: float = setting(1e-8, "of AdamW", above=0, flag=False)
@@ -115,7 +116,7 @@ class RunSettings:
         (), "classes of eval_data neither scored nor predicted, such as background", flag=False,
         changes_result=False)
     eval_names: str | None = setting(
-        None, "class file with other wordings and synonyms of eval_data's classes, in order",
+        None, "class file with other names and synonyms of eval_data's classes, in order",
         flag=False, changes_result=False)
     max_bad: float = setting(
         0.01, "part of the images that may be unreadable before the run ends", least=0, most=1,
@@ -123,8 +124,8 @@ class RunSettings:
     save_minutes: float = setting(
         10.0, "minutes between states", least=0, flag=False, changes_result=False)
     timeout_minutes: float = setting(
-        30.0, "minutes of waiting for another process in a step, after which the run ends",
-        above=0, flag=False, changes_result=False)
+        30.0, "minutes that a step waits for another process before the run ends", above=0,
+        flag=False, changes_result=False)
 
     def check(self):
         if (self.epochs is None) == (self.steps is None):
@@ -143,10 +144,10 @@ class Recipe:
 def learning_rate(step, steps, peak, settings):
     """The learning rate of a step, which counts from 0.
 
-    It rises over the first settings.warmup of the steps. "cosine": then a cosine down to
-    final_rate x peak. "polynomial": (1 - t) ** POWER down to that. "cosine-whole", of OVSegmentor's
-    release: it rises from WARMUP_START x peak, and the cosine counts from step 0, not from the end
-    of the warm-up, so that the rate drops a little there.
+    It rises over the first settings.warmup of the steps, then falls to final_rate x peak: as a
+    cosine, or "polynomial", as (1 - t) ** POWER. "cosine-whole", of OVSegmentor's release: it rises
+    from WARMUP_START x peak, and the cosine counts from step 0, so that the rate drops a little
+    where the warm-up ends.
     """
     rising = round(settings.warmup * steps)
     last = settings.final_rate * peak
@@ -167,20 +168,19 @@ def learning_rate(step, steps, peak, settings):
 # The run
 
 def train(recipe, processes):
-    """Train as a recipe says. Returns (the trained method, alike in all processes, the settings
-    that a checkpoint keeps, what it cost)."""
+    """Train as a recipe says. Returns the method, what its checkpoint keeps of the run, the cost.
+    """
     settings = recipe.run
     output = Path(settings.output)
     state = find_state(settings.resume, output) if settings.resume else None
     if not settings.resume and state_files(output):
         raise ValueError(f"{output} holds an unfinished run ({state_files(output)[0].name}): go on "
-                         "with --resume auto, name another folder with --output, or delete its "
-                         "state files")
+                         "with --resume auto, or name another folder with --output")
     torch.manual_seed(settings.seed)                # the same initial weights in all processes
 
-    # Data. One process finds the concepts, the others read what it found.
+    # Data. One process finds the concepts, the others read what it found
     concepts = None
-    if "concepts" in recipe.method.NEEDS:
+    if recipe.method.NEEDS_CONCEPTS:
         bank = ConceptBank.by_name(settings.bank, settings.exclude_classes)
         concepts = Concepts(bank, settings.parser)
     with processes.first_process_first():
@@ -188,7 +188,7 @@ def train(recipe, processes):
                            partial(recipe.method.sample, settings=recipe.model),
                            settings.image_size, settings.images, settings.seed,
                            settings.epoch_pairs)
-    steps, pass_pairs = length_of_run(settings, pairs)
+    length = length_of_run(settings, pairs)
 
     # Model: built after the data was found, because it may download
     method = recipe.method(recipe.model, concepts.bank.names if concepts else (), training=True)
@@ -199,7 +199,7 @@ def train(recipe, processes):
                               enabled=precision != torch.float32)
     if processes.rank == 0:
         warn_if_random(method.settings)
-    try_scoring(settings, method)
+    try_scoring(settings, method)                   # its errors come now, not after the training
     if settings.cache_features:
         pairs.cache = open_cache(settings.cache_features, pairs, method, settings.image_size,
                                  precision, processes, settings.workers)
@@ -213,7 +213,9 @@ def train(recipe, processes):
     scaler = torch.amp.GradScaler(processes.device_type, enabled=precision == torch.float16)
 
     # Go on where an interrupted run stood
-    training = settings_of_run(settings, pairs, steps, pass_pairs, precision)
+    training = {"run": as_mapping(settings), "step": 0, **length,
+                "arithmetic": str(precision).removeprefix("torch."),
+                "cached": bool(settings.cache_features)}
     positions = None
     if state:
         state.check(method, training, RunSettings)
@@ -222,14 +224,14 @@ def train(recipe, processes):
         positions = state.positions
     agree_on(training["step"], processes)
 
-    loader = open_loader(pairs, settings, processes, range(training["step"], steps), positions)
+    loader = open_loader(pairs, settings, processes, range(training["step"], length["steps"]),
+                         positions)
     stream = BatchStream(pairs, loader, settings.batch // processes.world, processes.device)
     if state and processes.rank == 0:               # those so far are counted once
         stream.left_out += torch.tensor(state.left_out)
     run = Run(settings, training, method, optimizer, scaler, stream, processes)
     run.skipped = state.skipped if state else 0
-    print_run(run, f"{len(pairs.paths):,} tars" if isinstance(pairs, CaptionedTars)
-              else f"{training['pairs']:,} pairs")
+    run.print_start()
     run_steps(run)
     cost = run.write_model()
     return method.eval(), training, cost
@@ -252,9 +254,8 @@ def run_steps(run):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate_factor"]           # the method's, mostly 1
 
-            # The local batch of this process goes through the frozen networks while it is loaded,
-            # one loader batch after the other. Then the trained networks, and the losses of the
-            # global batch
+            # The local batch of this process goes through the frozen networks while it is loaded;
+            # then the trained networks, and the losses of the global batch
             features = map(method.features, stream.loader_batches())
             batch = join(features, stream.local_batch)
             encoded = encode(batch)
@@ -269,7 +270,7 @@ def run_steps(run):
 
             # The update. A step whose loss or gradient is not finite is skipped. In float16 a
             # gradient may overflow though the loss is finite: the scaler then skips the step
-            # itself, and lowers its scale. That does not mean that the run is broken.
+            # itself and lowers its scale, which helps as long as it is above 1
             values = {name: loss.item() for name, loss in losses.items()}   # waits for the device
             loss_is_finite = math.isfinite(values["loss"])
             is_finite = loss_is_finite and math.isfinite(values["grad_norm"])
@@ -277,7 +278,6 @@ def run_steps(run):
                 scaler.step(optimizer)
                 scaler.update()
             method.after_step(step, steps)
-            # A scale above 1 can still be lowered, which helps
             is_overflow = loss_is_finite and not is_finite and scaler.get_scale() > 1
 
             run.end_step(step, values, rate, is_finite, is_overflow)
@@ -287,7 +287,8 @@ def run_steps(run):
 # Its parts
 
 def length_of_run(settings, pairs):
-    """(steps, pairs of one pass). Raises ValueError for settings that do not fit the data."""
+    """{steps, pass_pairs, pairs}; how many pairs tars hold is not known. Raises ValueError for
+    settings that do not fit the data."""
     if isinstance(pairs, CaptionedTars):
         if settings.cache_features:
             raise ValueError("--cache-features needs single images and a captions file; tars are "
@@ -296,30 +297,23 @@ def length_of_run(settings, pairs):
             raise ValueError(f"--pairs {settings.pairs}: tars are read whole, name fewer of them")
         if not settings.epoch_pairs and not settings.steps:
             raise ValueError("how many pairs the tars hold is not known; say how many one pass has "
-                             "with --set run.epoch_pairs=N, or how long to train with --steps")
+                             "with --set run.epoch_pairs=N, or use --steps")
+        number = None
         pass_pairs = settings.epoch_pairs or settings.steps * settings.batch
     else:
-        if settings.pairs and settings.pairs > len(pairs):
-            raise ValueError(f"--pairs {settings.pairs}: there are only {len(pairs)}")
-        there = settings.pairs or len(pairs)
-        pass_pairs = min(settings.epoch_pairs or there, there)
+        number = settings.pairs or len(pairs)
+        if number > len(pairs):
+            raise ValueError(f"--pairs {number}: there are only {len(pairs)}")
+        pass_pairs = min(settings.epoch_pairs or number, number)
     steps = settings.steps or int(settings.epochs * pass_pairs / settings.batch)
     if steps < 1:
         raise ValueError(f"{settings.epochs} passes of {pass_pairs} pairs are less than one batch "
                          f"of {settings.batch}; lower --batch or raise --epochs")
-    return steps, pass_pairs
-
-
-def settings_of_run(settings, pairs, steps, pass_pairs, precision):
-    """What a checkpoint keeps of its run, and what a resumed run is compared with."""
-    number = None if isinstance(pairs, CaptionedTars) else settings.pairs or len(pairs)
-    return {"run": as_mapping(settings), "step": 0, "steps": steps, "pass_pairs": pass_pairs,
-            "pairs": number, "arithmetic": str(precision).removeprefix("torch."),
-            "cached": bool(settings.cache_features)}
+    return {"steps": steps, "pass_pairs": pass_pairs, "pairs": number}
 
 
 def try_scoring(settings, method):
-    """Raise the errors of scoring now, not after hours of training."""
+    """Raise the errors that scoring would raise."""
     templates = read_templates(method.protocol.templates)
     if settings.eval_data != "none":
         dataset = open_dataset(settings.eval_data, settings.eval_without, settings.eval_names)
@@ -338,8 +332,7 @@ def clip_gradients(parameters, scaler, clip):
 
 
 def score(settings, method, training, cost, processes):
-    """Score the trained model on eval_data, each process a part of the images; write result.json
-    and a picture of predictions."""
+    """Score the model on eval_data, all processes together; write result.json and pictures."""
     dataset = open_dataset(settings.eval_data, settings.eval_without, settings.eval_names)
     result, shown = evaluate(method, dataset, method.protocol, pictures=4 * processes.world)
     if processes.rank > 0:
@@ -365,7 +358,7 @@ def read_command_line(argv=None):
     """The `Recipe` of a command line. Raises FileNotFoundError or ValueError."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="simzss",
-                       help="a file in recipes/ by its name, or any .toml (default: %(default)s)")
+                       help="a file in recipes/ by its name, or any .toml (default: simzss)")
     name = first.parse_known_args(argv)[0].recipe   # the method, and so the flags, depend on it
     recipe = read_recipe(name)
     method = find_method(recipe["method"])
@@ -373,11 +366,12 @@ def read_command_line(argv=None):
     parser = argparse.ArgumentParser(
         parents=[first], allow_abbrev=False,
         description=f"Train by a recipe. The defaults here are those of the recipe {name}.")
-    own = [field.name for field in dataclasses.fields(method.Protocol)
-           if field not in dataclasses.fields(Protocol)]
-    add_flags(parser, RunSettings, "run", recipe.get("run"))
-    add_flags(parser, method.Settings, "model", recipe.get("model"), f"method {method.name}")
-    add_flags(parser, method.Protocol, "protocol", recipe.get("protocol"), "at test time", own)
+    unused = () if method.NEEDS_CONCEPTS else ("parser", "bank", "exclude_classes")
+    add_flags(parser, RunSettings, "run", recipe.get("run"), unused)
+    add_flags(parser.add_argument_group(f"method {method.name}"), method.Settings, "model",
+              recipe.get("model"))
+    add_flags(parser.add_argument_group("at test time"), method.Protocol, "protocol",
+              recipe.get("protocol"), [field.name for field in dataclasses.fields(Protocol)])
     add_set_flag(parser, "run.weight_decay=0.1")
     said = given(parser.parse_args(argv))
 
@@ -385,24 +379,23 @@ def read_command_line(argv=None):
     if {"epochs", "steps"} & set(said.get("run", {})):      # the other one of the recipe goes
         run = {key: value for key, value in run.items() if key not in ("epochs", "steps")}
     values = merge({**recipe, "run": run}, said)
-    source = f"recipe {name}"
+    classes = {"run": RunSettings, "model": method.Settings, "protocol": method.Protocol}
     for table in values:
-        if table not in ("method", "run", "model", "protocol"):
-            raise ValueError(f"{source}: there is no table {table!r}; expected run, model, "
-                             "protocol")
-    return Recipe(method, read(RunSettings, values["run"], f"{source}: run"),
-                  read(method.Settings, values.get("model", {}), f"{source}: model"),
-                  read(method.Protocol, values.get("protocol", {}), f"{source}: protocol"))
+        if table not in ("method", *classes):
+            raise ValueError(f"recipe {name}: there is no table {table!r}; expected "
+                             f"{', '.join(classes)}")
+    return Recipe(method, *[read(cls, values.get(table, {}), f"recipe {name}: {table}")
+                            for table, cls in classes.items()])
 
 
 def refuse_misfits(recipe, world):
     """Raise ValueError for settings that do not fit the method or the number of processes."""
-    settings = recipe.run
-    if settings.batch % world:
-        raise ValueError(f"--batch {settings.batch} is the global batch; it must be a multiple of "
-                         f"the {world} processes")
-    local_batch = settings.batch // world
-    if settings.micro_batch and settings.micro_batch < local_batch and not recipe.method.ROWS_INDEPENDENT:
+    batch = recipe.run.batch
+    if batch % world:
+        raise ValueError(f"--batch {batch} is the global batch; it must be a multiple of the "
+                         f"{world} processes")
+    is_split = recipe.run.micro_batch and recipe.run.micro_batch < batch // world
+    if is_split and not recipe.method.ROWS_INDEPENDENT:
         raise ValueError(f"--micro-batch: {recipe.method.name} computes its batch as a whole; "
                          "lower --batch")
 

@@ -68,18 +68,17 @@ class Method(nn.Module):
 
     settings: of the class's `Settings`, a dataclass of machinery/settings.py.
     bank: the name of each concept that training knows, texts.
-    training: whether what only training needs is built, too.
-    The same constructor makes the method to train and the one of a checkpoint, whose tensors are
-    then filled in.
+    training: whether what only training needs is built, too. Without it a checkpoint's tensors are
+        filled in.
     """
 
     name = ""                       # its key in METHODS
     Settings = None                 # dataclass of its settings, "model" in a recipe
     Protocol = Protocol             # dataclass of its settings at test time, "protocol" in a recipe
-    NEEDS = ("captions", "concepts")    # of its training data, beside images
-    ROWS_INDEPENDENT = False              # `encode` treats each row by itself, so --micro-batch is exact
-    FROZEN = ()                     # name prefixes of tensors that never change; they are not saved,
-                                    # because the constructor makes the same ones again
+    NEEDS_CONCEPTS = True           # whether training needs the captions' concepts
+    ROWS_INDEPENDENT = False        # `encode` treats each row by itself, so --micro-batch is exact
+    FROZEN = ()                     # name prefixes of tensors that never change and are not saved:
+                                    # the constructor always makes the same ones
     TRAINING_ONLY = ()              # name prefixes of parts that only training needs (a teacher)
     WEIGHTS = "backbone.weights"    # the setting that --backbone-weights of segment.py replaces
     autocast = nullcontext          # precision of the networks' arithmetic; train.py sets it
@@ -100,18 +99,21 @@ class Method(nn.Module):
 
     @staticmethod
     def sample(pair, rng, settings):
-        """What training needs of a `data.Pair`: dict of tensors. Runs in data workers.
+        """What training needs of a `data.Pair`: dict of tensors; "key", "bad" and "position" are
+        names of the loader. Runs in data workers.
 
-        rng: NumPy generator, seeded by the position in the run; torch's global generator is seeded
-        by it, too. Tensors of one name may differ in their first length; they are padded with -1.
+        rng: NumPy generator, seeded by the position in the run, as is torch's global generator,
+        which torchvision uses. With --cache-features `pair.features` holds what `features` made of
+        {"pixels": ...}, in float16. Tensors of one name may differ in their first dimension; they
+        are padded with -1.
         """
         raise NotImplementedError
 
-    # A training step, in this order. Several processes: each has its own rows of the global batch.
+    # A training step, in this order. Each process has its own rows of the global batch
 
     def features(self, batch):
-        """Replace the inputs of the frozen networks, such as pixels, by their outputs; other
-        entries stay. Row by row and without gradient; what --cache-features stores."""
+        """The batch with the outputs of the frozen networks in place of their inputs, such as
+        pixels. Row by row and without gradient; what --cache-features stores."""
         return batch
 
     def feature_key(self):
@@ -160,10 +162,10 @@ class Method(nn.Module):
     # Inference
 
     def embed_classes(self, classes, templates=("{}",)):
-        """Class names -> embeddings (C, S, D).
+        """Class names -> embeddings (C, S, D), by `self.protocol`.
 
         classes: C names or lists of synonyms; S is the most synonyms of any class. templates:
-        prompts with one {} each. The method's own settings are those of `self.protocol`.
+        prompts with one {} each.
         """
         raise NotImplementedError
 
@@ -178,7 +180,7 @@ class Method(nn.Module):
 
 
 @torch.no_grad()
-def moving_average(teacher, student, share):
-    """Move the teacher's parameters by a share of the way to the student's."""
+def moving_average(teacher, student, rate):
+    """Move the teacher's parameters by a part, rate, of the way to the student's."""
     for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
-        slow.lerp_(fast, share)
+        slow.lerp_(fast, rate)

@@ -8,7 +8,7 @@ import sys
 def one_line_errors(full_memory):
     """Turn the user's mistakes, full disks and dead processes into one line and exit status 1.
 
-    full_memory: what to do where a GPU's memory is full.
+    full_memory: what to do if the GPU's memory is full.
     """
     try:
         yield

@@ -10,9 +10,6 @@ import safetensors
 import safetensors.torch
 import torch
 
-UMASK = os.umask(0o022)                             # it can only be read by setting it
-os.umask(UMASK)
-
 
 @contextlib.contextmanager
 def whole_file(path):
@@ -37,21 +34,20 @@ def write_text(path, text):
 
 
 def save_arrays(path, **arrays):
-    """np.savez, whole or not at all. Raises OSError."""
+    """np.savez, whole or not at all."""
     with whole_file(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)
 
 
 def save_tensors(path, tensors, header=None):
-    """Tensors by name and a header (JSON) to a safetensors file. Raises OSError."""
+    """Write tensors by name and a header (JSON) to a safetensors file. Raises OSError."""
     # Each tensor needs memory of its own, which tied ones do not have.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {"simzss": json.dumps(header)} if header else None
     try:
         with whole_file(path) as partial:
-            safetensors.torch.save_file(tensors, partial, metadata)
-            os.chmod(partial, 0o666 & ~UMASK)       # safetensors gives it to its owner alone
-    except (safetensors.SafetensorError, OSError) as error:         # a full disk, for one
+            partial.write_bytes(safetensors.torch.save(tensors, metadata))
+    except OSError as error:                        # a full disk, for one
         raise OSError(f"{path} could not be written ({error})") from None
 
 
@@ -91,12 +87,8 @@ def fill(expected, found, complaint):
 
 
 def file_sha256(path):
-    """Hash of a file's content."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(2 ** 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensors_sha256(tensors):

@@ -28,7 +28,6 @@ def load_image(path, least=None, most_pixels=None):
     Grey, palette, alpha (over white), 16-bit, CMYK and EXIF-rotated photos work. path: file name or
     open file. least: pixels that each side needs; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
     size if that leaves as many. most_pixels: bound on width x height of what is decoded.
-    Raises FileNotFoundError; ValueError for a file that is no image, is cut short or is too large.
     """
     try:
         with warnings.catch_warnings():             # broken EXIF data, huge sizes: once an image
@@ -66,7 +65,7 @@ def to_pixels(image):
 def read_mask(mask):
     """Values of a mask (H, W) int32; palette indices are kept.
 
-    mask: path, or (size, [(value, run-length code)]). Raises FileNotFoundError or ValueError.
+    mask: path, or (size, [(value, run-length code)]).
     """
     if isinstance(mask, tuple):
         size, codes = mask
@@ -94,7 +93,6 @@ def read_segments(path):
     """Masks of one image, (H, W) bool arrays, from a JSON in the format of SA-1B.
 
     {"annotations": [{"segmentation": {"size": [H, W], "counts": run-length code}}, ...]}
-    Raises ValueError.
     """
     try:
         content = json.loads(path.read_text())
@@ -109,7 +107,7 @@ def decode_runs(size, counts):
 
     Runs of 0 and 1 alternate, column by column. A run is written five bits a character, lowest
     first, with bit 32 for "another character follows"; from the fourth run on it is the difference
-    from the run two before. Raises ValueError for a code of another size.
+    from the run two before.
     """
     runs = []
     number = 0

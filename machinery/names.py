@@ -14,7 +14,7 @@ def normalise_name(name):
 
 
 def read_lines(path):
-    """Lines of a UTF-8 text file that are not empty. Raises FileNotFoundError or ValueError."""
+    """Lines of a UTF-8 text file that are not empty."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no class file {path}: expected a text file with one class name "
@@ -32,25 +32,19 @@ def split_names(text):
 
 
 def read_classes(path):
-    """Read a class file: one class per line, synonyms after commas. Returns lists of names.
-
-    Raises FileNotFoundError; ValueError for a file without names and for duplicate names.
-    """
+    """Read a class file: one class per line, synonyms after commas. Returns lists of names."""
     return check_classes([split_names(line) for line in read_lines(path)], path)
 
 
 def read_labels(path):
     """A class file whose lines may begin with "label: ". Returns (labels or None, classes)."""
     lines = read_lines(path)
-    labelled = [line for line in lines if ":" in line]
     bare = [line for line in lines if ":" not in line]
-    if not labelled:
+    if len(bare) == len(lines):
         return None, read_classes(path)
     if bare:
-        odd = bare[0] if len(bare) <= len(labelled) else labelled[0]
-        raise ValueError(f"{path}: {len(labelled)} lines have a colon, as in \"label: name\", and "
-                         f"{len(bare)} have none; expected one in every line or in none, look at "
-                         f"{odd!r}")
+        raise ValueError(f'{path}: some lines begin with a label, as in "7: road", and some, such '
+                         f"as {bare[0]!r}, do not")
     labels = [line.partition(":")[0].strip() for line in lines]
     twice = [label for label, times in Counter(labels).items() if times > 1]
     if twice:
@@ -81,11 +75,9 @@ def merge_equal_names(lists):
     list_of = {}                                    # normalised name -> its list in merged
     repeated = []
     for synonyms in lists:
-        known = [name for name in synonyms if normalise_name(name) in list_of]
-        if known:
-            target = list_of[normalise_name(known[0])]
-        else:
-            target = []
+        known = [list_of[name] for name in map(normalise_name, synonyms) if name in list_of]
+        target = known[0] if known else []
+        if not known:
             merged.append(target)
         for name in synonyms:
             if normalise_name(name) in list_of:
@@ -117,10 +109,7 @@ def plural(name):
 
 
 def read_templates(name):
-    """Prompt templates, one {} each, of a file in classes/templates/ by its name, or of any file.
-
-    Raises FileNotFoundError or ValueError.
-    """
+    """Prompt templates, each with one {}: of classes/templates/NAME.txt, or of any file."""
     path = named_file(name, CLASSES / "templates", "templates")
     templates = read_lines(path)
     if not templates or any(template.count("{}") != 1 for template in templates):
@@ -132,7 +121,7 @@ def read_templates(name):
 def named_file(name, folder, what):
     """Path of a text file in a folder by its name without .txt, or of any file.
 
-    what: is in the file, for the error. Raises FileNotFoundError.
+    what: the file's content, in words, for the error.
     """
     path = folder / f"{name}.txt"
     if not path.is_file():

@@ -26,29 +26,29 @@ def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce sum. The backward of an all-reduce sum is an all-reduce sum.
+def all_reduce(x):
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x)
+    return x
 
-    Every process computes the same loss from the summed tensor. So each process's gradient comes
-    out as the true gradient times the number of processes; their mean (`average_gradients`) is the
-    exact gradient of the loss.
-    """
+
+class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-        return x
+        return all_reduce(x)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad
+        return all_reduce(grad)
 
 
 def sum_over_processes(x):
-    """Sum of a tensor over all processes, with gradient."""
+    """Sum of a tensor over all processes, with gradient: the sum of their gradients.
+
+    Every process computes the same loss from the sum. So each one's gradient comes out as the true
+    gradient times the number of processes, and their mean (`average_gradients`) is the true one.
+    """
     return _SumOverProcesses.apply(x) if world_size() > 1 else x
 
 
@@ -58,11 +58,8 @@ def global_mean(values):
 
 
 def gather_rows(x):
-    """(rows, ...) of every process -> (world * rows, ...) in rank order, with gradient.
-
-    Every process must hold the same number of rows. It is an all-gather by all-reduce: each rank
-    fills its own slot of a zero tensor, and the sum joins them.
-    """
+    """(rows, ...) of every process, equally many -> (world * rows, ...) in rank order, with
+    gradient. Each process fills its own slot of a zero tensor, and the sum joins them."""
     if world_size() == 1:
         return x
     slots = x.new_zeros(world_size(), *x.shape)
@@ -71,30 +68,23 @@ def gather_rows(x):
 
 
 def global_rows(draw, rows):
-    """This process's rows of a random tensor that is drawn for the global batch.
+    """This process's rows of a random tensor for the global batch, which all processes draw alike.
 
-    draw: function of a number of rows. All processes draw the same tensor, because their generators
-    are seeded alike, so results do not depend on the number of processes.
+    draw: function of a number of rows.
     """
     drawn = draw(rows * world_size())
     return drawn[rank() * rows:(rank() + 1) * rows].clone()     # a view would keep all rows alive
 
 
 def average_gradients(parameters):
-    """Mean of the gradients over processes, in one message; see `_SumOverProcesses`.
-
-    A parameter that the loss did not reach gets gradient 0.
-    """
+    """Mean of the gradients over processes, in one message; 0 where the loss did not reach."""
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     if world_size() > 1:
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        flat /= world_size()
-        sizes = [p.numel() for p in parameters]
-        for p, mean in zip(parameters, flat.split(sizes)):
-            p.grad.copy_(mean.view_as(p))
+        sums = all_reduce(torch.cat([p.grad.flatten() for p in parameters]))
+        for p, total in zip(parameters, sums.split([p.numel() for p in parameters])):
+            p.grad.copy_(total.view_as(p) / world_size())
 
 
 def sum_counts(counts):
@@ -138,8 +128,7 @@ class Processes:
             self.wait()
 
     def end_together(self):
-        """Nobody ends while another still works. Not after an error, when the others may never
-        come."""
+        """Nobody ends while another still works. After an error, do not wait for the others."""
         if self.waiting_group:
             self.wait()
             dist.destroy_process_group()
@@ -148,8 +137,7 @@ class Processes:
 def join_processes(device, timeout_minutes):
     """Join the processes that torchrun started; alone if it did not. Returns `Processes`.
 
-    timeout_minutes: how long a step waits for another process before the run ends. One process that
-    annotates or scores while the others wait may take longer: `Processes.wait`.
+    timeout_minutes: how long a step waits for another process before the run ends.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     device_type = pick_device(device)
@@ -170,33 +158,31 @@ def join_processes(device, timeout_minutes):
 
 def pick_device(name):
     """"auto" -> the best device there is. Raises ValueError for a device that is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                "cpu": True}
     if name == "auto":
-        return next(device for device, there in available.items() if there)
-    if not available[name]:
+        name = next(device for device in is_there if is_there[device])
+    if not is_there[name]:
         raise ValueError(f"--device {name}: this machine has none; use auto or cpu")
     return name
 
 
 def peak_memory(device_type):
-    """The most memory that this process has held so far, in GiB: of the GPU if it has one, else
-    main memory; nan on Windows."""
+    """The most memory that this process has held so far, in GiB: the GPU's if it has one, else
+    main memory; 0 on Windows."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource                             # not on Windows
-    except ImportError:
-        return float("nan")
+    if sys.platform == "win32":
+        return 0.0
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 def pick_precision(name, device_type):
     """dtype of the networks' arithmetic: bfloat16, or float16 on older GPUs; float32 on a CPU."""
-    if name == "auto":
-        if device_type != "cuda":
-            name = "fp32"
-        else:
-            name = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    if name == "auto" and device_type == "cuda":
+        name = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    elif name == "auto":
+        name = "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -4,47 +4,45 @@
     class TextSettings:
         layers: int = setting(12, "layers of the text encoder", least=1, flag="text-layers")
 
-A field has a name, a type, a default, bounds or choices, and a line of help. `add_flags` makes
-flags of it; `read` turns any mapping that comes from a file (a recipe, a checkpoint's header, a
-state, a result) into the dataclass and checks it. A dataclass with a method `check` raises ValueError there
-for values that do not go together; it may also make a path absolute. Nothing else changes settings
-after they were read.
-
-A field without a default has to be in the recipe.
+`add_flags` makes flags of a dataclass; `read` turns a mapping that comes from a file (a recipe, the
+header of a checkpoint or state) into the dataclass and checks it. The dataclass may have a method
+`check`: it raises ValueError for values that do not go together, and may make a path absolute.
+Nothing else changes settings after they were read.
 """
 import argparse
 import dataclasses
 import math
+import operator
 import tomllib
 import types
 import typing
+from dataclasses import MISSING
 from pathlib import Path
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LARGEST = 2 ** 63 - 1                               # whole number that torch and NumPy hold
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false",
+         dict: "names with values"}
+BOUNDS = {"least": (operator.ge, "at least"), "above": (operator.gt, "more than"),
+          "most": (operator.le, "at most")}
 
 
-def setting(default, help, least=None, above=None, most=None, choices=None, flag=True, group=None,
+def setting(default, help, least=None, above=None, most=None, choices=None, flag=True,
             changes_result=True):
     """A field of a settings dataclass.
 
-    default: a value, a function that makes it (for a list, say), or MISSING, which means that the
-    recipe has to say it.
+    default: a value, a function that makes it, or MISSING: the recipe has to say it.
     help: one line; what it means, its unit, its range, the sign of a bad value.
-    least, above, most: bounds of a number; above is a lower bound that is not reached itself.
+    least, above, most: bounds of a number; `above` itself is out of bounds.
     choices: the values that are allowed.
     flag: True, a flag of the field's name; a text, a flag of that name; False, no flag of its own.
-    group: heading under which --help lists the flag.
     changes_result: False for what a resumed run may change, such as the number of workers, and for
-        what is compared by another value, such as the bank by its names (`State.check`).
+        what is compared in another way, such as the bank by its names (`State.check`).
     """
     metadata = {"help": help, "least": least, "above": above, "most": most, "choices": choices,
-                "flag": flag, "group": group, "changes_result": changes_result}
+                "flag": flag, "changes_result": changes_result}
     made = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**made, metadata=metadata)
-
-
-MISSING = dataclasses.MISSING
 
 
 # --------------------------------------------------------------------------------------------------
@@ -53,21 +51,19 @@ MISSING = dataclasses.MISSING
 def read(cls, mapping, source):
     """The settings dataclass cls with the values of a mapping (JSON or TOML), checked.
 
-    source: names the mapping in errors, such as its file. Raises ValueError, one line with the
-    field's name, for an unknown name, a missing one, another type, a number that is not finite or
-    out of bounds, and for what the dataclass's own `check` refuses.
+    source: names the mapping in errors. Raises ValueError, one line with the field's name.
     """
     if not isinstance(mapping, dict):
-        raise ValueError(f"{source}: expected settings by name, found {short(mapping)}")
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = [name for name in mapping if name not in known]
-    if unknown:
-        raise ValueError(f"{source}: there is no setting {short(unknown[0])}; expected one of "
-                         f"{', '.join(known)}")
-    hints = typing.get_type_hints(cls)
-    values = {name: checked(value, hints[name], known[name].metadata, f"{source}: {name}")
-              for name, value in mapping.items()}
-    for name, field in known.items():
+        raise ValueError(f"{source}: expected settings by name, found {abbreviate(mapping)}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for name, value in mapping.items():
+        if name not in fields:
+            raise ValueError(f"{source}: there is no setting {abbreviate(name)}; expected one of "
+                             f"{', '.join(fields)}")
+        field = fields[name]
+        values[name] = check_value(value, field.type, field.metadata, f"{source}: {name}")
+    for name, field in fields.items():
         if name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{source}: the setting {name} is missing; it has no default "
                              f"({field.metadata['help']})")
@@ -80,66 +76,63 @@ def read(cls, mapping, source):
     return settings
 
 
-def checked(value, hint, metadata, where):
-    """A value of a type and within bounds, or ValueError. hint: the field's type; see `read`."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+def check_value(value, hint, metadata, where):
+    """A value as one of the field's type, `hint`, within its bounds. Raises ValueError."""
+    if value is None and type(None) in typing.get_args(hint):
         return None
-    [hint] = [option for option in options if option is not type(None)]
+    hint = without_none(hint)
     if dataclasses.is_dataclass(hint):
         return read(hint, value, where)
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        element = typing.get_args(hint)[0]
+    if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where} is {short(value)}; expected a list")
-        return tuple(checked(one, element, metadata, where) for one in value)
-    kind = origin or hint
+            raise ValueError(f"{where} is {abbreviate(value)}; expected a list")
+        element = typing.get_args(hint)[0]
+        return tuple(check_value(one, element, metadata, where) for one in value)
     if type(value) is int and abs(value) > LARGEST:
-        raise ValueError(f"{where} is {short(value)}; expected a smaller number")
-    if kind is float and type(value) is int:
+        raise ValueError(f"{where} is {abbreviate(value)}; expected a smaller number")
+    if hint is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where} is {short(value)}; expected {KINDS[kind]}")
-    if kind in (int, float):
+    if type(value) is not hint:
+        raise ValueError(f"{where} is {abbreviate(value)}; expected {KINDS[hint]}")
+    if hint in (int, float):
         check_bounds(value, metadata, where)
-    if kind is dict:
+    if hint is dict:
         for name, one in value.items():
-            check_option(one, f"{where}: {short(name)}")
+            check_option(one, f"{where}: {abbreviate(name)}")
     choices = metadata.get("choices")
     if choices and value not in choices:
-        raise ValueError(f"{where} is {short(value)}; expected one of "
+        raise ValueError(f"{where} is {abbreviate(value)}; expected one of "
                          f"{', '.join(map(str, choices))}")
     return value
 
 
-KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false",
-         dict: "names with values"}
+def without_none(hint):
+    """The type of a field without "or None"."""
+    if isinstance(hint, types.UnionType):
+        [hint] = [option for option in typing.get_args(hint) if option is not type(None)]
+    return hint
 
 
 def check_bounds(value, metadata, where):
-    least, above, most = (metadata.get(name) for name in ("least", "above", "most"))
-    bounds = [f"at least {least}" * (least is not None), f"more than {above}" * (above is not None),
-              f"at most {most}" * (most is not None)]
-    fits = (math.isfinite(value) and (least is None or value >= least)
-            and (above is None or value > above) and (most is None or value <= most))
-    if not fits:
-        expected = " and ".join(filter(None, bounds)) or "a finite number"
-        raise ValueError(f"{where} is {value}; expected {expected}")
+    bounds = {name: metadata[name] for name in BOUNDS if metadata.get(name) is not None}
+    inside = all(BOUNDS[name][0](value, bound) for name, bound in bounds.items())
+    if not inside or not math.isfinite(value):
+        expected = " and ".join(f"{BOUNDS[name][1]} {bound}" for name, bound in bounds.items())
+        raise ValueError(f"{where} is {value}; expected {expected or 'a finite number'}")
 
 
 def check_option(value, where):
     """Raise ValueError for anything but a finite number, a text, true, false, none, or a list of
     these."""
     for one in value if isinstance(value, (list, tuple)) else [value]:
-        if one is not None:
-            if type(one) not in (bool, int, float, str):
-                raise ValueError(f"{where} is {short(one)}; expected a number, a text, true, false "
-                                 "or a list of these")
-            checked(one, type(one), {}, where)
+        if type(one) in (bool, int, float, str):
+            check_value(one, type(one), {}, where)
+        elif one is not None:
+            raise ValueError(f"{where} is {abbreviate(one)}; expected a number, a text, true, "
+                             "false or a list of these")
 
 
-def short(value):
+def abbreviate(value):
     """A value in an error: its first characters, on one line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -156,21 +149,20 @@ def differences(cls, then, now):
     then, now: mappings of `as_mapping`; then may be from a file.
     """
     found = []
-    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         before = then.get(field.name)
         after = now[field.name]
-        if dataclasses.is_dataclass(hints[field.name]):
-            found += differences(hints[field.name], before if isinstance(before, dict) else {},
-                                 after)
-        elif field.metadata["changes_result"] and plain(before) != plain(after):
-            name = field.metadata["flag"] if isinstance(field.metadata["flag"], str) else field.name
-            found.append(f"{name} was {short(before)}, is {short(after)}")
+        if isinstance(after, dict) and dataclasses.is_dataclass(field.type):
+            found += differences(field.type, before if isinstance(before, dict) else {}, after)
+        elif field.metadata["changes_result"] and without_tuple(before) != without_tuple(after):
+            flag = field.metadata["flag"]
+            name = flag if isinstance(flag, str) else field.name
+            found.append(f"{name} was {abbreviate(before)}, is {abbreviate(after)}")
     return found
 
 
-def plain(value):
-    """JSON has no tuples."""
+def without_tuple(value):
+    """JSON has lists in place of tuples."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -196,7 +188,7 @@ def read_recipe(name):
         raise ValueError(f'{path}: expected a line method = "NAME"')
     for name, table in content.items():
         if name != "method" and not isinstance(table, dict):
-            raise ValueError(f"{path}: {name} is {short(table)}; expected a table [{name}]")
+            raise ValueError(f"{path}: {name} is {abbreviate(table)}; expected a table [{name}]")
     return content
 
 
@@ -214,60 +206,44 @@ def merge(*mappings):
 # --------------------------------------------------------------------------------------------------
 # Flags
 
-def add_flags(parser, cls, table, values=None, group=None, only=None):
+def add_flags(parser, cls, table, values=None, without=()):
     """Add a flag for each field of a settings dataclass that has one, nested ones included.
 
+    parser: of argparse, or one of its groups.
     table: where the values belong, such as "run" or "model"; `given` returns them there.
     values: what holds without the flag, shown in --help; None = the dataclass's defaults.
-    group: heading for fields without one of their own.
-    only: names of the fields to take; None = all.
+    without: names of fields that get no flag here.
     A flag that is not given leaves no trace in what argparse returns.
     """
-    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         place = f"{table}.{field.name}"
         value = (values or {}).get(field.name, field.default)
-        hint = hints[field.name]
-        if only is not None and field.name not in only:
-            continue
+        hint = without_none(field.type)
         if dataclasses.is_dataclass(hint):
-            add_flags(parser, hint, place, value if isinstance(value, dict) else None, group)
-        elif field.metadata["flag"]:
-            heading = field.metadata["group"] or group
-            add_flag(headed(parser, heading), field, place, hint, value)
-
-
-def headed(parser, heading):
-    """The argument group of a heading, made when it is first asked for."""
-    if heading is None:
-        return parser
-    for group in parser._action_groups:
-        if group.title == heading:
-            return group
-    return parser.add_argument_group(heading)
+            add_flags(parser, hint, place, value if isinstance(value, dict) else None)
+        elif field.metadata["flag"] and field.name not in without:
+            add_flag(parser, field, place, hint, value)
 
 
 def add_flag(parser, field, place, hint, value):
     """One flag; see `add_flags`."""
     flag = field.metadata["flag"]
-    flag = f"--{field.name.replace('_', '-') if flag is True else flag}"
-    if isinstance(hint, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    options = {"dest": place, "default": argparse.SUPPRESS, "help": field.metadata["help"]}
-    if value is not None and value is not MISSING and not callable(value):
+    flag = field.name.replace("_", "-") if flag is True else flag
+    help = field.metadata["help"]
+    if value is not None and value is not MISSING:
         shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        options["help"] += f" (default: {shown})"
-    options["help"] = options["help"].replace("%", "%%")            # argparse fills in %(NAME)s
+        help += f" (default: {shown})"
+    choices = field.metadata["choices"]
     if hint is bool:
-        options["action"] = argparse.BooleanOptionalAction
+        options = {"action": argparse.BooleanOptionalAction}
     elif typing.get_origin(hint) is tuple:
-        options.update(type=typing.get_args(hint)[0], nargs="*", metavar="VALUE")
+        options = {"type": typing.get_args(hint)[0], "nargs": "*", "metavar": "VALUE"}
+    elif choices:
+        options = {"type": hint, "choices": choices}
     else:
-        options.update(type=hint, choices=field.metadata["choices"])
-        if not options["choices"]:
-            options["metavar"] = {int: "N", float: "X"}.get(hint, "NAME")
-    parser.add_argument(flag, **{key: option for key, option in options.items()
-                                 if option is not None})
+        options = {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
+    parser.add_argument(f"--{flag}", dest=place, default=argparse.SUPPRESS,
+                        help=help.replace("%", "%%"), **options)    # argparse fills in %(NAME)s
 
 
 def add_set_flag(parser, example):

@@ -29,22 +29,20 @@ from machinery.files import fill
 from machinery.names import plural, read_templates
 from machinery.networks import backbones
 from machinery.networks.checkpoint import load_model
-from machinery.networks.layers import Normalise
+from machinery.networks.layers import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from machinery.parallel import global_mean
 from machinery.settings import as_mapping, differences, setting
-from methods.parts import sentences
-from methods.parts.augment import (IMAGENET_MEAN, IMAGENET_STD, augmenter, rand_augment,
-                                   random_erase)
 from methods.parts.clustering import assign
 from methods.parts.grouping import (EntityDecoder, ImageEncoder, ImageSettings, Projector, enlarge,
                                     groups_in_use, patch_logits)
-from methods.parts.sentences import MASK, SentenceSettings, tokenize
+from methods.parts.sentences import MASK, Bert, ScratchText, SentenceSettings, tokenize
+from methods.parts.views import rand_augment, random_erase
 from model import (MAX_LOGIT_SCALE, BackboneSettings, VisionBackbone, best_synonym, create_trunk,
                    global_loss, prompt_ensemble)
 
 MASK_LOSS_SCALE = 16                                # 128 pairs per process / 8 groups (section 6)
 DETACHED = 0.5                                      # fraction of groups that L_mask does not train
-TEACHER_RATE = 0.01                                 # of the way to the student, in a step
+TEACHER_RATE = 0.01                                 # of the way to the student that a step moves it
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,9 +56,8 @@ class OVSegmentorSettings:
         choices=(1, 2))
     init: str | None = setting(None, "checkpoint of stage 1, which stage 2 starts from")
     patches: str = setting(
-        "convolution", "what the image encoder takes: pixels through a trained patch convolution, "
-        "with the backbone's weights as initial values, or the frozen backbone's patch tokens",
-        choices=("convolution", "frozen"))
+        "convolution", "input of the image encoder: pixels through a trained patch convolution, or "
+        "the frozen backbone's patch tokens", choices=("convolution", "frozen"))
     backbone: BackboneSettings = setting(
         BackboneSettings, "initial values of the image encoder, or the frozen network before it")
     image: ImageSettings = setting(ImageSettings, "the image encoder")
@@ -100,8 +97,6 @@ class OVSegmentorSettings:
         if backbone.image_token != "class":
             raise ValueError(f"image_token {backbone.image_token}: this method uses the backbone's "
                              "patch tokens only")
-        if self.rand_augment:
-            augmenter(self.rand_augment, 224)       # raises if timm does not know the recipe
 
 
 @dataclass
@@ -132,11 +127,6 @@ def mask_entities(caption, forms):
     return " ".join(words).replace("'", ""), entities
 
 
-@lru_cache(maxsize=1)
-def answer_templates():
-    return read_templates("imagenet80")
-
-
 def answer_sentence(entities, template):
     """"a blurry photo of the cat and chair": a template up to its {}, and the entities."""
     return template.partition("{}")[0] + " and ".join(entities)
@@ -156,7 +146,7 @@ def random_view(pair, rng, settings):
 
 def match_groups(student, teacher):
     """For each of a student's groups the teacher's, one to one, with the least total distance of
-    unit-norm masks (section 6). (B, K, P) both. Returns (B, K) int64."""
+    unit-norm masks. (B, K, P) both. Returns (B, K) int64."""
     a = F.normalize(student.detach(), dim=-1)
     b = F.normalize(teacher, dim=-1)
     cost = (2 - 2 * a @ b.transpose(1, 2)).clamp(min=0).sqrt().nan_to_num()         # (B, K, K)
@@ -184,11 +174,10 @@ def mask_distance(student, teacher, prediction="minmax"):
 
 
 def mask_loss(student, teacher, fit, prediction="minmax"):
-    """L_mask: the student's masks of image 2 against the teacher's, the mean over the global batch.
+    """L_mask: the mean of `mask_distance` over the global batch.
 
-    student, teacher: logits (B, K, P); see `mask_distance`.
     fit: (B, K), similarity of each student group to the entity's prompt. The worst half gets no
-        gradient.
+    gradient.
     """
     worst = fit.topk(int(DETACHED * fit.shape[1]), largest=False).indices
     detached = torch.zeros_like(fit, dtype=torch.bool).scatter(1, worst, True)[..., None]
@@ -214,12 +203,12 @@ def group_scores(group_logits, image_logits, keep):
 
 
 def score_background(affinity, threshold):
-    """Move scores so that a pixel is background where the best of them is at most the threshold.
+    """s + T - b: scores that exceed the threshold T exactly where their class beats the background.
 
-    The authors' rule: in a window a group whose best class scores less than the threshold T, and
-    less than the window's best group, scores 1 for the background, else 0; windows are averaged,
-    and the best of classes and background wins. Scores s + T - background, averaged, are above T in
-    a class exactly where that class beats the background. affinity: (B, K, C). Returns the same.
+    b, the authors' score of the background in a window: 1 for a group whose best class scores less
+    than T and less than the window's best group, else 0. So with T = 0.6 a group with the scores
+    (0.5, 0.2) keeps (1.1, 0.8) if it is the best of its window, else it gets (0.1, -0.2). Averaging
+    over windows changes nothing of it. affinity: s, (B, K, C). Returns (B, K, C).
     """
     best = affinity.amax(dim=2, keepdim=True)                                       # (B, K, 1)
     needed = best.amax(dim=1, keepdim=True).clamp(max=threshold)                    # (B, 1, 1)
@@ -232,8 +221,8 @@ def score_background(affinity, threshold):
 class OVSegmentor(Method):
     """L_contrast + L_entity, and in stage 2 + 0.1 L_mask (section 6). bank: names of the entities.
 
-    A batch, from `sample` to `losses`: image (B, 3, H, W), caption, question and answer (B, T);
-    in stage 2 also partner, another image with one of the entities, and prompt, which names it.
+    A batch: image (B, 3, H, W), caption, question and answer (B, T); in stage 2 also partner,
+    another image with one of the entities, and prompt, which names it.
     """
 
     name = "ovsegmentor"
@@ -260,7 +249,10 @@ class OVSegmentor(Method):
             self.patch_size = self.backbone.patch_size
             self.normalise = self.backbone.normalise
         self.image = ImageEncoder(image, channels, patch)
-        self.text = sentences.create(settings.text, training and settings.stage == 1)
+        if settings.text.encoder == "scratch":
+            self.text = ScratchText(settings.text)
+        else:
+            self.text = Bert(settings.text.encoder, pretrained=training and settings.stage == 1)
         d, d_t = image.width, self.text.width
         self.decoder = EntityDecoder(d, d_t, image.heads)
         self.project_image = Projector(d, settings.hidden, settings.embedding)
@@ -313,7 +305,7 @@ class OVSegmentor(Method):
             return tokenize(text, settings.text.encoder, settings.text.context)
 
         question, entities = mask_entities(pair.caption, entity_forms(pair.bank))
-        templates = answer_templates()
+        templates = read_templates("imagenet80")
         answer = answer_sentence(entities, templates[rng.integers(len(templates))])
         sample = {"image": random_view(pair, rng, settings), "caption": tokens(pair.caption),
                   "question": tokens(question), "answer": tokens(answer)}
@@ -348,8 +340,8 @@ class OVSegmentor(Method):
 
     def encode(self, batch):
         """Embeddings (B, D), not normalised, of image, caption, answer and of what completes the
-        question; queries (B, K, d) and keys (B, N, d) of the patches. In stage 2 also those of the
-        teacher on the partner, and the fit of groups and prompt (B, K), all without gradient."""
+        question; queries (B, K, d) and keys (B, N, d). In stage 2 also those of the teacher on the
+        partner, and the fit of groups and prompt (B, K), all without gradient."""
         settings = self.settings
         with self.autocast():
             groups, queries, keys, _ = self.image(batch["image"])                   # (B, K, d)
@@ -382,7 +374,7 @@ class OVSegmentor(Method):
     @torch.no_grad()
     def teach(self, groups, batch):
         """What L_mask needs beside the student's queries. groups: the student's (B, K, d)."""
-        own = self.project_image(groups, update=False)                              # (B, K, D)
+        own = self.project_image(groups, update=False)      # (B, K, D), counted in `encode`
         partner_groups, queries, keys, grid = self.teacher(batch["partner"])
         self.update_statistics(self.project_image, partner_groups.mean(dim=1), partner_groups)
         prompt = self.embed_text(batch["prompt"])                                   # (B, D)
@@ -391,7 +383,7 @@ class OVSegmentor(Method):
                 "teacher_keys": keys.unflatten(1, grid)}                            # (B, h, w, d)
 
     def update_statistics(self, projector, *unused):
-        """Let features whose projection no loss uses change the running statistics (section 4)."""
+        """Let features whose projection no loss uses move the running statistics (section 4)."""
         if self.training and self.settings.bn_double_pass:
             for x in unused:
                 projector.update_statistics(x)

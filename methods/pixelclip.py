@@ -65,7 +65,8 @@ class PixelCLIPSettings:
         "vit_small_patch16_224.dino", "timm name of the backbone whose tokens are clustered, or "
         "toy")
     mask_weights: str = setting(
-        "pretrained", "its weights: pretrained = timm's download, random, or a local file")
+        "pretrained", "weights of the mask backbone: pretrained = timm's download, random, or a "
+        "local file")
     clusters: int = setting(16, "K, masks of an image by K-means", least=1)
     mask_grid: int = setting(256, "G, side of masks and targets, in cells", least=1)
     resize: int = setting(
@@ -128,9 +129,9 @@ class PixelCLIPProtocol(Protocol):
 def pooling_weights(masks, h, w):
     """Weights that pool h x w cells as if these were enlarged to the masks' grid (section 5).
 
-    masks: (B, M, G, G) bool. Enlarging bilinearly and averaging over a mask are both linear, so
-    that a mask's mean is a weighted sum of the cells. Returns (B, M, h, w); each mask's weights sum
-    to 1, those of an empty mask to 0.
+    masks: (B, M, G, G) bool. Enlarging and averaging are both linear, so a mask's mean is a
+    weighted sum of the cells. Returns (B, M, h, w); each mask's weights sum to 1, those of an empty
+    mask to 0.
     """
     G = masks.shape[-1]
     rows, columns = (F.interpolate(torch.eye(n, device=masks.device)[None], G, mode="linear")[0]
@@ -143,9 +144,9 @@ def pooling_weights(masks, h, w):
 def sinkhorn(scores, rounds=SINKHORN_ROUNDS):
     """Share masks out to pseudo-classes so that all classes get about equally many (section 6).
 
-    scores: (R, C), of this process's masks; R may be 0. In each round the shares of a class are
-    divided by their sum over the masks of all processes, then those of a mask by their sum over
-    classes. In logarithms nothing underflows. Returns (R, C), rows sum to 1.
+    scores: (R, C), of this process's masks; R may be 0. A round divides the shares of a class by
+    their sum over the masks of all processes, then those of a mask by their sum over classes. In
+    logarithms nothing underflows. Returns (R, C), rows sum to 1.
     """
     log_share = scores.log_softmax(dim=1)
     for _ in range(rounds):
@@ -158,8 +159,8 @@ def sinkhorn(scores, rounds=SINKHORN_ROUNDS):
 def union_of_masks(masks, ids, classes):
     """Y: where an image shows each pseudo-class, the union of that class's masks (section 7).
 
-    masks: (B, M, G, G) bool. ids: (B, M), the masks' pseudo-classes, -1 = none. classes: C. Returns
-    (B, C, G, G) bool; a pixel may belong to several.
+    masks: (B, M, G, G) bool. ids: (B, M), -1 = none. classes: C. Returns (B, C, G, G) bool; a pixel
+    may belong to several.
     """
     member = F.one_hot(ids + 1, classes + 1)[..., 1:].float()                       # (B, M, C)
     covered = member.transpose(1, 2) @ masks.flatten(2).float()                     # (B, C, G * G)
@@ -167,11 +168,8 @@ def union_of_masks(masks, ids, classes):
 
 
 def pixel_loss(logits, targets):
-    """Binary cross-entropy of all pseudo-classes at all pixels that a mask covers (section 7).
-
-    logits: (B, C, G, G). targets: Y. Returns the sum, to be divided by the number of these pixels
-    and by C.
-    """
+    """Sum of the binary cross-entropies of all pseudo-classes at all pixels that a mask covers, to
+    be divided by their number and C (section 7). logits: (B, C, G, G). targets: Y."""
     covered = targets.any(dim=1, keepdim=True)                                      # (B, 1, G, G)
     loss = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
     return (loss * covered).sum()
@@ -198,23 +196,20 @@ class ClipText(TextEncoder):
 class Prompts(nn.Module):
     """Pseudo-classes: a prompt in which J learned token embeddings stand for the name (section 4).
 
-    prompt: with one {}.
-    classes: C.
-    count: J.
-    text: `TextEncoder` whose vocabulary they start from, at random entries.
-    Raises ValueError for a prompt that is too long.
+    settings: `PixelCLIPSettings`. text: `TextEncoder`, whose vocabulary has their initial values.
     """
 
-    def __init__(self, prompt, classes, count, text):
+    def __init__(self, settings, text):
         super().__init__()
-        tokens, free = prompt_tokens(prompt, count)
+        count = settings.free_tokens
+        tokens, free = prompt_tokens(settings.prompt, count)
         if len(free) < count or tokens[-1] != 0:
             raise ValueError(f"--prompt with --free-tokens {count} is longer than the context of "
                              f"{len(tokens)} tokens")
         self.register_buffer("tokens", tokens, persistent=False)            # (77,)
         self.register_buffer("free", free, persistent=False)                # (J,)
         table = text.tower.token_embedding.weight                           # (vocabulary, width)
-        words = torch.randint(len(table) - 10, (classes, count))
+        words = torch.randint(len(table) - 10, (settings.pseudo_classes, count))
         self.words = nn.Parameter(table[words].clone())                     # (C, J, width)
 
     def forward(self, text):
@@ -243,19 +238,18 @@ class Decoder(nn.Sequential):
 
 
 class MaskGenerator(nn.Module):
-    """K-means over the patch tokens of a frozen backbone, image by image (section 2).
+    """K-means over the patch tokens of a frozen backbone, image by image (section 2). settings:
+    `PixelCLIPSettings`."""
 
-    name, weights: of `create_trunk`. clusters: K. grid: G.
-    """
-
-    def __init__(self, name, weights, clusters, grid):
+    def __init__(self, settings):
         super().__init__()
-        self.trunk = create_trunk(name, weights, flag="--mask-weights")
+        self.trunk = create_trunk(settings.mask_backbone, settings.mask_weights,
+                                  flag="--mask-weights")
         self.patch_size = backbones.patch_size(self.trunk)
         self.normalise = Normalise(self.trunk.pretrained_cfg["mean"],
                                    self.trunk.pretrained_cfg["std"])
-        self.clusters = clusters
-        self.grid = grid
+        self.clusters = settings.clusters
+        self.grid = settings.mask_grid
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -276,10 +270,8 @@ class MaskGenerator(nn.Module):
                  for seed in seeds]
         first = torch.stack(first)[:, :self.clusters].to(tokens.device)             # (B, K)
         labels = kmeans(tokens, self.clusters, KMEANS_STEPS, first, KMEANS_TOLERANCE)
-        cells = torch.arange(self.grid, device=labels.device)
-        labels = labels.unflatten(1, (h, w))[:, cells * h // self.grid]
-        labels = labels[..., cells * w // self.grid]                                # (B, G, G)
-        return labels[:, None] == torch.arange(self.clusters, device=labels.device).view(-1, 1, 1)
+        masks = F.one_hot(labels, self.clusters).mT.unflatten(2, (h, w))            # (B, K, h, w)
+        return F.interpolate(masks.float(), self.grid, mode="nearest") > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,7 +312,7 @@ class PixelCLIP(Method):
     name = "pixelclip"
     Settings = PixelCLIPSettings
     Protocol = PixelCLIPProtocol
-    NEEDS = ()
+    NEEDS_CONCEPTS = False
     ROWS_INDEPENDENT = True
     TRAINING_ONLY = ("teacher.", "decoder.", "prompts.", "mask_generator.")
     WEIGHTS = "clip_model"
@@ -329,9 +321,8 @@ class PixelCLIP(Method):
         super().__init__(settings, bank)
         self.backbone, self.text, toy = load_clip(settings.clip_model)     # backbone: the student
         if toy:                                     # until training, it is used as its CLIP was
-            common_names = [field.name for field in dataclasses.fields(Protocol)]
-            self.protocol = self.Protocol(**{name: getattr(toy.protocol, name)
-                                             for name in common_names})
+            for field in dataclasses.fields(Protocol):
+                setattr(self.protocol, field.name, getattr(toy.protocol, field.name))
             self.trained_with = toy.trained_with
         self.size = settings.network_size or self.backbone.cells * self.backbone.stride
         if self.size % self.backbone.stride:
@@ -341,12 +332,9 @@ class PixelCLIP(Method):
             torch.backends.cuda.matmul.allow_tf32 = True    # the authors' float32 products
             self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
             self.decoder = Decoder(*settings.decoder_channels)
-            self.prompts = Prompts(settings.prompt, settings.pseudo_classes,
-                                   settings.free_tokens, self.text)
+            self.prompts = Prompts(settings, self.text)
             if settings.masks == "kmeans":
-                self.mask_generator = MaskGenerator(
-                    settings.mask_backbone, settings.mask_weights, settings.clusters,
-                    settings.mask_grid)
+                self.mask_generator = MaskGenerator(settings)
             self.train()
         if settings.clip_model.endswith("/random"):         # it exists nowhere else
             self.FROZEN = ()
@@ -473,13 +461,12 @@ class PixelCLIP(Method):
     def network_input(self, pixels, size=None):
         """uint8 (B, 3, H, W) -> normalised float32, resized to size (a number or a pair)."""
         images = self.backbone.normalise(pixels)
-        size = size or self.size
-        return F.interpolate(images, size, mode="bilinear", align_corners=False)
+        return F.interpolate(images, size or self.size, mode="bilinear", align_corners=False)
 
     # Inference
 
     def embed_classes(self, classes, templates=("{}",)):
-        """See `Method.embed_classes`. A prompt's embedding is the state at its end token."""
+        """A prompt's embedding is the state at its end token."""
         def embed(prompts):
             tokens = torch.stack([tokenize("".join(prompt)) for prompt in prompts])     # (P, 77)
             return self.text(tokens.to(self.device))[0]
@@ -491,7 +478,7 @@ class PixelCLIP(Method):
         """Cosines (B, C, 64, 64) of the enlarged features and classes (section 9); see `Method`."""
         size = pixels.shape[-2:]
         if self.protocol.input == "native":
-            images = self.network_input(pixels, size)
+            images = self.backbone.normalise(pixels)
             images = F.pad(images, (0, -size[1] % self.backbone.stride,
                                     0, -size[0] % self.backbone.stride))
             size = images.shape[-2:]

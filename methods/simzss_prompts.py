@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import torch
 
 from machinery.names import read_templates
+from machinery.parallel import sum_over_processes
 from machinery.settings import setting
-from machinery.tokenizer import tokenize
+from machinery.tokenizer import CONTEXT_LENGTH, tokenize
 from model import SimZSS, SimZSSSettings, class_weights
 
 
 @dataclass
 class SimZSSPromptsSettings(SimZSSSettings):
     prompt_weight: float = setting(0.05, "weight of the local loss of prompts", least=0)
-    prompts: str = setting("imagenet80", "templates of the prompts, see templates", flag=False)
+    prompts: str = setting(
+        "imagenet80", "prompt templates of the added loss: a name or a file, as at test time",
+        flag=False)
 
 
 class SimZSSPrompts(SimZSS):
@@ -36,8 +39,8 @@ class SimZSSPrompts(SimZSS):
         with self.autocast():
             prompts, _ = self.text(self.prompt_tokens(present))                     # (P, D)
         weights, _ = class_weights(prompts[:, None], present[:, None], len(self.bank))
-        counts = class_weights(encoded["concepts"].detach(), ids, len(self.bank))[1]
-        loss = self.local_loss(self.weights_of(ids, weights), batch, weights, counts)
+        counts = sum_over_processes(torch.bincount(ids[ids >= 0], minlength=len(self.bank)).float())
+        loss = self.local_loss(weights[ids.clamp(min=0)], batch, weights, counts)
         return {**losses, "loss": losses["loss"] + self.settings.prompt_weight * loss,
                 "prompt": loss}
 
@@ -47,6 +50,7 @@ class SimZSSPrompts(SimZSS):
         # Drawn for the whole bank, so that all processes have the same prompt of a concept
         drawn = torch.randint(len(templates), (len(self.bank),)).tolist()
         texts = [templates[drawn[id]].replace("{}", self.bank[id]) for id in present.tolist()]
-        empty = torch.empty(0, 77, dtype=torch.int64)
-        tokens = torch.stack(list(map(tokenize, texts))) if texts else empty
+        tokens = torch.empty(len(texts), CONTEXT_LENGTH, dtype=torch.int64)
+        for row, text in zip(tokens, texts):
+            row[:] = tokenize(text)
         return tokens.to(present.device)

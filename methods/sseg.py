@@ -1,9 +1,9 @@
 """S-Seg: masks learned from a frozen network's clusters, names learned from captions.
 
 Paper: Zihang Lai, "Exploring Simple Open-Vocabulary Semantic Segmentation", CVPR 2025, arXiv
-2401.12217. Its author published no code. docs/sseg.md has every formula, and says what
-is known and what is our choice; "section n" below is a section there. This file is in its order.
-The layers of the network are MaskFormer's, in methods/parts/maskformer.py.
+2401.12217. Its author published no code. docs/sseg.md has every formula, and says what is known and
+what is our choice; "section n" below is a section there. The layers are MaskFormer's, in
+methods/parts/maskformer.py.
 
     python train.py --recipe sseg-toy               # drawn scenes; recipes/sseg.toml is the paper's
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from machinery.contract import Method, Protocol
 from machinery.networks import backbones
-from machinery.networks.layers import Normalise
+from machinery.networks.layers import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from machinery.parallel import sum_over_processes
 from machinery.settings import setting
 from machinery.tokenizer import tokenize
@@ -32,12 +32,9 @@ from methods.parts.maskformer import (STRIDE, PixelDecoder, SwinMaps, ToyMaps, T
 from model import (MAX_LOGIT_SCALE, BackboneSettings, TextEncoder, TextSettings, VisionBackbone,
                    best_synonym, global_loss, prompt_ensemble)
 
-KMEANS_STEPS = 10                                   # of Lloyd's algorithm
 FLIPPED = 0.5                                       # of the training crops
 FOCAL_WEIGHT = 20.0                                 # in the loss and in the matching (section 5.1)
 DICE_WEIGHT = 1.0
-IMAGENET_MEAN = (0.485, 0.456, 0.406)               # pixel statistics, those of Swin and of DINO
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -51,17 +48,17 @@ class SSegSettings:
     student: str = setting(
         "swin_small_patch4_window7_224",
         "network that is trained: timm name of a Swin Transformer, or toy")
-    student_options: dict = setting(
-        dict, "options of timm that shape the student, by name", flag=False)
     drop_path: float = setting(
-        0.2, "stochastic depth of its last block, less in those before", least=0, most=0.9)
+        0.2, "stochastic depth of the student's last block, less in those before", least=0,
+        most=0.9)
     queries: int = setting(64, "Q, masks of an image", least=1)
     decoder_width: int = setting(
         256, "d, a multiple of 32 and of the heads", least=32)
     decoder_layers: int = setting(6, "L, layers of the transformer decoder", least=1)
-    decoder_heads: int = setting(8, "its attention heads", least=1)
-    decoder_ffn: int = setting(2048, "width of its feed-forward layers", least=1)
-    dropout: float = setting(0.1, "in the transformer decoder", least=0, most=0.9)
+    decoder_heads: int = setting(8, "attention heads of the transformer decoder", least=1)
+    decoder_ffn: int = setting(
+        2048, "width of the transformer decoder's feed-forward layers", least=1)
+    dropout: float = setting(0.1, "dropout in the transformer decoder", least=0, most=0.9)
     feature: str = setting(
         "query", "what describes a mask: its query (paper) or the mean of the cells under it, "
         "which is not the paper's", choices=("query", "pool"))
@@ -73,8 +70,6 @@ class SSegSettings:
     deep_supervision: str = setting(
         "mean", "mask loss of all decoder layers, averaged or summed, or of the last one",
         choices=("mean", "sum", "last"))
-    contrastive_weight: float = setting(
-        1.0, "of the sum of both directions; 0.5 is CLIP's mean", least=0)
     least_crop: float = setting(
         0.4, "least area of a training crop, as a fraction of the image's", least=0.01, most=1)
 
@@ -97,18 +92,6 @@ class SSegProtocol(Protocol):
     merge: str = setting(
         "soft", "from masks to a map: soft, a sum over masks on their grid; fine, a sum on pixels; "
         "hard, the largest mask", choices=("soft", "fine", "hard"))
-
-
-# --------------------------------------------------------------------------------------------------
-# Pseudo-masks (section 4.1)
-
-def pseudo_masks(tokens, grid, clusters):
-    """Each image's patch tokens in K clusters, from centres that lie far apart.
-
-    tokens: (B, N, D), unit-norm. grid: (h, w), N = h * w. Returns labels (B, h, w) int64 in
-    0..K-1; a label that occurs nowhere is no mask.
-    """
-    return kmeans(tokens, clusters, KMEANS_STEPS).unflatten(1, grid)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,8 +138,8 @@ def match(costs, present):
     costs: (B, Q, K). present: (B, K) bool, which targets there are. Returns (image, query, target)
     of each pair, three int64 tensors (pairs,).
     """
-    # Costs that are not finite have no best assignment, and any will do: the loss is not finite,
-    # either, and train.py skips the step.
+    # Where costs are not finite any assignment will do: train.py skips the step, whose loss is not
+    # finite, either.
     costs = costs.nan_to_num().cpu().numpy()
     pairs = []
     for image, there in enumerate(present.cpu().numpy()):
@@ -187,18 +170,13 @@ def mask_loss(logits, labels, clusters):
 # MaskFormer without its class head (sections 4.2 to 4.5)
 
 class MaskNetwork(nn.Module):
-    """MaskFormer without its class head: an image -> Q masks, and a feature of each.
-
-    settings: `SSegSettings`.
-    """
+    """An image -> Q masks, and a feature of each. settings: `SSegSettings`."""
 
     def __init__(self, settings):
         super().__init__()
         width = settings.decoder_width
-        if settings.student == "toy":
-            self.backbone = ToyMaps()
-        else:
-            self.backbone = SwinMaps(settings.student, settings.drop_path, settings.student_options)
+        is_toy = settings.student == "toy"
+        self.backbone = ToyMaps() if is_toy else SwinMaps(settings.student, settings.drop_path)
         channels = self.backbone.channels
         self.pixel_decoder = PixelDecoder(channels, width)
         self.decoder = TransformerDecoder(channels[-1], settings.queries, width,
@@ -250,7 +228,7 @@ class SSeg(Method):
     name = "sseg"
     Settings = SSegSettings
     Protocol = SSegProtocol
-    NEEDS = ("captions",)
+    NEEDS_CONCEPTS = False
     ROWS_INDEPENDENT = True
     FROZEN = ("teacher.",)
     TRAINING_ONLY = ("teacher.",)
@@ -276,8 +254,8 @@ class SSeg(Method):
         return {"pixels": pixels, "tokens": pair.tokens()}
 
     def features(self, batch):
-        """The batch with labels (B, h, w), the pseudo-masks of the very crops that the student
-        sees. Raises ValueError for crops that do not consist of whole patches."""
+        """The batch with labels (B, h, w) in 0..K-1, the pseudo-masks of the very crops that the
+        student sees (section 4.1). A label that occurs nowhere is no mask."""
         pixels = batch["pixels"]
         patch = self.teacher.patch_size
         if any(pixels.shape[-1] % side for side in (STRIDE, *patch)):
@@ -285,7 +263,7 @@ class SSeg(Method):
                              f"and of the teacher's patches of {patch[0]} x {patch[1]} pixels")
         with self.autocast():
             _, tokens, grid = self.teacher(self.teacher.normalise(pixels))          # (B, N, .)
-        return {**batch, "labels": pseudo_masks(tokens, grid, self.settings.clusters)}
+        return {**batch, "labels": kmeans(tokens, self.settings.clusters).unflatten(1, grid)}
 
     def encode(self, batch):
         """Mask logits of all layers (B, L, Q, H / 4, W / 4), embeddings image and text (B, D)."""
@@ -314,8 +292,8 @@ class SSeg(Method):
         scale = self.logit_scale.exp()
         # global_loss is the mean of both directions, this the sum (section 5.2)
         contrastive = 2 * global_loss(encoded["image"], encoded["text"], scale)
-        return {"loss": mask + self.settings.contrastive_weight * contrastive, "mask": mask,
-                "contrastive": contrastive, "logit_scale": scale}
+        return {"loss": mask + contrastive, "mask": mask, "contrastive": contrastive,
+                "logit_scale": scale}
 
     @torch.no_grad()
     def after_step(self, step, steps):
@@ -325,12 +303,11 @@ class SSeg(Method):
         """As `Method.parameter_groups`, but tables of embeddings have no weight decay, either."""
         tables = ("token_embedding.weight", "positional_embedding", "decoder.code",
                   "relative_position_bias_table")
-        decayed = []
-        others = []
+        groups = {True: [], False: []}
         for name, p in self.trained().items():
-            (others if p.ndim < 2 or name.endswith(tables) else decayed).append(p)
-        return [{"params": decayed, "decay": 1.0, "rate": 1.0},
-                {"params": others, "decay": 0.0, "rate": 1.0}]
+            groups[p.ndim >= 2 and not name.endswith(tables)].append(p)
+        return [{"params": params, "decay": float(decays), "rate": 1.0}
+                for decays, params in groups.items()]
 
     # Inference (section 7)
 

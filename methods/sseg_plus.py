@@ -75,16 +75,14 @@ def read_class_list(folder):
     folder: what segment.py wrote, NAME_mask.png and NAME.json. Raises FileNotFoundError; ValueError
     for files of different classes.
     """
-    files = sorted(Path(folder).glob("*.json"))
-    if not files:
+    maps = list(Path(folder).glob("*_mask.png"))
+    if not maps:
         raise FileNotFoundError(f"no label maps in {folder}; expected NAME_mask.png and NAME.json, "
                                 "as segment.py writes them")
-    try:
-        contents = [json.loads(file.read_text()) for file in files]
-        lists = {json.dumps([content["names"], content["classes"]]) for content in contents}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds a JSON that segment.py did not write "
-                         f"({error!r})") from None
+    lists = set()
+    for path in maps:
+        content = json.loads(path.with_name(path.name.replace("_mask.png", ".json")).read_text())
+        lists.add(json.dumps([content["names"], content["classes"]]))
     if len(lists) > 1:
         raise ValueError(f"{folder} holds label maps of {len(lists)} different lists of classes; "
                          "expected one, label all images with the same --classes and --background")
@@ -99,12 +97,10 @@ def count_classes(folder):
 
 
 def cut_out(image, labels, size):
-    """The same random square of an image and its labels, at a random scale.
+    """The same random square of a PIL image and its labels (H, W) int64, at a random scale.
 
     The short side becomes 0.5 to 2 times size, and half of the squares are mirrored. What lies
-    beyond the image is black, with the label -1.
-    image: PIL. labels: (H, W) int64 of the image's size.
-    Returns an RGB image and (size, size) int64.
+    beyond the image is black, with the label -1. Returns a PIL image and (size, size) int64.
     """
     change = v2.Compose([
         v2.RandomShortestSize(range(size // 2, 2 * size + 1), interpolation="bicubic"),
@@ -115,26 +111,32 @@ def cut_out(image, labels, size):
 
 
 # --------------------------------------------------------------------------------------------------
-# The network
+# The whole
 
-class SegmentationNetwork(nn.Module):
-    """A timm ViT or CNN, all of it trained, and two convolutions: images -> logits of K classes.
+class SSegPlus(Method):
+    """A timm ViT or CNN, all of it trained, and two convolutions (the published head is UperNet).
+    Of the toy backbone only the convolutions learn. Loss: cross-entropy of each pixel.
 
-    settings: `SSegPlusSettings`; of a toy backbone only the convolutions learn. classes: K.
-    training: whether the backbone's first weights are loaded; a checkpoint has them all.
-    The published head is UperNet.
+    bank: the closed list, K texts of a class's names with commas between; in training it is that of
+    the label maps.
     """
 
-    def __init__(self, settings, classes, training):
-        super().__init__()
+    name = "sseg-plus"
+    Settings = SSegPlusSettings
+    Protocol = SSegPlusProtocol
+    NEEDS_CONCEPTS = False
+    ROWS_INDEPENDENT = True
+
+    def __init__(self, settings, bank=(), training=False):
+        super().__init__(settings, read_class_list(settings.labels) if training else bank)
         backbone = settings.backbone
-        weights = backbone.weights if training else "random"
+        weights = backbone.weights if training else "random"        # a checkpoint has them all
         self.trunk = create_trunk(backbone.name, weights, backbone.options)
         self.patch_size = backbones.patch_size(self.trunk)
         self.head = nn.Sequential(
             nn.Conv2d(self.trunk.num_features, settings.head_width, 3, padding=1, bias=False),
             nn.GroupNorm(32, settings.head_width), nn.ReLU(),
-            nn.Conv2d(settings.head_width, classes, 1))
+            nn.Conv2d(settings.head_width, len(self.bank), 1))
         statistics = self.trunk.pretrained_cfg
         self.normalise = Normalise(backbone.mean or statistics["mean"],
                                    backbone.std or statistics["std"])
@@ -144,32 +146,11 @@ class SegmentationNetwork(nn.Module):
         self.trunk.eval()       # batch statistics stay as they are: they would depend on processes
         return self
 
-    def forward(self, pixels):
+    def logits(self, pixels):
         """uint8 (B, 3, H, W) -> logits (B, K, h, w), and the size in pixels that they cover."""
         _, patches, (h, w) = patch_tokens(self.trunk, self.normalise(pixels))
         ph, pw = self.patch_size
         return self.head(patches.mT.unflatten(2, (h, w))), (h * ph, w * pw)
-
-
-# --------------------------------------------------------------------------------------------------
-# The whole
-
-class SSegPlus(Method):
-    """Cross-entropy of each pixel with its label.
-
-    bank: the closed list, K texts of a class's names with commas between; in training it is that of
-    the label maps.
-    """
-
-    name = "sseg-plus"
-    Settings = SSegPlusSettings
-    Protocol = SSegPlusProtocol
-    NEEDS = ()
-    ROWS_INDEPENDENT = True
-
-    def __init__(self, settings, bank=(), training=False):
-        super().__init__(settings, read_class_list(settings.labels) if training else bank)
-        self.network = SegmentationNetwork(settings, len(self.bank), training)
 
     # Training
 
@@ -196,15 +177,14 @@ class SSegPlus(Method):
 
     def parameter_groups(self):
         """Layers of the backbone learn more slowly, the nearer they are to the image."""
-        head = list(self.network.head.parameters())
+        head = list(self.head.parameters())
         groups = [{"params": [p for p in head if p.ndim >= 2], "decay": 1.0, "rate": 1.0},
                   {"params": [p for p in head if p.ndim < 2], "decay": 0.0, "rate": 1.0}]
-        trunk = self.network.trunk
-        if list(trunk.parameters()):                # the toy trunk has none
+        if list(self.trunk.parameters()):           # the toy trunk has none
             from timm.optim import param_groups_layer_decay
-            undecayed = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()
+            undecayed = getattr(self.trunk, "no_weight_decay", tuple)()     # a CNN says nothing
             decay = self.settings.layer_decay
-            layers = param_groups_layer_decay(trunk, 1.0, undecayed, layer_decay=decay)
+            layers = param_groups_layer_decay(self.trunk, 1.0, undecayed, layer_decay=decay)
             groups += [{"params": layer["params"], "decay": layer["weight_decay"],
                         "rate": decay * layer["lr_scale"]} for layer in layers]
         return groups
@@ -212,14 +192,14 @@ class SSegPlus(Method):
     def encode(self, batch):
         """logits (B, K, h, w)."""
         with self.autocast():
-            logits, _ = self.network(batch["pixels"])
+            logits, _ = self.logits(batch["pixels"])
         return {"logits": logits}
 
     def losses(self, encoded, batch):
         labels = batch["labels"]                                                    # (B, H, W)
         H, W = labels.shape[-2:]
         logits = encoded["logits"].float()                                          # (B, K, h, w)
-        covered = [n * side for n, side in zip(logits.shape[-2:], self.network.patch_size)]
+        covered = [n * side for n, side in zip(logits.shape[-2:], self.patch_size)]
         logits = F.interpolate(logits, covered, mode="bilinear", align_corners=False)[..., :H, :W]
         labelled = sum_over_processes((labels >= 0).sum().float())
         loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
@@ -249,7 +229,7 @@ class SSegPlus(Method):
     @torch.no_grad()
     def patch_scores(self, pixels, class_embeddings):
         """Probabilities among the K classes (B, C, h, w), and the size that they cover."""
-        logits, covered = self.network(pixels)
+        logits, covered = self.logits(pixels)
         probabilities = logits.softmax(dim=1)                                       # (B, K, h, w)
         scores = best_synonym(probabilities.flatten(2).mT, class_embeddings)        # (B, C, N)
         return scores.unflatten(-1, probabilities.shape[-2:]), covered

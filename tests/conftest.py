@@ -40,6 +40,21 @@ def tiny(bank=BANK, seed=0, method=SimZSS, **settings):
     return model
 
 
+def noise(seed, height=40, width=50):
+    """Random pixels (height, width, 3) uint8, different for each seed."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def parser_of_cats(folder):
+    """A spaCy pipeline that knows only cats, saved in a folder; its path."""
+    import spacy                                    # slow to import
+    pipeline = spacy.blank("en", meta={"name": "cats"})
+    ruler = pipeline.add_pipe("entity_ruler")
+    ruler.add_patterns([{"label": "CONCEPT", "pattern": "cat", "id": "cat"}])
+    pipeline.to_disk(folder)
+    return str(folder)
+
+
 def read_log(folder):
     """The lines of a run's log.jsonl."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

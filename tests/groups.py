@@ -3,9 +3,9 @@
     python tests/groups.py runs/ovsegmentor-1-toy groups.png            # on the toy world's scenes
     python tests/groups.py runs/ovsegmentor-1 groups.png --dataset voc
 
-Prints how many groups an image uses, and the oracle's mIoU: each group gets the class that most of
-its pixels have in truth. A row of the picture: photo, truth, the group of each pixel, and how much
-each pixel belongs to each group (S), black to white.
+Prints how many groups an image uses, and the oracle's mIoU; see tests/oracle.py. A row of the
+picture: photo, truth, the group of each pixel, and how much each pixel belongs to each group (S),
+black to white.
 """
 import argparse
 import sys
@@ -17,24 +17,25 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from eval import confusion_matrix, scores
 from machinery.images import to_pixels
 from machinery.networks.checkpoint import load_model
-from machinery.scoring.benchmarks import IGNORE, open_dataset
+from machinery.scoring.benchmarks import open_dataset
 from methods.parts.grouping import patch_logits
+from oracle import oracle_scores
+from segment import resize
 
 ROWS = 8                                            # of the picture
 COLOURS = np.random.default_rng(5).integers(256, size=(256, 3)).astype(np.uint8)
 
 
 @torch.no_grad()
-def soft_assignment(model, image):
-    """S of a PIL image, at its own size: (K, H, W)."""
-    _, queries, keys, (h, w) = model.image(model.maps(to_pixels(image)[None]))
+def soft_assignment(model, pixels):
+    """S of uint8 pixels (3, H, W), at their size: (K, H, W)."""
+    _, queries, keys, (h, w) = model.image(model.maps(pixels[None]))
     soft = patch_logits(queries, keys).softmax(dim=1).unflatten(-1, (h, w))         # (1, K, h, w)
     ph, pw = model.patch_size
     padded = F.interpolate(soft, (h * ph, w * pw), mode="bilinear", align_corners=True)[0]
-    return padded[:, :image.height, :image.width]
+    return padded[:, :pixels.shape[1], :pixels.shape[2]]
 
 
 def main(argv=None):
@@ -45,31 +46,29 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=100, help="so many (default: %(default)s)")
     args = parser.parse_args(argv)
     model = load_model(args.checkpoint)
+    short_side = model.protocol.short_side
     dataset = open_dataset(args.dataset)
-    C = len(dataset.classes)
-    matrix = 0
+    K = model.settings.image.groups
     used = []
-    rows = []
-    for i in range(min(args.images, len(dataset))):
-        _, image, mask = dataset[i]
-        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        soft = soft_assignment(model, image)
-        owner = soft.argmax(dim=0).numpy()                                        # (H, W)
-        oracle = np.zeros_like(mask)
-        for group in np.unique(owner):
-            truth = mask[owner == group]
-            oracle[owner == group] = np.bincount(truth[truth != IGNORE], minlength=C).argmax()
-        matrix = matrix + confusion_matrix(oracle, mask, C, IGNORE)
-        used.append(len(np.unique(owner)))
-        if i < ROWS:
-            grey = [np.repeat((255 * group).byte().numpy()[..., None], 3, 2) for group in soft]
-            row = np.concatenate([np.array(image), COLOURS[mask], COLOURS[owner], *grey], axis=1)
-            rows.append(Image.fromarray(row).resize((128 * (3 + len(soft)), 128)))
-    print(f"{np.mean(used):.1f} of {len(soft)} groups in use, oracle mIoU "
-          f"{scores(matrix)['mIoU']:.2%}")
-    picture = Image.new("RGB", (rows[0].width, 128 * len(rows)))
-    for i, row in enumerate(rows):
-        picture.paste(row, (0, 128 * i))
+
+    def groups_of(pixels):
+        owner = soft_assignment(model, pixels).argmax(dim=0)
+        used.append(len(owner.unique()))
+        return owner
+
+    found = oracle_scores(dataset, {"groups": groups_of}, short_side, args.images)
+    print(f"{np.mean(used):.1f} of {K} groups in use, oracle mIoU {found['groups']['mIoU']:.2%}")
+
+    picture = Image.new("RGB", (128 * (3 + K), 128 * min(ROWS, len(used))))
+    for i in range(min(ROWS, len(used))):
+        _, image, truth = dataset[i]
+        pixels = resize(to_pixels(image), short_side)
+        soft = soft_assignment(model, pixels)
+        grey = (255 * soft).byte().numpy()[..., None].repeat(3, axis=-1)            # (K, H, W, 3)
+        panels = [pixels.permute(1, 2, 0).numpy(), COLOURS[truth], COLOURS[soft.argmax(dim=0)],
+                  *grey]
+        for j, panel in enumerate(panels):
+            picture.paste(Image.fromarray(panel).resize((128, 128)), (128 * j, 128 * i))
     picture.save(args.picture)
 
 

@@ -30,7 +30,7 @@ class LinearSettings:
 class Linear(Method):
     name = "linear"
     Settings = LinearSettings
-    NEEDS = ("captions",)
+    NEEDS_CONCEPTS = False
     FROZEN = ("backbone.", "words.")
     TRAINING_ONLY = ("teacher.",)
 

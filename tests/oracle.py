@@ -5,8 +5,7 @@
 
 Each region of an image is given the class, background included, that most of its scored pixels
 have; pixels are counted over the dataset. Regions: the largest mask of each pixel, of the whole
-image at the short side of the protocol, and the teacher's clusters (docs/sseg.md, section
-4.1).
+image at the short side of the protocol, and the teacher's clusters (docs/sseg.md, section 4.1).
 """
 import argparse
 import sys
@@ -22,9 +21,10 @@ from machinery.errors import one_line_errors
 from machinery.images import to_pixels
 from machinery.networks.checkpoint import load_model
 from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, open_dataset
-from machinery.settings import add_flags, as_mapping, given, merge, read, read_recipe
-from methods.sseg import pseudo_masks
-from model import BackboneSettings, VisionBackbone
+from machinery.settings import read, read_recipe
+from methods.parts.clustering import kmeans
+from methods.sseg import SSegProtocol, SSegSettings
+from model import VisionBackbone
 from segment import resize
 
 
@@ -41,7 +41,7 @@ def named_by_truth(regions, truth, classes):
 def teacher_regions(teacher, pixels, clusters):
     """Clusters of the teacher's tokens in each pixel: (H, W). pixels: uint8 (3, H, W)."""
     _, tokens, grid = teacher(teacher.normalise(pixels[None]))
-    labels = pseudo_masks(tokens, grid, clusters)                                   # (1, h, w)
+    labels = kmeans(tokens, clusters).unflatten(1, grid)                            # (1, h, w)
     sides = [side * patch for side, patch in zip(grid, teacher.patch_size)]
     labels = F.interpolate(labels[None].float(), sides, mode="nearest")[0, 0].long()
     return labels[:pixels.shape[1], :pixels.shape[2]]
@@ -71,33 +71,30 @@ def oracle_scores(dataset, ways, short_side, limit=None):
 
 
 def main(argv=None):
-    backbone = read_recipe("sseg")["model"]["backbone"]
     parser = argparse.ArgumentParser(description="Oracle mIoU of regions; see the docstring.")
     add = parser.add_argument
     add("--dataset", required=True, help=f"toy, {', '.join(BENCHMARKS)}, or a folder")
     add("--data", default="data", help="folder that holds the benchmarks (default: %(default)s)")
-    add("--checkpoint", help="of S-Seg; default: the clusters of --backbone alone")
-    add("--short-side", type=int, help="pixels (default: the checkpoint's, or 448)")
-    add("--clusters", type=int, default=8, help="without a checkpoint (default: %(default)s)")
+    add("--checkpoint", help="of S-Seg; default: the clusters of the recipe's teacher alone")
+    add("--backbone-weights", help="local file of the teacher's weights")
     add("--limit", type=int, help="score the first N images only")
-    add_flags(parser, BackboneSettings, "backbone", backbone, only=("name", "weights"))
     args = parser.parse_args(argv)
-    with one_line_errors("lower --short-side"):
+    with one_line_errors("score smaller photos"):
         dataset = open_dataset(args.dataset, root=args.data)
-        clusters = args.clusters
-        short_side = 448
         ways = {}
         if args.checkpoint:
             model = load_model(args.checkpoint)
-            clusters = model.settings.clusters
-            backbone = as_mapping(model.settings.backbone)
+            settings = model.settings
             short_side = model.protocol.short_side
             ways["masks"] = lambda pixels: mask_regions(model, pixels)
-        backbone = merge(backbone, given(args).get("backbone", {}))
-        teacher = VisionBackbone(**vars(read(BackboneSettings, backbone, "the teacher")))
-        ways["teacher"] = lambda pixels: teacher_regions(teacher, pixels, clusters)
-        found = oracle_scores(dataset, ways, args.short_side or short_side, args.limit)
-        for name, result in found.items():
+        else:
+            settings = read(SSegSettings, read_recipe("sseg")["model"], "the recipe sseg")
+            short_side = SSegProtocol().short_side
+        if args.backbone_weights:
+            settings.backbone.weights = args.backbone_weights
+        teacher = VisionBackbone(**vars(settings.backbone))
+        ways["teacher"] = lambda pixels: teacher_regions(teacher, pixels, settings.clusters)
+        for name, result in oracle_scores(dataset, ways, short_side, args.limit).items():
             print(f"{name}: oracle mIoU {result['mIoU']:.2%}   mAcc {result['mAcc']:.2%}   aAcc "
                   f"{result['aAcc']:.2%}")
 

@@ -2,6 +2,7 @@
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -10,6 +11,9 @@ import pytest
 import torch
 from torch import multiprocessing
 
+import train
+from conftest import without_times
+from machinery.networks.checkpoint import load_model
 from machinery.parallel import average_gradients, join_processes
 
 
@@ -79,6 +83,31 @@ def stopped(start, folder, number, ranks):
     raise AssertionError("the runs were too short to be stopped")
 
 
+def ended_after(step, method, command):
+    """train.py that gets SIGTERM after a step; in a process of its own."""
+    after_step = method.after_step
+
+    def end(model, now, steps):
+        after_step(model, now, steps)
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+    method.after_step = end
+    train.main(command)
+
+
+def check_resumed(whole, folder, method, step, flags):
+    """A run into folder that is ended after a step and resumed has the log and the weights of an
+    uninterrupted one, into whole, bit by bit."""
+    command = [*map(str, flags), "--output", str(folder)]
+    first = Processes(folder.parent, 1, ended_after, step, method, command)
+    assert first.wait() == [128 + signal.SIGTERM], first.output()
+    train.main([*command, "--resume", "auto"])
+    assert without_times(folder) == without_times(whole)
+    expected, found = (load_model(run).checkpoint() for run in (whole, folder))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 # --------------------------------------------------------------------------------------------------
 # A step in two processes
 
@@ -101,9 +130,9 @@ def save_step(method, batch, folder):
     processes.end_together()
 
 
-def check_two_processes(folder, method, batch):
+def check_two_processes(folder, method, batch, rounding=1e-7):
     """Two processes with half a batch each have the losses of one with all of it, and its gradients
-    of all parameters."""
+    of all parameters. rounding: norm of the error where a gradient is zero."""
     both = Processes(folder, 2, save_step, method, batch, folder)
     expected, whole = losses_and_gradients(method, batch)
     assert both.wait() == [0, 0], both.output()
@@ -111,4 +140,4 @@ def check_two_processes(folder, method, batch):
         losses, split = torch.load(folder / f"{rank}")
         assert losses == pytest.approx(expected, rel=1e-5)
         for name, gradient in whole.items():
-            assert (split[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+            assert (split[name] - gradient).norm() <= 1e-4 * gradient.norm() + rounding, name

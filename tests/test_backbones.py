@@ -1,6 +1,5 @@
 """Vision backbones: timm's tokens, images of any size, what is refused, weights files."""
 import math
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import tiny
-from machinery.networks.backbones import SHAPE_OPTIONS, sha256
+from machinery.files import tensors_sha256
 from machinery.settings import read
 from model import BackboneSettings, VisionBackbone
 from reference import denoiser_state, randomise, same, unit
@@ -57,24 +56,6 @@ def test_transformers_give_timms_tokens(name, patch, D, prefix, has_class):
         same(patches, unit(expected), rtol=0, atol=1e-6)
         image = features[:, 0] if has_class else expected.mean(dim=1)
         same(class_token, unit(image), rtol=0, atol=1e-6)
-
-
-def test_dinov3s_rotary_positions_follow_the_grid():
-    """DINOv3 has no position table: at any size it equals a model that timm made for that size, and
-    places matter."""
-    backbone = random("vit_small_patch16_dinov3", depth=1)
-    plain = timm.create_model("vit_small_patch16_dinov3", num_classes=0, depth=1,
-                              img_size=(96, 160)).eval()
-    plain.load_state_dict(backbone.trunk.state_dict())
-    images = torch.randn(1, 3, 96, 160)
-    with torch.no_grad():
-        expected = unit(plain.forward_features(images))
-    class_token, patches, _ = backbone(images)
-    same(class_token, expected[:, 0], rtol=0, atol=1e-6)
-    same(patches, expected[:, 5:], rtol=0, atol=1e-6)
-    _, swapped, _ = backbone(images.roll(80, dims=-1))              # the halves change places
-    swapped_back = swapped.view(6, 10, -1).roll(5, 1).reshape(patches.shape)
-    assert (swapped_back - patches).abs().max() > 1e-4
 
 
 CNNS = [("resnet50.a1_in1k", 2048), ("mobilenetv2_100.ra_in1k", 1280),
@@ -155,38 +136,29 @@ def refusal(kind, *arguments, **settings):
     return str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["vit_huge_dog", "hf-hub:someone/else", "local-dir:/tmp", ""])
+@pytest.mark.parametrize("name", ["vit_huge_dog", "hf-hub:someone/else", "local-dir:/tmp"])
 def test_names_that_timm_has_not_registered_are_refused(name):
     """Only names of timm's table are taken, no hub and no folder."""
     assert f"unknown backbone {name!r}; expected 'toy' or a name from timm" in refusal(
         ValueError, name, "random")
 
 
-@pytest.mark.parametrize("option", ["wings", "checkpoint_path", "pretrained_cfg_overlay",
-                                    "pretrained_cfg", "cache_dir", "pretrained", "features_only"])
+@pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg_overlay", "cache_dir"])
 def test_options_that_shape_no_network_are_refused(option):
     """Options of timm that could name files or addresses are refused, before timm sees them."""
-    assert option not in SHAPE_OPTIONS
     assert f"backbone option {option!r}: expected one that shapes" in refusal(
         ValueError, "test_vit", "random", {"img_size": 32, option: "x"})
 
 
 @pytest.mark.parametrize("name, options", [
-    ("test_vit", {"window_size": 2}), ("test_vit", {"depth": "x"}), ("test_vit", {"img_size": [1]}),
-    ("test_vit", {"num_heads": 0}), ("test_vit", {"num_heads": 7}),
-    ("test_vit", {"embed_dim": -64}), ("test_vit", {"embed_dim": 10 ** 15}),
-    ("test_vit", {"pos_embed": "x"}),
-    ("test_vit", {"init_values": "x"}), ("test_resnet", {"global_pool": 3}),
-    ("test_resnet", {"output_stride": 7})])
+    ("test_vit", {"window_size": 2}), ("test_vit", {"depth": "x"}), ("test_vit", {"num_heads": 0}),
+    ("test_vit", {"embed_dim": 10 ** 15}), ("test_resnet", {"global_pool": 3}),
+    ("lcnet_035", {})])                             # no such pretrained weights
 def test_options_that_make_no_network_are_refused(name, options):
-    """Whatever timm says to an option that a network does not know, or to a value that makes none,
-    is one line with the backbone's name."""
-    assert f"backbone {name!r} cannot be made so: " in refusal(ValueError, name, "random", options)
-
-
-def test_a_name_without_pretrained_weights_says_so():
-    """Without weights at timm, a backbone is not taken with random ones unless asked for."""
-    assert "'lcnet_035' cannot be made so: No pretrained weights" in refusal(ValueError, "lcnet_035")
+    """Whatever timm says to an option that a network does not know, to a value that makes none, or
+    to a network without weights, is one line with the backbone's name."""
+    weights = "random" if options else "pretrained"
+    assert f"backbone {name!r} cannot be made so: " in refusal(ValueError, name, weights, options)
 
 
 def test_a_missing_download_names_both_ways_out(monkeypatch, tmp_path):
@@ -215,18 +187,15 @@ def test_backbones_without_a_regular_grid_say_so():
 
 @pytest.mark.parametrize("mapping, words", [
     ({"mean": [0.5]}, "src: mean has 1 numbers; expected 3"),
-    ({"mean": []}, "src: mean has 0 numbers; expected 3"),
     ({"std": [0.5, 0.0, 0.5]}, "src: std is 0.0; expected more than 0"),
     ({"image_token": "cls"}, "src: image_token is 'cls'; expected one of class, mean"),
     ({"name": "toy", "weights": "x.pth"}, r"toy backbone is hand-made; .* \(/.*x.pth\)"),
-    ({"name": "toy", "weights": "random"}, "toy backbone is hand-made"),
     ({"name": "toy", "options": {"depth": 1}}, "toy backbone is hand-made; .*no options .*depth")])
 def test_settings_that_do_not_go_together_are_refused(mapping, words):
     """Statistics of other than three colours, an unknown image token, and weights or options for
-    the hand-made backbone are refused in one line."""
-    with pytest.raises(ValueError, match=words) as refused:
+    the hand-made backbone are refused."""
+    with pytest.raises(ValueError, match=words):
         read(BackboneSettings, mapping, "src")
-    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_nobody_trains_on_weights_that_are_not_there():
@@ -257,14 +226,13 @@ def write(path, tensors):
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
 def test_local_weights_are_loaded(weights, tmp_path, name):
     """Weights from a local file arrive in the backbone; only the classifier is left out, and
-    counters of batches may be missing, as in older files. They change the backbone's hash."""
+    counters of batches may be missing, as in older files."""
     older = {key: value for key, value in weights.items() if "num_batches" not in key}
     assert any(key.startswith("fc.") for key in older) and len(older) < len(weights)
     backbone = VisionBackbone("test_resnet", write(tmp_path / name, older))
     found = backbone.trunk.state_dict()
     assert all(torch.equal(found[key], value) for key, value in weights.items()
                if not key.startswith("fc."))
-    assert sha256(backbone) != sha256(VisionBackbone("test_resnet", "random"))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -293,12 +261,6 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, name):
     assert f"--backbone-weights: no file {path}" in refusal(FileNotFoundError, "test_resnet", path)
 
 
-def test_weights_files_hold_tensors_only(tmp_path):
-    """A weights file with Python objects is refused (tests/test_release.py: nothing in it runs)."""
-    path = write(tmp_path / "weights.pth", {"state_dict": {"a": SimpleNamespace()}})
-    assert "if it holds Python objects" in refusal(ValueError, "test_resnet", path)
-
-
 # --------------------------------------------------------------------------------------------------
 # Files of a denoiser
 
@@ -318,7 +280,8 @@ def test_a_denoiser_comes_from_either_kind_of_file(tmp_path, ending, shape):
     if ending == "pth":
         wrapped = {name.removeprefix("visual."): value for name, value in state.items()}
         torch.save({"denoiser": wrapped}, path)
-        assert sha256(VisionBackbone("toy", denoiser=path)) == sha256(backbone)
+        again = VisionBackbone("toy", denoiser=path).state_dict()
+        assert tensors_sha256(again) == tensors_sha256(backbone.state_dict())
 
 
 @pytest.mark.parametrize("change, words", [

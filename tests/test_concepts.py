@@ -14,6 +14,7 @@ from spacy.tokens import Doc
 
 from concepts import (ConceptBank, Concepts, annotate, load_parser, main, noun_concepts,
                       token_spans)
+from conftest import parser_of_cats
 from machinery.names import BENCHMARK_NAMES, CLASSES, plural, read_classes
 from machinery.tokenizer import clean, tokenize
 from machinery.training.captions import Annotations, read_captions
@@ -47,8 +48,8 @@ class ByHand:
     def __init__(self, *docs):
         self.docs = {doc.text: doc for doc in (*docs, Doc(ENGLISH.vocab))}
 
-    def pipe(self, texts):
-        return (self.docs[text] for text in texts)
+    def pipe(self, texts, as_tuples):
+        return ((self.docs[text], caption) for text, caption in texts)
 
 
 BANK = ConceptBank(["dog", "cat"])
@@ -70,55 +71,23 @@ def named(caption, bank, parser="match"):
 # --------------------------------------------------------------------------------------------------
 # Noun chunks -> concepts
 
-def test_compound_and_root():
-    """The concept of "two wooden baseball bats" is "baseball bat". Its characters run from the
-    compound to the end of the root."""
-    assert noun_concepts(BATS) == [("baseball bat", 11, 24)]
-    assert BATS.text[11:24] == "baseball bats"
-
-
-def test_every_chunk_and_every_repetition():
-    """Each noun chunk gives one concept, in the order of the text, also when the same concept is
-    there twice."""
-    assert noun_concepts(DOGS) == [("dog", 2, 5), ("dog", 12, 15), ("ball", 28, 32)]
-
-
-def test_only_the_last_compound_counts():
-    """Of several compounds only the last one before the root belongs to the concept."""
-    doc = parsed("a steel kitchen sink", [3, 3, 3, 3], "det compound compound ROOT",
-                 "DET NOUN NOUN NOUN")
-    assert noun_concepts(doc) == [("kitchen sink", 8, 20)]
-
-
-def test_compound_that_is_not_adjacent():
-    """A word between compound and root is inside the characters but not in the concept's name."""
-    doc = parsed("the kitchen steel knives", [3, 3, 3, 3], "det compound amod ROOT",
-                 "DET NOUN ADJ NOUN", "the kitchen steel knife")
-    assert noun_concepts(doc) == [("kitchen knife", 4, 24)]
-
-
-def test_compound_of_another_word():
-    """A compound that belongs to another word than the chunk's root is not used."""
-    doc = parsed("tennis court owners", [1, 2, 2], "compound compound ROOT", "NOUN NOUN NOUN",
-                 "tennis court owner")
-    assert noun_concepts(doc) == [("court owner", 7, 19)]
-
-
-def test_compound_after_the_root():
-    """Only a compound before the root belongs to it: in "gate five" the concept is "gate"."""
-    doc = parsed("the gate five", [1, 1, 1], "det ROOT compound", "DET NOUN NOUN")
-    assert noun_concepts(doc) == [("gate", 4, 8)]
-
-
-def test_no_chunks():
-    """A caption without a noun has no concepts."""
-    assert noun_concepts(RUNNING) == []
-
-
-def test_missing_lemmas():
-    """Without a lemmatizer the root's own text in lower case is used as its lemma."""
-    doc = parsed("Two Baseball Bats", [2, 2, 2], "nummod compound ROOT", "NUM NOUN NOUN")
-    assert noun_concepts(doc) == [("baseball bats", 4, 17)]
+@pytest.mark.parametrize("doc, concepts", [
+    (BATS, [("baseball bat", 11, 24)]),             # lemma; from the compound to the root's end
+    (DOGS, [("dog", 2, 5), ("dog", 12, 15), ("ball", 28, 32)]),         # each chunk, in order
+    (parsed("a steel kitchen sink", [3, 3, 3, 3], "det compound compound ROOT",
+            "DET NOUN NOUN NOUN"), [("kitchen sink", 8, 20)]),          # only the last compound
+    (parsed("the kitchen steel knives", [3, 3, 3, 3], "det compound amod ROOT", "DET NOUN ADJ NOUN",
+            "the kitchen steel knife"), [("kitchen knife", 4, 24)]),    # a word between them
+    (parsed("tennis court owners", [1, 2, 2], "compound compound ROOT", "NOUN NOUN NOUN",
+            "tennis court owner"), [("court owner", 7, 19)]),           # compound of a compound
+    (parsed("the gate five", [1, 1, 1], "det ROOT compound", "DET NOUN NOUN"),
+     [("gate", 4, 8)]),                                                 # compound after the root
+    (parsed("Two Baseball Bats", [2, 2, 2], "nummod compound ROOT", "NUM NOUN NOUN"),
+     [("baseball bats", 4, 17)]),                                       # no lemmas: the text
+    (RUNNING, [])], ids=lambda value: value.text if isinstance(value, Doc) else "")
+def test_noun_concepts(doc, concepts):
+    """Each noun chunk gives one concept: the root's lemma and the last compound before it."""
+    assert noun_concepts(doc) == concepts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,18 +222,13 @@ def test_occurrence_across_the_end_of_the_context(before, found):
     assert list(annotate([caption], ConceptBank(["hot dog"]), "match")) == [found]
 
 
-def test_bank_that_holds_a_plural():
-    """A name that is itself a plural is found by the words of the text, if the lemma is not in the
-    bank."""
-    doc = parsed("the clouds", [1, 1], "det ROOT", "DET NOUN", "the cloud")
-    assert list(annotate(["the clouds"], ConceptBank(["clouds"]), ByHand(doc))) == [[(0, 2, 3)]]
-
-
-@pytest.mark.parametrize("names", [["shelf", "shelves"], ["shelves", "shelf"]])
-def test_bank_that_holds_both_numbers(names):
-    """Where the bank has singular and plural, the lemma decides, whatever the order of the bank."""
+@pytest.mark.parametrize("names, found", [
+    (["shelf", "shelves"], "shelf"), (["shelves", "shelf"], "shelf"), (["shelves"], "shelves")])
+def test_bank_that_holds_a_plural(names, found):
+    """The lemma decides, whatever the order of the bank; a name that is itself a plural is found by
+    the words of the text, if the lemma is not in the bank."""
     doc = parsed("the shelves", [1, 1], "det ROOT", "DET NOUN", "the shelf")
-    assert named("the shelves", ConceptBank(names), ByHand(doc)) == [("shelf", "shelves")]
+    assert named("the shelves", ConceptBank(names), ByHand(doc)) == [(found, "shelves")]
 
 
 def test_pipeline_that_finds_nothing():
@@ -386,19 +350,10 @@ def test_bank_without_equal_names(capsys):
     assert printed.out == printed.err == ""
 
 
-@pytest.mark.parametrize("names, message", [
-    (["dog", " "], "concept bank: an empty class name; every class needs a name of its own"),
-    ([], "concept bank: no class names found, expected at least one"),
-])
-def test_bank_refuses(names, message):
-    """An empty name and a bank without names are refused, and the error says what was found."""
-    with pytest.raises(ValueError, match=message):
-        ConceptBank(names)
-
-
 def test_bank_from_file(tmp_path):
-    """A bank file has one concept per line, synonyms after commas; blank lines do not count."""
-    (tmp_path / "bank.txt").write_text("dog, puppy\n\n  cat\n")
+    """A bank file has one concept per line, synonyms after commas; blank lines and a byte order
+    mark do not count."""
+    (tmp_path / "bank.txt").write_text("dog, puppy\n\n  cat\n", encoding="utf-8-sig")
     assert read_classes(tmp_path / "bank.txt") == [["dog", "puppy"], ["cat"]]
     bank = ConceptBank.from_file(tmp_path / "bank.txt")
     assert bank.names == ["dog", "cat"] and bank.ids == {"dog": 0, "puppy": 0, "cat": 1}
@@ -436,12 +391,6 @@ def test_bank_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="no concept bank 'none'; expected ade20k, .* or a "
                                                 "file with one per line"):
         ConceptBank.by_name("none")
-
-
-def test_class_file_with_byte_order_mark(tmp_path):
-    """The byte order mark that some editors write before a text is not part of the first name."""
-    (tmp_path / "bank.txt").write_text("dog\ncat\n", encoding="utf-8-sig")
-    assert read_classes(tmp_path / "bank.txt") == [["dog"], ["cat"]]
 
 
 @pytest.mark.parametrize("content, message", [
@@ -531,8 +480,10 @@ def test_only_a_new_line_ends_a_row(tmp_path, name, row, separator):
 @pytest.mark.parametrize("name, content, found", [
     ("c.txt", TSV, r"its name must end in \.json \(COCO\), \.jsonl or \.tsv"),
     ("c.json", "", "Expecting value"), ("c.json", json.dumps(COCO)[:-1], "JSONDecodeError"),
-    ("c.json", "[]", "TypeError"),
-    ("c.json", '{"images": []}', "KeyError: 'annotations'"),
+    ("c.json", "[]", "TypeError"), ("c.json", "null", "TypeError"),
+    ("c.json", '{"images": {}}', "KeyError: 'annotations'"),
+    ("c.json", '{"images": [], "annotations": 3}', "TypeError"),
+    ("c.json", "[" * 100_000, "RecursionError"),
     ("c.json", '{"images": [], "annotations": [{"image_id": 5, "caption": "a dog"}]}',
      "KeyError: 5"),
     ("c.json", '{"images": [{"id": 5, "file_name": "a"}], '
@@ -552,18 +503,6 @@ def test_file_that_is_no_captions_file(tmp_path, name, content, found):
                "'annotations', or rows of image and caption")
     with pytest.raises(ValueError, match=message):
         read_captions(tmp_path / name)
-
-
-DEEP = "[" * 100_000
-
-
-@pytest.mark.parametrize("content", [DEEP, '{"images": ' + DEEP, "[]", "[1, 2]", "3", "null", '"x"',
-                                     '{"images": [], "annotations": 3}', '{"images": {}}'])
-def test_json_of_another_form(tmp_path, content):
-    """Nested a hundred thousand deep, or a list or number at the top: one line."""
-    (tmp_path / "c.json").write_text(content)
-    with pytest.raises(ValueError, match="c.json is no captions file"):
-        read_captions(tmp_path / "c.json")
 
 
 @pytest.mark.parametrize("name, content", [
@@ -592,34 +531,26 @@ def test_missing_captions_file(tmp_path):
 
 CAPTIONS = ["a dog and a cat", "nothing", "two cats", "a hot dog"]
 ANNOTATED = [[(0, 2, 3), (1, 5, 6)], [], [(1, 2, 3)], [(0, 3, 4)]]
-TAMPERED = [[(1, 8, 9)], [], [], []]                # not impossible, but wrong
+TAMPERED = [[(1, 8, 9)], [], [], []]
 
 
-def found_in(path, names=("dog", "cat"), parser="match", captions=CAPTIONS):
+def found_in(path, names=("dog", "cat"), parser="match"):
     """The concepts of a captions file, in the form of `annotate`."""
-    return lists(Concepts(ConceptBank(names), parser).of_file(path, captions))
+    return lists(Concepts(ConceptBank(names), parser).of_file(path, CAPTIONS))
 
 
-def change_arrays(path, **arrays):
+def tamper(path, **arrays):
     """Replace arrays of a captions file's cache. The others, such as its key, stay."""
     with np.load(f"{path}.concepts.npz") as file:
         kept = dict(file)
-    np.savez(f"{path}.concepts.npz",
-             **{**kept, **{name: np.array(value) for name, value in arrays.items()}})
+    np.savez(f"{path}.concepts.npz", **{**kept, **arrays})
 
 
-def tamper(path):
-    change_arrays(path, offsets=[0, 1, 1, 1, 1], rows=[[1, 8, 9]])
-
-
-def assert_made_anew(path, **source):
+def assert_made_anew(path, names=("dog", "cat")):
     """The cache is not used but replaced: it is made, and then used."""
-    captions = source.get("captions", CAPTIONS)
-    bank = ConceptBank(source.get("names", ("dog", "cat")))
-    found = list(annotate(captions, bank, source.get("parser", "match")))
-    assert found_in(path, **source) == found != TAMPERED
-    change_arrays(path, offsets=[0, *[1] * len(captions)], rows=[[0, 8, 9]])
-    assert found_in(path, **source)[0] == [(0, 8, 9)]
+    assert found_in(path, names) == list(annotate(CAPTIONS, ConceptBank(names), "match"))
+    tamper(path, offsets=[0, 1, 1, 1, 1], rows=[[1, 8, 9]])
+    assert found_in(path, names) == TAMPERED
 
 
 @pytest.fixture
@@ -628,7 +559,7 @@ def cached(tmp_path):
     path = tmp_path / "c.tsv"
     path.write_text("".join(f"{i}.jpg\t{caption}\n" for i, caption in enumerate(CAPTIONS)))
     assert found_in(path) == ANNOTATED == list(annotate(CAPTIONS, BANK, "match"))
-    tamper(path)
+    tamper(path, offsets=[0, 1, 1, 1, 1], rows=[[1, 8, 9]])
     return path
 
 
@@ -644,16 +575,12 @@ def test_cache_is_reused(cached, capsys):
     ["cat", "dog"], ["dog", "cat", "hot dog"], ["dog", ["cat", "kitten"]]])
 def test_cache_of_another_bank(cached, names):
     """Another order, name or synonym of the bank makes the cache anew."""
-    assert_made_anew(cached, names=names)
+    assert_made_anew(cached, names)
 
 
 def test_cache_of_another_parser(cached, tmp_path):
     """So does another parser, here one in a folder that knows only cats."""
-    pipeline = spacy.blank("en", meta={"name": "cats"})
-    ruler = pipeline.add_pipe("entity_ruler")
-    ruler.add_patterns([{"label": "CONCEPT", "pattern": "cat", "id": "cat"}])
-    pipeline.to_disk(tmp_path / "cats")
-    assert found_in(cached, parser=str(tmp_path / "cats")) == [[(1, 5, 6)], [], [], []]
+    assert found_in(cached, parser=parser_of_cats(tmp_path / "cats")) == [[(1, 5, 6)], [], [], []]
 
 
 @pytest.mark.parametrize("change", [
@@ -663,11 +590,6 @@ def test_cache_of_another_file(cached, change):
     """So does a file of another size or time."""
     change(cached)
     assert_made_anew(cached)
-
-
-def test_cache_of_fewer_captions(cached):
-    """So do captions of another number, whatever the file says."""
-    assert_made_anew(cached, captions=CAPTIONS[:3])
 
 
 def overwrite(position, value):
@@ -692,20 +614,6 @@ def test_broken_cache(cached, damage):
     assert_made_anew(cached)
 
 
-@pytest.mark.parametrize("arrays", [
-    {"rows": [[2, 8, 9]]}, {"rows": [[-1, 8, 9]]}, {"rows": [[1, 8]]}, {"rows": [[1, 9, 9]]},
-    {"rows": [[1, 0, 1]]}, {"rows": [[1, 8, 77]]}, {"rows": [[1.0, 8.0, 9.0]]},
-    {"offsets": [0, 1, 1, 1]}, {"offsets": [0, 1, 1, 1, 2]}, {"offsets": [1, 1, 1, 1, 1]},
-    {"offsets": [0, 1, 0, 1, 1]}, {"bad": [0, 0]}, {"bad": [0.5] * 8}],
-    ids=["id above the bank", "id below 0", "two columns", "empty span", "the start token",
-         "beyond the context", "no integers", "one caption less", "last offset", "first offset",
-         "falling offsets", "counts of two reasons", "counts that are no integers"])
-def test_impossible_cache(cached, arrays):
-    """A cache whose arrays cannot be concepts of these captions and this bank is made anew."""
-    change_arrays(cached, **arrays)
-    assert_made_anew(cached)
-
-
 class Writing:
     """What writes a file when it is unpickled."""
 
@@ -718,42 +626,20 @@ class Writing:
 
 def test_cache_without_pickle(cached, tmp_path):
     """A cache that holds pickled objects is not opened but made anew."""
-    objects = np.array([Writing(tmp_path / "written")], object)
-    change_arrays(cached, rows=objects)
+    tamper(cached, rows=np.array([Writing(tmp_path / "written")], object))
     assert_made_anew(cached)
     assert not (tmp_path / "written").exists()
 
 
-def read_only_folder(path):
-    if os.geteuid() == 0:
-        pytest.skip("root may write into read-only folders")
-    path.parent.chmod(0o555)
-
-
-def taken_name(path):
-    Path(f"{path}.concepts.npz").mkdir()
-
-
-@pytest.mark.parametrize("spoil", [read_only_folder, taken_name])
-def test_cache_that_cannot_be_written(tmp_path, spoil, capsys):
+def test_cache_that_cannot_be_written(tmp_path, capsys):
     """Where no cache can be written the concepts are still found, one line says why, and no
     unfinished file is left."""
-    (tmp_path / "c").mkdir()
-    path = tmp_path / "c" / "c.tsv"
+    path = tmp_path / "c.tsv"
     path.write_text(TSV)
-    spoil(path)
-    before = sorted(tmp_path.rglob("*"))
+    Path(f"{path}.concepts.npz").mkdir()
     assert found_in(path) == ANNOTATED
     assert f"the concepts were not cached, {path}.concepts.npz: " in capsys.readouterr().err
-    assert sorted(tmp_path.rglob("*")) == before
-    path.parent.chmod(0o755)
-
-
-def test_concepts_of_captions_in_memory(tmp_path, monkeypatch):
-    """Captions that come from no file have no cache."""
-    monkeypatch.chdir(tmp_path)
-    assert lists(Concepts(BANK, "match").of_captions(CAPTIONS)) == ANNOTATED
-    assert list(tmp_path.iterdir()) == []
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_only_some_captions():
@@ -798,17 +684,16 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "c.tsv.concepts.npz").stat().st_mtime_ns == cache.st_mtime_ns
 
 
-def test_command_with_a_bank(tmp_path, capsys):
-    """--bank replaces the bank, and at most the 20 most frequent concepts are printed."""
-    words = [f"thing{'abcdefghijklmnopqrstuvwxyz'[i]}" for i in range(25)]
-    (tmp_path / "bank.txt").write_text("\n".join(words))
-    (tmp_path / "c.tsv").write_text(f"1.jpg\t{' '.join(words)}\n2.jpg\t{words[24]}\n")
-    main([str(tmp_path / "c.tsv"), "--parser", "match", "--bank", str(tmp_path / "bank.txt"),
-          "--processes", "1"])
-    _, first, *table = capsys.readouterr().out.splitlines()
-    assert first.endswith("100.0% have a concept, 13.00 per caption; bank of 25")
-    assert table[0].split() == ["2", "thingy"]
-    assert table[20].startswith("class names of the benchmarks")
+@pytest.mark.parametrize("options, known", [
+    ([], (21, 3)), (["--exclude-classes", "voc20"], (1, 0)), (["--bank", "voc20"], (20, 3))])
+def test_command_counts_the_benchmarks_names(tmp_path, capsys, options, known):
+    """The command says how many of a benchmark's class names the bank holds and how many the
+    captions name."""
+    (tmp_path / "c.tsv").write_text("1.jpg\ttwo dogs and a cat near a skyscraper\n"
+                                    "2.jpg\ta dog on a sofa\n")
+    main([str(tmp_path / "c.tsv"), "--parser", "match", *options])
+    printed = capsys.readouterr().out.splitlines()[-len(BENCHMARK_NAMES):]
+    assert printed[0].split() == ["21", *map(str, known), "voc"]
 
 
 def parser_of_words(folder):
@@ -842,20 +727,6 @@ def test_all_nouns_of_real_captions(tmp_path, capsys):
     (tmp_path / "c.tsv").write_text("1.jpg\tTwo baseball bats on a table\n2.jpg\tThe table\n")
     main([str(tmp_path / "c.tsv"), "--parser", str(PIPELINE), "--all-nouns"])
     assert capsys.readouterr().out.splitlines() == ["table", "baseball bat"]
-
-
-@needs_pipeline
-@pytest.mark.parametrize("options, counts", [
-    ([], (21, 3)), (["--exclude-classes", "voc20"], (1, 0)), (["--bank", "voc20"], (20, 3))])
-def test_command_counts_the_benchmarks_names(tmp_path, capsys, options, counts):
-    """The command says how many of a benchmark's class names the bank holds and how many the
-    captions name."""
-    (tmp_path / "c.tsv").write_text("1.jpg\ttwo dogs and a cat near a skyscraper\n"
-                                    "2.jpg\ta dog on a sofa\n")
-    main([str(tmp_path / "c.tsv"), "--parser", str(PIPELINE), *options])
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed[-8:]) == len(BENCHMARK_NAMES)
-    assert printed[-8].split() == ["21", *map(str, counts), "voc"]
 
 
 @pytest.mark.parametrize("arguments, message", [

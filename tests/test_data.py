@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
 
 from concepts import ConceptBank, Concepts, annotate
+from conftest import noise
 from data import MAX_PIXELS, CaptionedImages, GlobalBatches, Pair, collate, draw_sample, load_pairs
 from machinery import toy
 from machinery.images import load_image, to_pixels
@@ -35,11 +36,6 @@ BANK = ConceptBank(["dog", "cat", "bird"])
 def grey(*values):
     """One row of grey pixels."""
     return Image.fromarray(np.array([values], np.uint8))
-
-
-def noise(seed, height=40, width=50):
-    """Random pixels (height, width, 3) uint8, different for each seed."""
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,18 +107,6 @@ def test_exif_rotation(tmp_path):
     assert np.round(np.divide(corners, 255)).tolist() == blue_red_white_green
 
 
-def test_broken_exif(tmp_path):
-    """A photo with broken EXIF data is refused like any unreadable image, so training goes on."""
-    stored = io.BytesIO()
-    four_corners().save(stored, "JPEG", exif=exif(_270="a text", _274=6))
-    description = b"\x01\x0e\x00\x02"               # tag 270, a text
-    width = b"\x01\x00\x00\x02"                     # tag 256, as a text
-    assert stored.getvalue().count(description) == 1
-    (tmp_path / "a.jpg").write_bytes(stored.getvalue().replace(description, width))
-    with pytest.raises(ValueError, match="a.jpg is no readable image"):
-        load_image(tmp_path / "a.jpg")
-
-
 @pytest.mark.parametrize("size", [(1, 2000), (2000, 1)])
 def test_elongated(tmp_path, size):
     """A line of pixels is read as it is. Its crop shows its middle."""
@@ -134,50 +118,33 @@ def test_elongated(tmp_path, size):
     assert crop.shape == (3, 8, 8) and set(crop.flatten().tolist()) <= {124, 125, 126}
 
 
-def text(path):
-    path.write_text("this is no photo")
+def jpeg(image, **options):
+    stored = io.BytesIO()
+    image.save(stored, "JPEG", **options)
+    return stored.getvalue()
 
 
-def cut_short(path):
-    Image.fromarray(noise(0)).save(path, "JPEG")
-    path.write_bytes(path.read_bytes()[:-500])
+# An EXIF field that claims to be a text, but is named as the width, a number
+BROKEN_EXIF = jpeg(four_corners(), exif=exif(_270="a text", _274=6)).replace(b"\x01\x0e\x00\x02",
+                                                                         b"\x01\x00\x00\x02")
 
 
-def empty(path):
-    path.touch()
-
-
-def folder(path):
-    path.mkdir()
-
-
-@pytest.mark.parametrize("make", [text, cut_short, empty, folder])
-def test_no_image(tmp_path, make):
-    """A file that is no image, or only a part of one, is refused, and the error names it."""
-    make(tmp_path / "a.jpg")
+@pytest.mark.parametrize("content", [
+    b"this is no photo", jpeg(Image.fromarray(noise(0)))[:-500], b"", BROKEN_EXIF, None],
+    ids=["text", "cut short", "empty", "broken EXIF", "folder"])
+def test_no_image(tmp_path, content):
+    """A file that is no image, only a part of one, or has broken EXIF data is refused, and the
+    error names it; training goes on."""
+    path = tmp_path / "a.jpg"
+    path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.jpg is no readable image \(.+\)"):
-        load_image(tmp_path / "a.jpg")
-
-
-def test_missing_image(tmp_path):
-    """The error for a missing image names it."""
-    with pytest.raises(FileNotFoundError, match=r"no image .*gone\.jpg"):
-        load_image(tmp_path / "gone.jpg")
+        load_image(path)
 
 
 def test_pixels():
     """Channel, row and column of the tensor are those of the image."""
     pixels = to_pixels(in_colour("RGB", (1, 2, 3), (4, 5, 6)))
     assert pixels.tolist() == [[[1, 4]], [[2, 5]], [[3, 6]]]
-
-
-@needs_photos
-def test_real_photos():
-    """Real photographs keep their size and are RGB."""
-    for path in sorted((PHOTOS / "coco" / "train2017").iterdir())[:5]:
-        with Image.open(path) as image:
-            size = image.size
-        assert load_image(path).size == size and load_image(path).mode == "RGB"
 
 
 def photo(path, width, height):
@@ -334,13 +301,6 @@ def test_concepts_belong_to_their_caption():
     assert not batch["bad"].any()
 
 
-def test_batch_without_concepts():
-    """A batch in which no caption has a concept has M = 0."""
-    pairs = captioned([noise(0), noise(1)], ["nothing", "nothing at all"])
-    batch = collate([pairs[0, 0], pairs[1, 1]])
-    assert batch["concepts"].shape == (2, 0, 3) and len(batch["tokens"]) == 2
-
-
 def test_position_seeds_the_crop():
     """A pair looks the same at the same position of runs with the same seed, and different at
     another position or with another seed."""
@@ -386,16 +346,13 @@ def test_unreadable_image_is_replaced(tmp_path):
     pairs.sample = lambda pair, rng: pair.features
     with pytest.raises(AttributeError):             # a fault of the program is no bad pair
         pairs[7, 0]
-    pairs.cache = SimpleNamespace(read=unreadable_but(2))
-    assert pairs[7, 1]["mean"] == 2 and pairs[7, 1]["bad"].sum() == 1
 
-
-def unreadable_but(readable):
     def read(i):
-        if i != readable:
+        if i != 2:
             raise ValueError("it was unreadable when the features were computed")
         return {"mean": torch.tensor(i)}
-    return read
+    pairs.cache = SimpleNamespace(read=read)
+    assert pairs[7, 1]["mean"] == 2 and pairs[7, 1]["bad"].sum() == 1
 
 
 def test_only_unreadable_images(tmp_path):
@@ -448,11 +405,16 @@ def test_workers_do_not_matter():
             assert torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key]))
 
 
-def batches(length, batch, steps, pass_pairs, rank=0, world=1, seed=0, only=None, start=0,
+def batches(length, batch, steps, epoch_pairs, rank=0, world=1, seed=0, pairs=None, start=0,
             loader_batch=None):
     """`GlobalBatches` of a run with these settings."""
-    settings = SimpleNamespace(batch=batch, epoch_pairs=pass_pairs, pairs=only, seed=seed)
+    settings = SimpleNamespace(batch=batch, epoch_pairs=epoch_pairs, pairs=pairs, seed=seed)
     return GlobalBatches(length, settings, range(start, steps), rank, world, loader_batch)
+
+
+def numbers_of(*arguments, **options):
+    """Numbers of the pairs in order."""
+    return [number for keys in batches(*arguments, **options) for _, number in keys]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -464,30 +426,28 @@ def test_processes_share_a_batch(world):
     assert [len(keys) for parts in slices for keys in parts] == [8 // world] * 7 * world
 
 
-def test_each_pass_is_a_permutation():
-    """Every pass has each number once, in a new order, although batches of 4 do not divide its 10
-    pairs."""
-    whole = batches(10, 4, 5, 10)
+@pytest.mark.parametrize("batch, steps", [(4, 5), (20, 1)])
+def test_each_epoch_is_a_permutation(batch, steps):
+    """Every epoch has each number once, in a new order that follows from the seed, although batches
+    of 4 do not divide its 10 pairs, and where one batch spans two epochs."""
+    whole = batches(10, batch, steps, 10)
     keys = sum(whole, [])
     numbers = [number for _, number in keys]
-    assert [position for position, _ in keys] == list(range(20)) and len(whole) == 5
+    assert [position for position, _ in keys] == list(range(20)) and len(whole) == steps
     assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
     assert numbers[:10] != numbers[10:]
+    assert numbers == numbers_of(10, 4, 5, 10) != numbers_of(10, 4, 5, 10, seed=1)
 
 
-def test_short_passes():
-    """epoch_pairs cuts a pass: 6 of the 10 pairs, each once, others in the next pass, and all of
-    them over time."""
-    numbers = [number for keys in batches(10, 4, 30, 6) for _, number in keys]
-    passes = [numbers[start:start + 6] for start in range(0, 120, 6)]
-    assert all(len(set(numbers)) == 6 for numbers in passes)
-    assert len({frozenset(numbers) for numbers in passes}) > 10 and set(numbers) == set(range(10))
-
-
-def test_pass_is_never_longer_than_the_data():
-    """With fewer pairs than a pass may have, or without such a bound, a pass is all pairs once."""
+def test_short_epochs():
+    """epoch_pairs cuts an epoch: 6 of the 10 pairs, each once, others in the next one, and all of
+    them over time. It is never longer than the data."""
+    numbers = numbers_of(10, 4, 30, 6)
+    epochs = [numbers[start:start + 6] for start in range(0, 120, 6)]
+    assert all(len(set(epoch)) == 6 for epoch in epochs)
+    assert len({frozenset(epoch) for epoch in epochs}) > 10 and set(numbers) == set(range(10))
     for most in (400_000, None):
-        assert list(batches(10, 4, 9, most)) == list(batches(10, 4, 9, 10))
+        assert numbers_of(10, 4, 9, most) == numbers_of(10, 4, 9, 10)
 
 
 def test_a_run_goes_on_in_loader_batches():
@@ -498,36 +458,17 @@ def test_a_run_goes_on_in_loader_batches():
     assert len(later) == 8
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_only_some_of_the_pairs(world):
-    """only=4 uses the same 4 of 10 pairs in every pass and process, each once. only=6 adds two to
-    them. Another seed uses others."""
-    def used(only, seed=3):
-        slices = [list(batches(10, 4, 30, 99, rank, world, seed, only=only))
-                  for rank in range(world)]
-        return [number for parts in zip(*slices) for keys in parts for _, number in keys]
-
-    four = used(4)
-    passes = [four[i:i + 4] for i in range(0, 120, 4)]
+def test_only_some_of_the_pairs():
+    """pairs=4 uses the same 4 of 10 pairs in every epoch, each once. pairs=6 adds two to them.
+    Another seed uses others."""
+    four = numbers_of(10, 4, 30, 99, pairs=4)
+    epochs = [four[i:i + 4] for i in range(0, 120, 4)]
     assert len(four) == 120 and len(set(four)) == 4
-    assert all(set(numbers) == set(four) for numbers in passes)
-    assert len(set(map(tuple, passes))) > 10                    # each pass in another order
-    assert set(four) < set(used(6)) and len(set(used(6))) == 6
-    assert len({frozenset(used(4, seed)) for seed in range(9)}) > 3
-    assert used(10) == used(None)
-
-
-def test_batch_larger_than_a_pass():
-    """A batch may span several passes: 7 of 3 pairs are two whole passes and one more pair."""
-    (keys,) = batches(3, 7, 1, 3)
-    numbers = [number for _, number in keys]
-    assert sorted(numbers[:3]) == sorted(numbers[3:6]) == [0, 1, 2] and len(numbers) == 7
-
-
-def test_seeds_of_the_order():
-    """The same seed gives the same order, another seed another order."""
-    first, again, other = (list(batches(50, 10, 5, 50, seed=seed)) for seed in (0, 0, 1))
-    assert first == again != other
+    assert all(set(epoch) == set(four) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 10                    # each epoch in another order
+    six = set(numbers_of(10, 4, 30, 99, pairs=6))
+    assert set(four) < six and len(six) == 6
+    assert len({frozenset(numbers_of(10, 4, 30, 99, pairs=4, seed=i)) for i in range(9)}) > 3
 
 
 # --------------------------------------------------------------------------------------------------
@@ -578,16 +519,6 @@ def test_too_many_missing_images(tmp_path):
         load(path)
 
 
-def test_captions_of_one_missing_image(tmp_path, capsys):
-    """Images are counted, not captions: one missing image with five captions is one of 100."""
-    path = write_coco(tmp_path, ["a dog"] * 100, missing=(5,))
-    content = json.loads(path.read_text())
-    content["annotations"] += [{"image_id": 5, "caption": "a cat"}] * 4
-    path.write_text(json.dumps(content))
-    assert load(path).captions == ["a dog"] * 99
-    assert "1 of 100 images are missing" in capsys.readouterr().out
-
-
 def test_missing_image_folder(tmp_path):
     """A captions file without its image folder is refused. The error says where the first image was
     expected."""
@@ -623,23 +554,20 @@ def test_training_decodes_at_twice_the_size(tmp_path):
     paths = [photo(tmp_path / f"{width}.jpg", width, 80) for width in (80, 300)]
     paths.append(photo(tmp_path / "large.jpg", 256, 300))
     pairs = captioned(paths, CAPTIONS[:3], size=32)
-    assert [pairs.open_image(i).size for i in range(3)] == [(80, 80), (300, 80), (64, 75)]
+    assert [pairs.pair(i).image().size for i in range(3)] == [(80, 80), (300, 80), (64, 75)]
     whole = captioned([np.array(load_image(paths[1]))], CAPTIONS[1:2], size=32)
     assert torch.equal(pairs[7, 1]["pixels"], whole[7, 0]["pixels"])
 
 
 @needs_photos
-def test_real_captions(tmp_path):
+def test_real_captions():
     """COCO's own file gives all its captions. Each has an existing photo and most have concepts."""
-    captions = tmp_path / "captions_train2017.json"
     source = PHOTOS / "coco" / "annotations" / "captions_train2017.json"
-    captions.write_bytes(source.read_bytes())
-    pairs = load(captions, size=32, bank=ConceptBank.default(),
-                 images=PHOTOS / "coco" / "train2017")
+    pairs = load_pairs(source, None, seen, 32, images=PHOTOS / "coco" / "train2017")
     found = list(zip([path.name for path in pairs.images], pairs.captions))
-    assert found == read_captions(captions)
-    assert all(path.is_file() for path in pairs.images)
-    assert (np.diff(pairs.annotations.offsets) > 0).mean() > 0.5
+    assert found == read_captions(source) and all(path.is_file() for path in pairs.images)
+    annotations = Concepts(ConceptBank.default(), "match").of_captions(pairs.captions)
+    assert (np.diff(annotations.offsets) > 0).mean() > 0.5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -659,33 +587,14 @@ def named_in(caption):
     return {i for i, form in enumerate(forms) if re.search(form, caption)}
 
 
-def test_toy_scene_is_its_generator_s(scenes):
-    """The same generator draws the same scene, another generator another scene."""
-    for i in (0, 7):
-        image, mask, caption = toy_scene(np.random.default_rng((0, 0, i)))
-        assert (image == scenes[i][0]).all() and (mask == scenes[i][1]).all()
-        assert caption == scenes[i][2]
-    assert (scenes[0][0] != scenes[7][0]).any()
-
-
-def test_toy_classes_all_occur(scenes):
-    """In 200 scenes every class is painted, and masks hold only classes."""
-    found = np.unique([mask for _, mask, _ in scenes])
-    assert sorted(found) == list(range(len(NAMES))) and NAMES == [*STUFF, *THINGS]
-
-
-def test_toy_captions_tell_the_truth(scenes):
-    """Every class that a caption names, in singular or plural, is in the mask of its scene."""
-    for _, mask, caption in scenes:
-        named = named_in(caption)
-        assert named and named <= set(np.unique(mask).tolist()), caption
-
-
-def test_toy_captions_do_not_tell_all(scenes):
-    """Captions are weak labels: most scenes show a class that their caption does not name."""
-    untold = [bool(set(np.unique(mask).tolist()) - named_in(caption))
-              for _, mask, caption in scenes]
-    assert np.mean(untold) > 0.5
+def test_toy_captions_are_weak_labels(scenes):
+    """Every class that a caption names is in the mask of its scene, but most scenes show a class
+    that their caption does not name. In 200 scenes every class is painted, and no other."""
+    shown = [set(np.unique(mask).tolist()) for _, mask, _ in scenes]
+    named = [named_in(caption) for _, _, caption in scenes]
+    assert all(some and some <= others for some, others in zip(named, shown))
+    assert np.mean([some < others for some, others in zip(named, shown)]) > 0.5
+    assert set.union(*shown) == set(range(len(NAMES))) and NAMES == [*STUFF, *THINGS]
 
 
 def test_toy_captions_through_the_matcher(scenes):
@@ -719,13 +628,10 @@ def test_toy_scoring_scenes_are_new(scenes, seed):
 def test_toy_scenes_are_a_dataset():
     """Toy scenes have the form of a segmentation folder: they end, have names, and are the same
     each time."""
-    dataset = ToyScenes(3)
-    items = list(islice(dataset, 5))
-    assert len(dataset) == len(items) == len({name for name, _, _ in items}) == 3
-    assert dataset.classes == TOY_CLASSES
+    items = list(islice(ToyScenes(3), 5))
+    assert len(items) == len({name for name, _, _ in items}) == 3
     _, image, mask = ToyScenes(3)[2]
     assert (np.array(items[2][1]) == np.array(image)).all() and (items[2][2] == mask).all()
-    assert items[0][1].mode == "RGB" and items[0][2].shape == items[0][1].size[::-1]
 
 
 def test_toy_scenes_as_a_folder(tmp_path, fails):

@@ -1,11 +1,8 @@
 """Folders of one's own data: what is read, what is refused, and the check of their masks."""
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
 
-import eval
 from machinery.images import IGNORE
 from machinery.scoring.benchmarks import open_folder
 from machinery.scoring.check import check
@@ -40,14 +37,11 @@ def test_folder(scored):
     assert mask.tolist() == [[0, 1, 2, IGNORE], [2, 2, 1, 0]]
 
 
-@pytest.mark.parametrize("without, classes, expected", [
-    (["background"], [["dog", "puppy"], ["cat"]], [[-1, 0, 1, -1], [1, 1, 0, -1]]),
-    (["dog"], [["background"], ["cat"]], [[0, -1, 1, -1], [1, 1, -1, 0]]),
-    (["cat", "background"], [["dog", "puppy"]], [[-1, 0, -1, -1], [-1, -1, 0, -1]])])
-def test_folder_without_classes(scored, without, classes, expected):
+def test_folder_without_classes(scored):
     """Classes left out become ignored, and the others are numbered anew; 255 stays ignored."""
-    dataset = open_folder(scored, without=without)
-    assert dataset.classes == classes and dataset[0][2].tolist() == expected and IGNORE == -1
+    dataset = open_folder(scored, without=["dog"])
+    assert dataset.classes == [["background"], ["cat"]] and dataset.background_class == 0
+    assert dataset[0][2].tolist() == [[0, IGNORE, 1, IGNORE], [1, 1, IGNORE, 0]]
 
 
 def test_folder_with_other_names(scored):
@@ -77,17 +71,6 @@ def test_folder_with_any_values(scored, classes, ignore, values):
     assert dataset[0][2].tolist() == expected.tolist() and check(dataset)[0] == []
 
 
-def test_folder_with_many_classes(scored):
-    """If the value 255 is not ignored, masks of 16 bit hold more than 255 classes."""
-    (scored / "classes.txt").write_text("".join(f"thing number {i}\n" for i in range(400)))
-    values = np.array([[255, 256, 399, 0]] * 2)
-    Image.fromarray(values.astype(np.uint16)).save(scored / "masks" / "a.png")
-    assert (open_folder(scored, ignore=[])[0][2] == values).all()
-    message = "the value 255 is a class and ignored; name other values with --ignore"
-    with pytest.raises(ValueError, match=message):
-        open_folder(scored)
-
-
 def test_palettes_and_single_bits(scored):
     """A palette mask's values are its indices, not its colours; a mask of one bit per pixel has the
     values 0 and 1."""
@@ -102,11 +85,9 @@ def test_palettes_and_single_bits(scored):
 
 
 @pytest.mark.parametrize("mask, message", [
-    (MASK[:, :3], r"the mask of .*a\.PNG has 2 x 3 pixels \(height x width\), the image 2 x 4"),
-    (MASK.T, r"the mask of .*a\.PNG has 4 x 2 pixels"),
-    (np.stack([MASK] * 3, 2), r"a\.png has 3 channels, expected one value per pixel"),
-    (MASK + (MASK == 1).astype(np.uint8) * 2,
-     r"the mask of .*a\.PNG holds values that are no class; run eval\.py --check")])
+    (MASK[:, :3], r"the mask of .*a\.PNG has another size, or values that are no class"),
+    (MASK + (MASK == 1).astype(np.uint8) * 2, r"values that are no class; run eval\.py --check"),
+    (np.stack([MASK] * 3, 2), r"a\.png has 3 channels, expected one value per pixel")])
 def test_wrong_mask(scored, mask, message):
     """A mask of another size, in colour, or with values that are no class is refused also where it
     is read."""
@@ -116,16 +97,15 @@ def test_wrong_mask(scored, mask, message):
 
 
 @pytest.mark.parametrize("part", ["images", "masks"])
-@pytest.mark.parametrize("kept", [2000, 10])
-def test_cut_short(scored, part, kept):
-    """An image or mask that is cut short, or is none at all, is refused by name."""
-    mask = Image.fromarray(noise(64, 64)[..., 0] % 3)
-    Image.fromarray(noise(64, 64)).save(scored / "images" / "a.PNG")
-    mask.save(scored / "masks" / "a.png", compress_level=0)
+def test_cut_short(scored, part):
+    """An image or mask that is cut short is refused by name, by the check and where it is read."""
     (path,) = (scored / part).iterdir()
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:40])
+    dataset = open_folder(scored)
+    (problem,), _ = check(dataset)
+    assert f"{part}/{path.name}" in problem
     with pytest.raises(ValueError, match=rf"{part}/{path.name}"):
-        open_folder(scored)[0]
+        dataset[0]
 
 
 def moved(part, to="elsewhere"):
@@ -136,51 +116,32 @@ def classes(text):
     return lambda folder: (folder / "classes.txt").write_bytes(text.encode("latin-1"))
 
 
-def second_image(name):
-    def spoil(folder):
-        (folder / "images" / name).parent.mkdir(exist_ok=True)
-        shutil.copy(folder / "images" / "a.PNG", folder / "images" / name)
-    return spoil
-
-
 @pytest.mark.parametrize("spoil, message", [
     (moved("images"),
      r"no folder .*images; a segmentation folder holds images/, masks/ \(PNG, value = class\)"),
-    (moved("masks"), r"no folder .*masks; a segmentation folder holds"),
     (moved("images/a.PNG"), r"no images in .*images"),
     (moved("classes.txt"), r"classes\.txt: expected a text file with one class name per line"),
-    (moved("masks/a.png", "masks/a.jpg"), r"no mask .*a\.png, but a\.jpg is there"),
-    (moved("masks/a.png", "masks/a_mask.png"), r"no mask .*a\.png, but a_mask\.png is there"),
-    (second_image("a.jpg"), "two images called a, and one mask would serve both"),
-    (second_image("more/b.png"), "1 images lie in sub-folders.*more/b.png; move them up"),
-    (classes("# my classes\ncat\nsofa"), "begins with '# my classes'; comments would count"),
     (classes("a\nb\na"), r"classes\.txt: duplicate class name 'a'"),
     (classes("1: a\n2: b\n3: a"), r"classes\.txt: duplicate class name 'a'"),
     (classes("1: a\n1: b"), r"classes\.txt: the label '1' is there twice"),
-    (classes("1: a\nb"),
-     r'classes\.txt: 1 lines have a colon, as in "label: name", and 1 have none; '
-     r"expected one in every line or in none, look at 'b'"),
-    (classes("1: a\n2: b\nc"), r"classes\.txt: 2 lines have a colon.*look at 'c'"),
-    (classes("a\nb\nc: d"), r"classes\.txt: 1 lines have a colon.*2 have none.*look at 'c: d'"),
+    (classes("1: a\nb"), r"some lines begin with a label, .* and some, such as 'b', do not"),
     (classes("road: a\nsky: b"),
      r"classes\.txt: what stands before a colon must be a mask value, 0 to 65535"),
     (classes("65536: a"), r"classes\.txt: what stands before a colon must be a mask value"),
-    (classes("0: caf\xe9\n1: a"), r"classes\.txt is no UTF-8 text.*saved as UTF-8"),
-    (classes("caf\xe9"), r"classes\.txt is no UTF-8 text")])
+    (classes("0: a\n255: b"), "the value 255 is a class and ignored; name other values"),
+    (classes("caf\xe9"), r"classes\.txt is no UTF-8 text.*saved as UTF-8")])
 def test_folders_that_are_none(scored, spoil, message):
-    """What is missing from a segmentation folder, lies in the wrong place, or is wrong in its
-    classes.txt, is named."""
+    """What is missing from a segmentation folder or is wrong in its classes.txt is named."""
     spoil(scored)
     with pytest.raises((ValueError, OSError), match=message):
         open_folder(scored)
 
 
-@pytest.mark.parametrize("name", ["Background", "BACKGROUND"])
-def test_the_background_in_any_case(scored, name):
+def test_the_background_in_any_case(scored):
     """The class "background" is known in any case, as names are compared everywhere."""
-    (scored / "classes.txt").write_text(f"{name}\ndog\ncat\n")
+    (scored / "classes.txt").write_text("Background\ndog\ncat\n")
     dataset = open_folder(scored)
-    assert dataset.background_class == 0 and dataset.background == f"prompt:{name}"
+    assert dataset.background_class == 0 and dataset.background == "prompt:Background"
     left = open_folder(scored, without=["background"])
     assert left.classes == [["dog"], ["cat"]] and left.background_class is None
 
@@ -206,17 +167,3 @@ def test_a_mask_as_jpeg(scored):
     Image.fromarray(MASK).save(path, format="JPEG")
     (problem,), _ = check(open_folder(scored))
     assert f"{path} is a JPEG, which changes values; expected a PNG" in problem
-
-
-def test_masks_of_0_and_255(scored, capsys):
-    """Two classes with masks of 0 and 255: the second is ignored everywhere, which is warned of
-    with its name, and so is a dataset that is nearly all ignored."""
-    (scored / "classes.txt").write_text("cat\nsofa\n")
-    Image.fromarray(noise(40, 40)).save(scored / "images" / "a.PNG")
-    mask = np.full((40, 40), 255, np.uint8)
-    mask[0, 0] = 0
-    Image.fromarray(mask).save(scored / "masks" / "a.png")
-    eval.main(["--dataset", str(scored), "--check"])
-    absent, ignored = capsys.readouterr().err.splitlines()
-    assert absent.startswith(f"warning: no mask of {scored} holds sofa")
-    assert "100% of the pixels" in ignored and "--ignore" in ignored

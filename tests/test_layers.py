@@ -7,47 +7,42 @@ from machinery.networks.layers import CrossBlock, GlobalBatchNorm
 from machinery.parallel import average_gradients, join_processes, sum_over_processes
 from processes import Processes
 
-ROWS = 6
 WIDTH = 5
 
 
-def outputs(world=1, rank=0):
-    """What two steps give of this process's rows: output, gradients, running statistics."""
+def two_steps(folder, world):
+    """Saves what two steps give of this process's rows: output, gradients, running statistics."""
+    processes = join_processes("cpu", timeout_minutes=1)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, 3, WIDTH, generator=generator)
-    goal = torch.randn(ROWS, 3, WIDTH, generator=generator)
-    rows = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    x, goal = torch.randn(2, 6, 3, WIDTH, generator=generator)
+    rows = slice(processes.rank * 6 // world, (processes.rank + 1) * 6 // world)
     norm = GlobalBatchNorm(WIDTH)
     x = x[rows].requires_grad_()
     for _ in range(2):
         y = norm(x)
-        loss = sum_over_processes((y * goal[rows]).square().sum())
         norm.zero_grad()
         x.grad = None
-        loss.backward()
+        sum_over_processes((y * goal[rows]).square().sum()).backward()
     average_gradients(list(norm.parameters()))
-    return {"y": y.detach(), "dx": x.grad / world, "dweight": norm.weight.grad,
-            "dbias": norm.bias.grad, **norm.state_dict()}
-
-
-def work(folder, world):
-    processes = join_processes("cpu", timeout_minutes=1)
-    torch.save(outputs(world, processes.rank), folder / f"{processes.rank}")
+    gradients = {name: p.grad for name, p in norm.named_parameters()}
+    torch.save(({"y": y.detach(), "dx": x.grad / world}, {"of": gradients, **norm.state_dict()}),
+               folder / f"{processes.rank}")
     processes.end_together()
 
 
 def test_batch_norm_of_several_processes_gives_the_rows_of_one(tmp_path):
     """Outputs, gradients and running statistics of 2 x 3 rows are those of 6."""
-    both = Processes(tmp_path, 2, work, tmp_path, 2)
-    assert both.wait() == [0, 0], both.output()
-    one = outputs()
-    split = [torch.load(tmp_path / f"{rank}") for rank in range(2)]
-    for name in ("y", "dx"):
-        torch.testing.assert_close(torch.cat([half[name] for half in split]), one[name])
-    for half in split:
-        for name in ("dweight", "dbias", "weight", "bias", "running_mean", "running_var",
-                     "num_batches_tracked"):
-            torch.testing.assert_close(half[name], one[name])
+    found = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        processes = Processes(folder, world, two_steps, folder, world)
+        assert processes.wait() == [0] * world, processes.output()
+        found.append([torch.load(folder / f"{rank}") for rank in range(world)])
+    [(one, state)], halves = found
+    for name, value in one.items():
+        torch.testing.assert_close(torch.cat([rows[name] for rows, _ in halves]), value)
+    for _, its_state in halves:
+        torch.testing.assert_close(its_state, state)
 
 
 def test_batch_norm_is_torchs():

@@ -53,7 +53,12 @@ def test_a_method_is_found_by_its_name():
         find_method("magic")
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Test files add methods of their own, which are for scoring only
+WHOLE = [name for name, place in METHODS.items()
+         if place.startswith(("model.", "methods.", "linear_method."))]
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_every_method_keeps_the_contract(name):
     """Each class of the table has its own name, settings and protocol, and what the scripts ask for
     without a default."""

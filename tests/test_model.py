@@ -13,9 +13,8 @@ from concepts import token_spans
 from conftest import tiny
 from machinery.tokenizer import tokenize
 from machinery.training.loading import encode_in_micro_batches
-from model import (SimZSS, TextEncoder, best_synonym, class_weights, concept_embeddings,
+from model import (TextEncoder, best_synonym, class_weights, concept_embeddings,
                    concept_loss, global_loss, prompt_ensemble, similarity_pool)
-from processes import check_two_processes
 from reference import CAPTIONS, losses_of, same, training_batch
 
 
@@ -153,22 +152,6 @@ def test_a_setting_changes_what_it_is_for_and_nothing_else(setting):
     assert after["concepts"] == before["concepts"]
     assert torch.equal(after["local"], before["local"]) == ("local_weight" in setting)
     assert not torch.equal(after["loss"], before["loss"])
-
-
-def test_with_one_occurrence_each_both_queries_are_the_same():
-    """Where every concept occurs once, its class weight is its own embedding, so both pooling
-    queries agree."""
-    batch = training_batch()
-    ids = batch["concepts"][..., 0]
-    seen = set()
-    for b, m in (ids >= 0).nonzero().tolist():      # keep the first occurrence of each
-        concept = int(ids[b, m])
-        ids[b, m] = -1 if concept in seen else concept
-        seen.add(concept)
-    assert len(seen) == (ids >= 0).sum() == 6
-    by_class, by_caption = (losses_of(tiny(pool_query=query), batch)["local"]
-                            for query in ("class", "caption"))
-    same(by_class, by_caption)
 
 
 def test_lambda_zero_is_the_global_loss_alone():
@@ -314,23 +297,6 @@ def test_encoding_again_keeps_its_precision(model):
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
-class OwnPadding(SimZSS):
-    """Each process pads concepts to the most in its own rows, as in training."""
-
-    def features(self, batch):
-        M = int((batch["concepts"][..., 0] >= 0).sum(dim=1).max())
-        return super().features({**batch, "concepts": batch["concepts"][:, :M]})
-
-
-@pytest.mark.parametrize("without", [[], [3, 4, 5], [0, 1, 2, 3, 4, 5]])
-def test_two_processes_are_one(tmp_path, without):
-    """Two processes with half a batch each have the losses of one, and the gradients of all
-    parameters, also where one process, or both, are without concepts."""
-    batch = training_batch()
-    batch["concepts"][without] = -1
-    check_two_processes(tmp_path / "processes", tiny(method=OwnPadding), batch)
-
-
 def test_cached_features_are_the_live_ones(model):
     """A batch whose class and patch tokens come from a cache, in float16, has the losses of one
     from pixels, but for float16's precision; nothing else of the batch changes."""
@@ -430,11 +396,8 @@ def test_class_embeddings_from_the_names_own_tokens(model, name):
     assert torch.equal(model.embed_classes([name], [template]), found)
 
 
-def test_class_embeddings_that_do_not_exist_are_refused():
-    """An unknown class embedding is named, with the two that exist; that of concepts is refused for
-    a model that trained none."""
-    with pytest.raises(ValueError, match="'caption' or 'concept', found 'image'"):
-        tiny().embed_classes(["cow"], class_embedding="image")
+def test_class_embeddings_that_were_not_trained_are_refused():
+    """The class embedding of concepts is refused for a model that trained none."""
     with pytest.raises(ValueError, match="lambda = 0 no concept .* --class-embedding caption"):
         tiny(local_weight=0.0).embed_classes(["cow"], class_embedding="concept")
 

@@ -1,16 +1,13 @@
 """Pictures: colours, letters, legends, what is not scored, and the views of the method."""
-import json
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import segment
 from machinery.images import IGNORE, to_pixels
-from machinery.scoring.pictures import (NOT_SCORED, comparison, overlay, palette, pca_view, plain,
-                                        save_mask, similarity_view)
+from machinery.scoring.pictures import (NOT_SCORED, comparison, overlay, palette, pca_view,
+                                        save_mask, similarity_view, to_ascii)
 from segment import resize
 
 
@@ -19,7 +16,7 @@ from segment import resize
     ("café ☕", "cafe ?")])
 def test_plain_letters(name, written):
     """In pictures letters lose their accents; what has no such form is a "?"."""
-    assert plain(name) == written
+    assert to_ascii(name) == written
 
 
 def test_palette_is_pascal_vocs():
@@ -56,7 +53,7 @@ def test_the_legend_has_the_classes_present_only():
 def test_saved_masks_keep_their_indices(tmp_path, count, mode):
     """A mask file holds class indices: with the palette's colours up to 256 classes, in 16 bit
     beyond."""
-    mask = torch.arange(count).repeat(3, 1)
+    mask = np.tile(np.arange(count), (3, 1))
     save_mask(tmp_path / "mask.png", mask, count)
     image = Image.open(tmp_path / "mask.png")
     assert image.mode == mode and np.array_equal(np.array(image), mask)
@@ -152,33 +149,24 @@ class Tokens:
 
 
 def test_equal_tokens_have_equal_colours():
-    """In the PCA view patch tokens that are equal have the same colour, at each scale. Class
-    embeddings have a range of colours of their own, in which each has another colour, and in each
-    channel the order of the patch tokens that they equal. The panels are 448 high and as wide as
-    the photo asks, and each class has a field with its name. The model sees the photo in tiles, and
-    where tokens do not depend on their neighbours the tiles' size does not matter."""
+    """In the PCA view patch tokens that are equal have the same colour, at each scale, and others
+    another; the model sees the photo in tiles. Class embeddings have a range of colours of their
+    own, in which each has another colour, in each channel in the order of the patch tokens that
+    they equal."""
     torch.manual_seed(0)
+    reds = [50, 100, 150, 200]
     table = torch.zeros(256, 12)
-    table[[50, 100, 150, 200]] = F.normalize(torch.randn(4, 12), dim=-1)
+    table[reds] = F.normalize(torch.randn(4, 12), dim=-1)
     photo = np.zeros((64, 96, 3), np.uint8)
-    photo[:32, :48] = 50
-    photo[:32, 48:] = 100
-    photo[32:, :48] = 150
-    photo[32:, 48:] = 200
-    words = table[[50, 100, 150, 200]][:, None]                                         # (C, S, D)
-    names = ["a", "b", "c", "d"]
-    views = []
-    for tile, largest in ((448, 192), (40, 40)):
-        model = Tokens(table)
-        sizes = [resize(to_pixels(photo), 64, scale) for scale in (1, 2)]
-        views.append(np.array(pca_view(model, Image.fromarray(photo), names, words, sizes, tile)))
-        assert model.largest == largest
-    view = views[0]
-    assert np.abs(views[1].astype(int) - view).max() <= 1       # the last bit may round differently
-    assert view.shape == (24 + 448 + 2 * 28, 3 * 672, 3)
+    photo[..., 0] = np.kron([[50, 100], [150, 200]], np.ones((32, 48)))
+    model = Tokens(table)
+    photos = [resize(to_pixels(photo), 64, scale) for scale in (1, 2)]
+    view = np.array(pca_view(model, Image.fromarray(photo), ["a", "b", "c", "d"],
+                             table[reds][:, None], photos, tile=40)).astype(int)
+    assert model.largest == 40 and view.shape == (24 + 448 + 2 * 28, 3 * 672, 3)
     corners = [(100, 50), (100, 600), (400, 50), (400, 600)]
-    colours = [[view[24 + y, x + 672 * panel].astype(int) for y, x in corners] for panel in (1, 2)]
-    fields = [view[472 + 28 * (i // 3) + 25, 672 * (i % 3) + 600].astype(int) for i in range(4)]
+    colours = [[view[24 + y, x + 672 * panel] for y, x in corners] for panel in (1, 2)]
+    fields = [view[472 + 28 * (i // 3) + 25, 672 * (i % 3) + 600] for i in range(4)]
     assert np.abs(np.subtract(*colours)).max() <= 1     # a last bit may round to another level
     for i in range(4):
         for j in range(4):
@@ -196,45 +184,11 @@ def test_colours_are_the_axes_in_which_tokens_differ_most():
     table[[50, 100, 150, 200]] = torch.stack([common + first, common - first, common + second / 2,
                                               common - second / 2])
     photo = np.zeros((64, 64, 3), np.uint8)
-    photo[:32, :32] = 50
-    photo[:32, 32:] = 100
-    photo[32:, :32] = 150
-    photo[32:, 32:] = 200
-    view = np.array(pca_view(Tokens(table), Image.fromarray(photo), ["a"], table[50:51],
+    photo[..., 0] = np.kron([[50, 100], [150, 200]], np.ones((32, 32)))
+    view = np.array(pca_view(Tokens(table), Image.fromarray(photo), ["a"], table[50:51, None],
                              [to_pixels(photo)])).astype(int)
     a, b, c, d = (view[24 + y, 448 + x] for y in (100, 300) for x in (100, 300))
     for channel, far, same in ((0, (a, b), (c, d)), (1, (c, d), (a, b))):
         assert sorted(token[channel] for token in far) == pytest.approx([0, 255], abs=1)
         assert [token[channel] for token in same] == pytest.approx([127, 127], abs=1)
     assert max(abs(a[2] - other[2]) for other in (b, c, d)) <= 1
-
-
-class Watched:
-    """A model with the pixels and directions that were asked of it."""
-
-    def __init__(self, model):
-        self.model = model
-        self.asked = []
-
-    def patch_scores(self, pixels, directions):
-        self.asked.append((pixels.shape[-2:].numel(), len(directions)))
-        return self.model.patch_scores(pixels, directions)
-
-
-def test_the_pca_view_needs_little_memory(model):
-    """However large the photo is drawn, the model sees no more of it than a tile at a time, and
-    each pixel exactly once for each of the two projections of the first size."""
-    watched = Watched(model)
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
-    words = F.normalize(torch.randn(3, 1, model.backbone.width), dim=-1)
-    sizes = [resize(to_pixels(photo), 32, scale) for scale in (1, 2, 4, 8)]
-    pca_view(watched, photo, ["a", "b", "c"], words, sizes, tile=40)
-    assert max(area for area, _ in watched.asked) == 40 * 40
-    assert sum(area for area, _ in watched.asked) == 32 * 48 * (1 + 1 + 4 + 16 + 64)
-
-
-def test_names_in_any_letters(tmp_path, checkpoint, folder):
-    """segment.py takes names in any letters; the JSON has them as they are."""
-    segment.main([str(folder / "images" / "photo0.png"), "--classes", "Bäume, 猫, 🐈",
-                  "--checkpoint", str(checkpoint), "--output", str(tmp_path)])
-    assert json.loads((tmp_path / "photo0.json").read_text())["names"] == ["Bäume", "猫", "🐈"]

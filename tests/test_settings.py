@@ -5,12 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from machinery.contract import find_method
-from machinery.settings import (MISSING, RECIPES, add_flags, add_set_flag, as_mapping, differences,
+from machinery.settings import (MISSING, add_flags, add_set_flag, as_mapping, differences,
                                 given, merge, read, read_recipe, setting)
-from train import RunSettings
-
-PATHS = sorted(RECIPES.glob("*.toml"))
 
 
 @dataclass
@@ -109,20 +105,20 @@ def test_no_value_breaks_the_reader(name, value):
         assert read(Car, json.loads(json.dumps(as_mapping(car))), "again") == car
 
 
-@pytest.mark.parametrize("mapping", [value for value in HOSTILE if not isinstance(value, dict)],
-                         ids=str)
-def test_settings_are_a_table(mapping):
+def test_settings_are_a_table():
     """What is no table holds no settings."""
-    assert "expected settings by name, found" in error_of(mapping)
+    for mapping in HOSTILE:
+        if not isinstance(mapping, dict):
+            assert "expected settings by name, found" in error_of(mapping)
 
 
 # --------------------------------------------------------------------------------------------------
 # Flags
 
-def command_line(words, values=None, only=None):
+def command_line(words, values=None, without=()):
     """What `given` makes of a command line with the flags of Car."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_flags(parser, Car, "car", values, "the car", only)
+    add_flags(parser.add_argument_group("the car"), Car, "car", values, without)
     add_set_flag(parser, "car.engine.serial=7")
     return given(parser.parse_args(words.split()))
 
@@ -138,12 +134,11 @@ def test_flags_give_what_was_said_and_nothing_else():
 
 @pytest.mark.parametrize("words", ["--serial 7", "--extras x", "--fuel diesel", "--burns coal",
                                    "--power x"])
-def test_flags_that_are_not_there_are_refused(words, capsys):
+def test_flags_that_are_not_there_are_refused(words):
     """A field without flag, or with a flag of another name, has none; argparse refuses unknown
     choices and what is no number."""
     with pytest.raises(SystemExit):
         command_line(words)
-    assert words.split()[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, value", [
@@ -157,13 +152,11 @@ def test_any_setting_can_be_set_by_its_name(text, value):
     assert command_line(f"--mass 5 --set {text}") == {"car": {"mass": 5.0, **value}}
 
 
-@pytest.mark.parametrize("text", ["mass=5", "car.mass", ""])
+@pytest.mark.parametrize("text", ["mass=5", "car.mass"])
 def test_a_setting_is_set_by_table_name_and_value(text):
     """--set without a table, a name or a value is refused in one line."""
-    parser = argparse.ArgumentParser()
-    add_set_flag(parser, "a.b=1")
     with pytest.raises(ValueError, match="expected TABLE.NAME=VALUE, such as run.beta2=0.99"):
-        given(parser.parse_args(["--set", text]))
+        command_line(f"--set {text}")
 
 
 def test_help_shows_what_holds_without_the_flag(capsys):
@@ -181,11 +174,11 @@ def test_help_shows_what_holds_without_the_flag(capsys):
     assert "serial" not in text.replace("car.engine.serial=7", "")
 
 
-def test_only_some_fields_may_have_flags():
-    """`only` names the fields that get a flag."""
-    assert command_line("--mass 5", only=["mass"]) == {"car": {"mass": 5.0}}
+def test_a_flag_can_be_left_out():
+    """`without` names fields that get no flag."""
+    assert command_line("--mass 5", without=["name"]) == {"car": {"mass": 5.0}}
     with pytest.raises(SystemExit):
-        command_line("--name T", only=["mass"])
+        command_line("--name T", without=["name"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,28 +207,6 @@ def test_differences_that_change_a_result_are_named():
 
 # --------------------------------------------------------------------------------------------------
 # Recipes
-
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_every_recipe_is_read(path):
-    """Each recipe fits the settings of its method, which come back the same from JSON; it holds a
-    method and known tables only."""
-    recipe = read_recipe(path.stem)
-    assert set(recipe) <= {"method", "run", "model", "protocol"}
-    method = find_method(recipe["method"])
-    if path.stem == "sseg-plus":                    # whoever runs it names the data
-        recipe["run"]["train_data"] = "photos"
-        recipe.setdefault("model", {}).setdefault("labels", "labels")
-    for cls, table in [(RunSettings, "run"), (method.Settings, "model"),
-                       (method.Protocol, "protocol")]:
-        settings = read(cls, recipe.get(table, {}), f"{path}: {table}")
-        stored = json.loads(json.dumps(as_mapping(settings), allow_nan=False))
-        assert read(cls, stored, "a checkpoint") == settings
-
-
-def test_there_are_recipes():
-    """The paper's run, the quick start, and each method have one."""
-    assert {"simzss", "toy", "sseg-toy"} <= {path.stem for path in PATHS}
-
 
 def test_a_recipe_may_lie_anywhere(tmp_path):
     """A recipe is found by its name, or as a file."""

@@ -1,41 +1,31 @@
 """S-Seg: each formula by hand, what must not change a result, and all that the scripts offer."""
 import json
 import math
-import os
-import signal
-import tarfile
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import eval
 import oracle
 import segment
 import train
-from conftest import without_times
-from data import Pair
-from machinery.networks.checkpoint import load_model
 from machinery.settings import read, read_recipe
 from machinery.tokenizer import tokenize
 from machinery.toy import toy_scene
 from methods.parts.maskformer import sine_code
 from methods.sseg import (SSeg, dice_loss, focal_loss, mask_loss, match, matching_costs,
                           merge_masks)
-from model import global_loss
-from processes import Processes, check_two_processes
+from processes import check_resumed, check_two_processes
 
 B = 4                                               # images
 Q = 6                                               # queries
 K = 3                                               # clusters
-SWIN = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 2}
 TINY = {"backbone": {"name": "toy"}, "text": {"width": 32, "heads": 2, "layers": 1},
-        "student": "swin_tiny_patch4_window7_224", "student_options": SWIN, "drop_path": 0.0,
-        "dropout": 0.0, "queries": Q, "clusters": K, "decoder_width": 32, "decoder_layers": 2,
-        "decoder_heads": 4, "decoder_ffn": 48, "joint_width": 16}
+        "student": "toy", "dropout": 0.0, "queries": Q, "clusters": K, "decoder_width": 32,
+        "decoder_layers": 2, "decoder_heads": 4, "decoder_ffn": 48, "joint_width": 16}
 CAPTIONS = ["a cow", "two boats on the sea", "a kite under the wide blue sky", "snow"]
 
 
@@ -52,43 +42,19 @@ def scenes():
             "tokens": torch.stack([tokenize(caption) for caption in CAPTIONS])}
 
 
-def batch_of(model):
-    """Scenes with their pseudo-masks."""
-    return model.features(scenes())
-
-
-def losses_of(model, batch):
+def losses_of(model):
+    batch = model.features(scenes())
     return model.losses(model.encode(batch), batch)
 
 
 # --------------------------------------------------------------------------------------------------
 # Data and pseudo-masks
 
-def test_crops_and_mirrors():
-    """A crop has at least the given part of the image's area, and about half of the crops are
-    mirrored."""
-    ramp = np.broadcast_to(np.linspace(0, 255, 100, dtype=np.uint8)[None, :, None], (100, 100, 3))
-    pair = Pair(np.ascontiguousarray(ramp), 32, "a ramp")
-    settings = read(SSeg.Settings, {**TINY, "least_crop": 0.4}, "test")
-    mirrored = 0
-    widths = []
-    for seed in range(60):
-        torch.manual_seed(seed)
-        sample = SSeg.sample(pair, np.random.default_rng(seed), settings)
-        row = sample["pixels"][0, 16].int()
-        mirrored += int(row[0] > row[-1])
-        widths.append(int((row[-1] - row[0]).abs()))
-    assert torch.equal(sample["tokens"], tokenize("a ramp"))
-    assert 20 <= mirrored <= 40
-    narrowest = math.sqrt(0.4 * 3 / 4)              # of a crop of the least area
-    assert 255 * narrowest * 0.9 < min(widths) < 170 and max(widths) > 230
-
-
 def test_pseudo_masks_are_those_of_the_crop():
     """Labels 0..K-1 on the teacher's grid, alike for an image alone and in a batch; a mirrored
     image has mirrored masks, up to the order of the labels."""
     model = tiny()
-    batch = batch_of(model)
+    batch = model.features(scenes())
     labels = batch["labels"]
     assert labels.shape == (B, 8, 8) and labels.dtype == torch.int64
     assert 0 <= labels.min() and labels.max() < K
@@ -110,7 +76,7 @@ def test_the_teacher_only_teaches():
     none."""
     vit = {"name": "vit_tiny_patch16_224", "weights": "random", "options": {"depth": 1}}
     model = tiny(backbone=vit)
-    losses_of(model, batch_of(model))["loss"].backward()
+    losses_of(model)["loss"].backward()
     assert list(model.teacher.parameters())
     assert all(p.grad is None for p in model.teacher.parameters())
     for kept in (model.trained(), model.state(), model.checkpoint()):
@@ -132,10 +98,6 @@ def test_crops_of_whole_patches():
 # --------------------------------------------------------------------------------------------------
 # Model
 
-def count(*parts):
-    return sum(p.numel() for part in parts for p in part.parameters())
-
-
 @pytest.fixture(scope="module")
 def faithful():
     """The published size, the teacher's weights random."""
@@ -145,7 +107,11 @@ def faithful():
 
 
 def test_parameters_of_the_published_size(faithful):
-    """Each part has as many parameters as arithmetic says."""
+    """Each part has as many parameters as arithmetic says; 64 masks of 56 x 56 cells in six layers
+    are matched with 28 x 28 labels."""
+    def count(*parts):
+        return sum(p.numel() for part in parts for p in part.parameters())
+
     network = faithful.network
     decoder = network.decoder
     heads = (network.mask_head, network.feature_head)
@@ -162,18 +128,11 @@ def test_parameters_of_the_published_size(faithful):
     assert count(faithful.text) == 22_145_792
     assert count(faithful.image_projector) == count(faithful.text_projector) == 131_584
     assert count(faithful.teacher) == 21_670_272
-
-
-@pytest.mark.parametrize("size", [224, 448])
-def test_shapes_of_the_published_size(faithful, size):
-    """Six layers of 64 masks at a quarter of the image's size, and 28 x 28 or 56 x 56 labels."""
-    pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    pixels = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     with torch.no_grad():
-        masks, mask_features = faithful.network(faithful.normalise(pixels))
-    assert masks.shape == (1, 6, 64, size // 4, size // 4)
-    assert mask_features.shape == (1, 64, 256)
-    if size == 224:
-        assert faithful.features({"pixels": pixels})["labels"].shape == (1, 28, 28)
+        masks, mask_features = network(faithful.normalise(pixels))
+    assert masks.shape == (1, 6, 64, 56, 56) and mask_features.shape == (1, 64, 256)
+    assert faithful.features({"pixels": pixels})["labels"].shape == (1, 28, 28)
 
 
 def test_weight_decay_of_the_published_size(faithful):
@@ -217,10 +176,9 @@ def test_the_order_of_queries_means_nothing():
     """Permuted rows of the query table permute masks and features, and leave the image's embedding
     and the losses as they are."""
     model = tiny().eval()
-    batch = batch_of(model)
-    images = model.normalise(batch["pixels"])
+    images = model.normalise(scenes()["pixels"])
     masks, mask_features = model.network(images)
-    losses = losses_of(model, batch)
+    losses = losses_of(model)
     order = torch.randperm(Q, generator=torch.Generator().manual_seed(1))
     model.network.decoder.code.copy_(model.network.decoder.code[order])
     masks2, mask_features2 = model.network(images)
@@ -229,7 +187,7 @@ def test_the_order_of_queries_means_nothing():
     close(masks2, masks[:, :, order])
     close(mask_features2, mask_features[:, order])
     close(model.embed_image(mask_features2), model.embed_image(mask_features))
-    for name, value in losses_of(model, batch).items():
+    for name, value in losses_of(model).items():
         assert value == pytest.approx(losses[name].item(), abs=1e-5), name
 
 
@@ -259,7 +217,7 @@ def test_a_layer_of_the_decoder_by_hand():
 def test_rows_are_encoded_alone():
     """What `encode` makes of a pair is what it makes of it without the others."""
     model = tiny().eval()
-    batch = batch_of(model)
+    batch = model.features(scenes())
     whole = model.encode(batch)
     for i in range(B):
         alone = model.encode({name: value[i:i + 1] for name, value in batch.items()})
@@ -306,23 +264,6 @@ def test_matching_and_loss_by_hand():
     assert focal_loss(masks, targets[image, target]).mean() == pytest.approx(0.0941160, abs=1e-6)
     assert dice_loss(masks, targets[image, target]).mean() == pytest.approx(0.5932624, abs=1e-6)
     assert mask_loss(LINE, ROWS, 3).item() == pytest.approx(2.4755814, abs=1e-6)
-
-
-def test_right_masks_are_found_among_noise():
-    """Masks of +-10 at random queries are matched to their targets, with a loss near 0."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 5, (2, 8, 8), generator=generator)
-    targets = F.one_hot(labels, 5).permute(0, 3, 1, 2)
-    logits = torch.randn(2, 12, 8, 8, generator=generator)
-    place = torch.stack([torch.randperm(12, generator=generator)[:5] for _ in range(2)])
-    for i in range(2):
-        logits[i, place[i]] = 20. * targets[i] - 10
-    flat = targets.flatten(2).float()
-    image, query, target = match(matching_costs(logits.flatten(2), flat), flat.any(dim=-1))
-    assert torch.equal(place[image, target], query) and len(query) == 10
-    right = logits.flatten(2)[image, query]
-    assert focal_loss(right, flat[image, target]).max() < 1e-6
-    assert dice_loss(right, flat[image, target]).max() < 1e-3
 
 
 def test_names_of_clusters_mean_nothing():
@@ -381,7 +322,7 @@ def test_supervision_of_all_layers():
     found = {}
     for how in ("mean", "sum", "last"):
         model = tiny(deep_supervision=how).eval()
-        batch = batch_of(model)
+        batch = model.features(scenes())
         encoded = model.encode(batch)
         found[how] = model.losses(encoded, batch)["mask"].item()
         layers = [mask_loss(layer, batch["labels"], K).item()
@@ -394,45 +335,21 @@ def test_supervision_of_all_layers():
 # --------------------------------------------------------------------------------------------------
 # Contrastive loss
 
-def both_directions(image, text, scale):
-    """The contrastive loss of vectors that are not yet unit-norm."""
-    return 2 * global_loss(F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale)
-
-
 def test_the_contrastive_loss_by_hand():
-    """Identity matrices, and three vectors in the plane; scaling changes nothing, and neither does
-    the order of the pairs."""
-    scale = torch.tensor(1 / 0.07)
-    eye = torch.eye(8)
-    near = 2 * math.log(1 + 7 * math.exp(-1 / 0.07))
-    assert near == pytest.approx(2 * 4.4e-6, rel=0.05)
-    assert both_directions(eye, eye, scale).item() == pytest.approx(near, rel=0.05)
-    v = torch.tensor([[1., 0], [0, 1], [1, 1]])
-    u = torch.tensor([[1., 0], [1, 1], [0, 1]])
-    found = both_directions(v, u, scale)
-    assert found.item() == pytest.approx(2 * 2.809544, abs=1e-5)
-    order = torch.tensor([2, 0, 1])
-    assert both_directions(v[order], u[order], scale).item() == pytest.approx(found.item())
-    assert both_directions(3 * v, 0.1 * u, scale).item() == pytest.approx(found.item())
-    assert both_directions(u, v, scale).item() == pytest.approx(found.item())
-
-
-def test_equal_embeddings_cost_twice_the_logarithm_of_the_batch():
-    """A model that says the same of every image and caption has a contrastive loss of 2 ln B; the
-    loss is the mask loss and the contrastive one, by its weight."""
-    model = tiny(contrastive_weight=0.5)
+    """The sum of both directions: three vectors in the plane; and 2 ln B of a model that says the
+    same of every image and caption. The loss is the mask loss and the contrastive one. The scale
+    is at most 100."""
+    model = tiny()
+    v = F.normalize(torch.tensor([[1., 0], [0, 1], [1, 1]]), dim=-1)
+    u = F.normalize(torch.tensor([[1., 0], [1, 1], [0, 1]]), dim=-1)
+    encoded = {"masks": LINE[:, None], "image": v, "text": u}
+    losses = model.losses(encoded, {"labels": ROWS})
+    assert losses["mask"].item() == pytest.approx(2.4755814, abs=1e-6)
+    assert losses["contrastive"].item() == pytest.approx(2 * 2.809544, abs=1e-5)
+    assert losses["loss"] == losses["mask"] + losses["contrastive"]
     for projector in (model.image_projector, model.text_projector):
         torch.nn.init.zeros_(projector[-1].weight)
-    losses = losses_of(model, batch_of(model))
-    assert losses["contrastive"].item() == pytest.approx(2 * math.log(B), abs=1e-5)
-    total = losses["mask"] + 0.5 * losses["contrastive"]
-    assert losses["loss"].item() == pytest.approx(total.item())
-
-
-def test_the_logit_scale():
-    """It starts at ln(1 / 0.07), and its exponential never exceeds 100."""
-    model = tiny()
-    assert model.logit_scale.item() == pytest.approx(2.659260, abs=1e-6)
+    assert losses_of(model)["contrastive"].item() == pytest.approx(2 * math.log(B), abs=1e-5)
     with torch.no_grad():
         model.logit_scale.fill_(5.0)
     model.after_step(0, 10)
@@ -442,19 +359,13 @@ def test_the_logit_scale():
 @torch.no_grad()
 def test_a_caption_is_read_at_its_end_token():
     """The end of "a photo of a dog." is position 7; what stands behind it changes nothing, a word
-    does; a caption that is too long keeps its end token."""
+    does."""
     tokens = tokenize("a photo of a dog.")
-    assert tokens[:9].tolist() == [49406, 320, 1125, 539, 320, 1929, 269, 49407, 0]
     model = tiny().eval()
     behind = tokens.clone()
     behind[8:] = 17
-    other = tokens.clone()
-    other[5] = 2368
-    texts = model.embed_text(torch.stack([tokens, behind, other]))
+    texts = model.embed_text(torch.stack([tokens, behind, tokenize("a photo of a cat.")]))
     assert torch.equal(texts[0], texts[1]) and not torch.allclose(texts[0], texts[2], atol=1e-3)
-    assert model.text.states(tokens[None])[1].tolist() == [7]
-    long = tokenize("dog " * 200)                   # cut, and the end token is kept
-    assert long[-1] == 49407 and model.embed_text(long[None]).isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -465,41 +376,32 @@ NAME_SIDE = ("network.feature_head", "image_projector", "text", "logit_scale")
 SHARED = ("network.backbone", "network.decoder")
 
 
-def reached(loss, feature):
-    """Which parts of a model one of the losses gives a gradient."""
+@pytest.mark.parametrize("loss, feature, missed", [
+    ("contrastive", "query", MASK_SIDE),
+    ("contrastive", "pool", ("network.mask_head", "network.decoder")),
+    ("mask", "query", NAME_SIDE), ("mask", "pool", NAME_SIDE)])
+def test_what_each_loss_reaches(loss, feature, missed):
+    """The contrastive loss gives mask head and pixel decoder no gradient, or mask head and
+    transformer decoder where features are pooled; the mask loss gives none to feature head,
+    projectors and text. All else is reached."""
     model = tiny(feature=feature)
-    losses_of(model, batch_of(model))[loss].backward()
-    return {part: any(p.grad is not None and p.grad.any() for name, p in model.trained().items()
-                      if name.startswith(part)) for part in (*MASK_SIDE, *NAME_SIDE, *SHARED)}
-
-
-def test_names_do_not_teach_masks():
-    """The contrastive loss gives the mask head and the pixel decoder no gradient; it does reach
-    text, projectors, decoder and backbone. So in the published form."""
-    found = reached("contrastive", "query")
-    assert {part for part, hit in found.items() if not hit} == {*MASK_SIDE}
-
-
-def test_masks_do_not_teach_names():
-    """The mask loss gives feature head, projectors and text no gradient."""
-    for feature in ("query", "pool"):
-        found = reached("mask", feature)
-        assert {part for part, hit in found.items() if not hit} == {*NAME_SIDE}
+    losses_of(model)[loss].backward()
+    for part in (*MASK_SIDE, *NAME_SIDE, *SHARED):
+        hit = any(p.grad is not None and p.grad.any() for name, p in model.trained().items()
+                  if name.startswith(part))
+        assert hit == (part not in missed), part
 
 
 def test_pooled_features_are_means_under_the_masks():
-    """With feature "pool" a feature is that of the mean cell under its mask, by a loop; the masks
-    themselves get no gradient from names, the cells do."""
+    """With feature "pool" a feature is that of the mean cell under its mask, by a loop."""
     model = tiny(feature="pool").eval()
-    images = model.normalise(batch_of(model)["pixels"])
+    images = model.normalise(scenes()["pixels"])
     masks, mask_features = model.network(images)
     cells = model.network.pixel_decoder(model.network.backbone(images))
     inside = masks[2, -1, 5].sigmoid()
     mean = (cells[2] * inside).sum(dim=(1, 2)) / inside.sum()
     torch.testing.assert_close(mask_features[2, 5], model.network.feature_head(mean), rtol=1e-4,
                                atol=1e-5)
-    found = reached("contrastive", "pool")
-    assert not found["network.mask_head"] and found["network.pixel_decoder"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -521,65 +423,23 @@ def test_two_processes_compute_the_losses_of_one(tmp_path, feature):
 # --------------------------------------------------------------------------------------------------
 # Runs
 
-STEPS = 8
-SMALL = ("--recipe sseg-toy --batch 8 --image-size 64 --queries 9 --decoder-layers 1 "
-         "--decoder-ffn 48 --dropout 0.2 --text-width 32 --joint-width 16 --eval-data none "
-         "--device cpu --set protocol.short_side=64 --set protocol.window=64 "
-         "--set protocol.stride=32").split()
-TOY = ["--set", "run.epoch_pairs=20", "--steps", str(STEPS)]
-
-
-def run(folder, *more):
-    train.main([*SMALL, *map(str, more), "--output", str(folder)])
+RUN = ("--recipe sseg-toy --batch 8 --steps 8 --image-size 64 --queries 9 --decoder-layers 1 "
+       "--decoder-ffn 48 --dropout 0.2 --text-width 32 --joint-width 16 --eval-data none "
+       "--device cpu --set run.epoch_pairs=20 --set protocol.short_side=64 "
+       "--set protocol.window=64 --set protocol.stride=32").split()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("sseg") / "whole"
-    run(folder, *TOY)
+    train.main([*RUN, "--output", str(folder)])
     return folder
 
 
-def killed_at(step, folder):
-    after_step = SSeg.after_step
-
-    def kill(model, now, steps):
-        after_step(model, now, steps)
-        if now == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-    SSeg.after_step = kill                          # in this process only
-    run(folder, *TOY)
-
-
-def test_killed_and_resumed_is_uninterrupted(whole, tmp_path):
-    """Stopped and resumed, log and weights are those of the uninterrupted run, bit by bit, with
-    dropout."""
-    first = Processes(tmp_path, 1, killed_at, 3, tmp_path / "run")
-    assert first.wait() == [128 + signal.SIGTERM], first.output()
-    run(tmp_path / "run", *TOY, "--resume", "auto")
-    assert without_times(tmp_path / "run") == without_times(whole)
-    before, after = (load_model(folder).checkpoint() for folder in (whole, tmp_path / "run"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-
-
-def test_it_trains_on_captions_files_and_tars(tmp_path):
-    """A TSV and a tar of the same pairs train it as they train any method, without concepts."""
-    (tmp_path / "tars").mkdir()
-    rows = []
-    with tarfile.open(tmp_path / "tars" / "00000.tar", "w") as tar:
-        for i in range(8):
-            image, _, caption = toy_scene(np.random.default_rng(i))
-            Image.fromarray(image).save(tmp_path / f"{i:04d}.jpg")
-            (tmp_path / f"{i:04d}.txt").write_text(caption)
-            rows.append(f"{i:04d}.jpg\t{caption}")
-            for suffix in (".jpg", ".txt"):
-                tar.add(tmp_path / f"{i:04d}{suffix}", f"{i:04d}{suffix}")
-    (tmp_path / "pairs.tsv").write_text("\n".join(rows))
-    for source in ("pairs.tsv", "tars"):
-        run(tmp_path / f"run-{source}", "--train-data", tmp_path / source, "--steps", 2)
-        assert len(without_times(tmp_path / f"run-{source}")) == 2
+def test_ended_and_resumed_is_uninterrupted(whole, tmp_path):
+    """Log and weights are those of the uninterrupted run, bit by bit, with dropout."""
+    check_resumed(whole, tmp_path / "run", SSeg, 3, RUN)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -611,15 +471,6 @@ def test_merging_one_pixel_by_hand():
     assert merge_masks(masks, classes, "hard").flatten().tolist() == pytest.approx([0.9, 0.1])
 
 
-def test_merging_without_the_norm_has_the_same_winner():
-    """The class with the largest score is that of the sum over masks, as MaskFormer has it."""
-    generator = torch.Generator().manual_seed(0)
-    masks = 3 * torch.randn(2, Q, 8, 8, generator=generator)
-    classes = torch.randn(2, 5, Q, generator=generator).softmax(dim=1)
-    summed = torch.einsum("bcq,bqhw->bchw", classes, masks.sigmoid())
-    assert torch.equal(merge_masks(masks, classes).argmax(1), summed.argmax(1))
-
-
 @pytest.mark.parametrize("merge, grid", [("soft", (24, 32)), ("fine", (96, 128)),
                                          ("hard", (24, 32))])
 def test_scores_are_shares(named, merge, grid):
@@ -631,20 +482,6 @@ def test_scores_are_shares(named, merge, grid):
     assert scores.min() >= 0
     torch.testing.assert_close(scores.sum(dim=1), torch.ones(1, *grid), rtol=0, atol=1e-5)
     model.protocol = SSeg.Protocol()
-
-
-def test_one_class_is_everywhere(named):
-    """With one class to choose from, every cell has it with a score of 1; permuted classes have
-    permuted scores; one more equal name of a class changes nothing."""
-    model, pixels, classes = named
-    alone, _ = model.patch_scores(pixels, classes[:1])
-    torch.testing.assert_close(alone, torch.ones_like(alone), rtol=0, atol=1e-5)
-    scores, _ = model.patch_scores(pixels, classes)
-    assert (scores.amax(dim=(2, 3)) - scores.amin(dim=(2, 3))).max() > 0.1
-    permuted, _ = model.patch_scores(pixels, classes[[2, 0, 1]])
-    torch.testing.assert_close(permuted, scores[:, [2, 0, 1]])
-    twice, _ = model.patch_scores(pixels, torch.cat([classes, classes[:, :1]], dim=1))
-    torch.testing.assert_close(twice, scores)
 
 
 def test_scores_by_a_loop(named):
@@ -664,20 +501,9 @@ def test_scores_by_a_loop(named):
     torch.testing.assert_close(scores[0, :, 4, 7], total / inside.sum(), rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def test_class_embeddings():
-    """A class is the normalised mean of the unit-norm embeddings of its prompts; a name of a class
-    that has fewer repeats its first."""
-    model = tiny().eval()
-    found = model.embed_classes([["sea", "ocean"], "cow"], ("a {}", "the {} here"))
-    texts = model.embed_text(torch.stack([tokenize("a ocean"), tokenize("the ocean here")]))
-    torch.testing.assert_close(found[0, 1], F.normalize(texts.mean(dim=0), dim=-1))
-    assert found.shape == (2, 2, 16) and torch.equal(found[1, 0], found[1, 1])
-
-
-def test_the_scripts_use_it(whole, folder, tmp_path, fails):
+def test_the_scripts_use_it(whole, folder, tmp_path):
     """eval.py and segment.py work with a trained model by its own protocol, with thresholds for the
-    background, sweeps and merges; an unknown merge is refused."""
+    background, sweeps and merges."""
     command = ["--dataset", str(folder), "--checkpoint", str(whole), "--device", "cpu"]
     eval.main([*command, "--background", "threshold:0.5", "--sweep-background", "--output",
                str(tmp_path / "result.json")])
@@ -689,12 +515,10 @@ def test_the_scripts_use_it(whole, folder, tmp_path, fails):
     eval.main([*command, "--without", "background", "--set", "protocol.merge=hard", "--output",
                str(tmp_path / "hard.json")])
     assert json.loads((tmp_path / "hard.json").read_text())["protocol"]["merge"] == "hard"
-    segment.main([str(folder / "images"), "--classes", "cow, grass", "--checkpoint", str(whole),
-                  "--background", "threshold:0.5", "--output", str(tmp_path)])
-    assert json.loads((tmp_path / "photo0.json").read_text())["names"] == ["background", "cow",
-                                                                          "grass"]
-    fails(eval.main, [*command, "--without", "background", "--set", "protocol.merge=best"],
-          "merge is 'best'", "soft, fine, hard")
+    segment.main([str(folder / "images" / "photo0.png"), "--classes", "cow, grass", "--checkpoint",
+                  str(whole), "--background", "threshold:0.5", "--output", str(tmp_path)])
+    content = json.loads((tmp_path / "photo0.json").read_text())
+    assert content["names"] == ["background", "cow", "grass"]
 
 
 def test_regions_are_named_by_their_majority():

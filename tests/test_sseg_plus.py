@@ -14,6 +14,7 @@ from PIL import Image
 import eval
 import segment
 import train
+from conftest import read_log
 from data import Pair
 from machinery import toy
 from machinery.networks.checkpoint import load_model
@@ -40,12 +41,6 @@ def losses_of(model, batch):
     return model.losses(model.encode(batch), batch)
 
 
-def label(photos, output, checkpoint, *more):
-    """What segment.py writes for a folder of photos."""
-    segment.main([str(photos), "--classes", "cow, sea, boat", "--checkpoint", str(checkpoint),
-                  "--output", str(output), "--device", "cpu", *more])
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """A segmentation folder of eight toy scenes."""
@@ -57,8 +52,10 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def labels(scenes, checkpoint):
     """The scenes' label maps, made by an untrained model."""
-    label(scenes / "images", scenes.parent / "labels", checkpoint)
-    return scenes.parent / "labels"
+    output = scenes.parent / "labels"
+    segment.main([str(scenes / "images"), "--classes", "cow, sea, boat", "--checkpoint",
+                  str(checkpoint), "--output", str(output), "--device", "cpu"])
+    return output
 
 
 # --------------------------------------------------------------------------------------------------
@@ -80,11 +77,9 @@ def test_the_list_of_classes_is_that_of_the_label_maps(scenes, labels, checkpoin
     other = tmp_path / "mixed"
     other.mkdir()
     for i, names in enumerate((["cow"], ["sea"])):
+        (other / f"{i}_mask.png").touch()
         (other / f"{i}.json").write_text(json.dumps({"names": names, "classes": [names]}))
     with pytest.raises(ValueError, match="2 different lists of classes"):
-        read_class_list(other)
-    (other / "2.json").write_text("[]")
-    with pytest.raises(ValueError, match="segment.py did not write"):
         read_class_list(other)
 
 
@@ -115,8 +110,9 @@ def test_image_and_labels_are_cut_out_together():
 def sample(tmp_path):
     """sample(name, size): what S-Seg+ needs of an image of that name and size, beside which "a" and
     "b" have label maps of 40 x 30, those of "b" beyond its two classes."""
-    (tmp_path / "a.json").write_text(json.dumps({"names": ["cow", "sea"], "classes": []}))
     for name, label in (("a", 1), ("b", 3)):
+        content = {"names": ["cow", "sea"], "classes": []}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
         Image.fromarray(np.full((30, 40), label, np.uint8)).save(tmp_path / f"{name}_mask.png")
     settings = read(SSegPlus.Settings, {"labels": str(tmp_path)}, "test")
 
@@ -155,9 +151,9 @@ def test_bad_label_maps_are_refused(sample):
     ("toy", {}), ("vit_tiny_patch16_224", {"depth": 1}), ("resnet10t", {})])
 def test_any_backbone_and_any_size(name, options):
     """Transformers and CNNs give logits on their own grid, for images that they have to pad."""
-    network = tiny(name, **options).eval().network
-    patch = network.patch_size[0]
-    logits, covered = network(torch.zeros(1, 3, 70, 101, dtype=torch.uint8))
+    model = tiny(name, **options).eval()
+    patch = model.patch_size[0]
+    logits, covered = model.logits(torch.zeros(1, 3, 70, 101, dtype=torch.uint8))
     h, w = math.ceil(70 / patch), math.ceil(101 / patch)
     assert logits.shape == (1, 3, h, w) and covered == (h * patch, w * patch)
 
@@ -166,7 +162,7 @@ def test_the_loss_is_the_mean_over_labelled_pixels():
     """Equal logits cost ln K at each labelled pixel; others do not count; a classifier that is
     certain of one class is right where that is the label."""
     model = tiny()
-    last = model.network.head[-1]
+    last = model.head[-1]
     torch.nn.init.zeros_(last.weight)
     torch.nn.init.zeros_(last.bias)
     labels = torch.full((2, 64, 64), -1)
@@ -192,8 +188,7 @@ def test_batch_statistics_stay():
     losses_of(model, batch)["loss"].backward()
     optimizer.step()
     after = model.state_dict()
-    assert not torch.equal(after["network.trunk.conv1.0.weight"],
-                           before["network.trunk.conv1.0.weight"])
+    assert not torch.equal(after["trunk.conv1.0.weight"], before["trunk.conv1.0.weight"])
     for name, value in before.items():
         if "running" in name or "batches" in name:
             assert torch.equal(after[name], value), name
@@ -216,10 +211,10 @@ def test_layers_near_the_image_learn_slowly():
                 "trunk.blocks.0.mlp.fc1.weight": 0.65 ** 2,
                 "trunk.patch_embed.proj.weight": 0.65 ** 3, "trunk.pos_embed": 0.65 ** 3}
     for name, share in expected.items():
-        assert rate[names[f"network.{name}"]] == pytest.approx(share), name
-    assert decay[names["network.trunk.pos_embed"]] == 0
-    assert decay[names["network.trunk.blocks.0.attn.qkv.weight"]] == 1
-    assert decay[names["network.trunk.blocks.0.attn.qkv.bias"]] == 0
+        assert rate[names[name]] == pytest.approx(share), name
+    assert decay[names["trunk.pos_embed"]] == 0
+    assert decay[names["trunk.blocks.0.attn.qkv.weight"]] == 1
+    assert decay[names["trunk.blocks.0.attn.qkv.bias"]] == 0
 
 
 def test_two_processes_compute_the_loss_of_one(tmp_path):
@@ -243,7 +238,7 @@ def test_only_the_closed_list_can_be_asked_for():
     model = tiny().eval()
     pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))
-    probabilities = F.softmax(model.network(pixels)[0], dim=1)
+    probabilities = F.softmax(model.logits(pixels)[0], dim=1)
     asked = model.embed_classes(["grass", ["Cattle", "ox"], ["meadow", "background", "cow"]])
     scores, covered = model.patch_scores(pixels, asked)
     assert covered == (64, 64)
@@ -258,34 +253,25 @@ def test_only_the_closed_list_can_be_asked_for():
 
 def test_label_train_score(scenes, labels, tmp_path, fails):
     """Label a folder, train on it, score: one command each. The result is marked as closed-set and
-    as having seen the target's images; the checkpoint knows its classes, and no others; the run
-    does not go on with other ones."""
+    as having seen the target's images; the run does not go on with other classes."""
     run = tmp_path / "run"
     labels = Path(shutil.copytree(labels, tmp_path / "labels"))
     train.main([*RUN, "--train-data", str(scenes / "images"), "--labels", str(labels), "--output",
                 str(run)])
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = read_log(run)
     assert len(log) == STEPS and log[-1]["loss"] < log[0]["loss"]
-    model = load_model(run)
-    assert model.name == "sseg-plus" and model.bank == ["cow", "sea", "boat"]
-    photo = scenes / "images" / "scene00000.png"
-    segment.main([str(photo), "--classes", "sea, boat", "--checkpoint", str(run), "--output",
-                  str(tmp_path)])
-    content = json.loads((tmp_path / "scene00000.json").read_text())
-    assert content["names"] == ["sea", "boat"] and content["protocol"]["window"] == 64
+    assert load_model(run).bank == ["cow", "sea", "boat"]
     target = tmp_path / "target"
     for part in ("images", "masks"):
         (target / part).mkdir(parents=True)
     (target / "classes.txt").write_text("cow\nsea\nboat\n")
-    Image.open(photo).save(target / "images" / "a.png")
-    Image.open(labels / "scene00000_mask.png").save(target / "masks" / "a.png")
+    shutil.copy(scenes / "images" / "scene00000.png", target / "images" / "a.png")
+    shutil.copy(labels / "scene00000_mask.png", target / "masks" / "a.png")
     eval.main(["--dataset", str(target), "--checkpoint", str(run), "--device", "cpu", "--output",
                str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["protocol"]["closed_set"] is True
     assert result["protocol"]["seen_target_images"] is True
-    fails(segment.main, [photo, "--classes", "sea, sheep", "--checkpoint", run, "--output",
-                         tmp_path], "'sheep'", "closed list")
     for file in labels.glob("*.json"):
         file.write_text(file.read_text().replace("cow", "calf"))
     fails(train.main, [*RUN, "--train-data", scenes / "images", "--labels", labels, "--output", run,

@@ -86,7 +86,6 @@ def command():
 DATA_WORKERS = """
 import signal, sys, time
 from torch.utils.data import DataLoader
-from machinery.training.run import note_signals
 from machinery.training.workers import start_data_worker
 
 class Items:
@@ -109,76 +108,50 @@ def run(how, signals):
         next(loader)
     print("saved", flush=True)
 
-with note_signals() as signals:
-    run(sys.argv[1], signals)
+signals = []
+for number in (signal.SIGTERM, signal.SIGINT):      # as train.py notes them
+    signal.signal(number, lambda number, frame: signals.append(number))
+run(sys.argv[1], signals)
 """
 
 
-def data_workers(command, how):
+@pytest.mark.parametrize("how, number, status", [
+    ("end", None, 0), ("traceback", None, 1), ("signal", signal.SIGTERM, 0),
+    ("signal", signal.SIGINT, 0), ("kill", signal.SIGKILL, -signal.SIGKILL)])
+def test_data_workers_end_with_their_run(command, how, number, status):
+    """No data worker is left, though it waits to hand over an item, by a run that ends, fails or is
+    killed. A launcher's signal to all processes stops none before the run has saved."""
     run = command(sys.executable, "-c", DATA_WORKERS, how, stdout=subprocess.PIPE,
                   stderr=subprocess.PIPE)
     assert run.process.stdout.readline() == "ready\n", run.process.communicate()[1]
-    return run
-
-
-def test_data_workers_end_with_a_run_that_succeeds(command):
-    """A run that ends leaves no data worker, though it did not read all their items."""
-    run = data_workers(command, "end")
-    assert run.wait_for_end() == 0
-    assert run.process.communicate() == ("saved\n", "")
-
-
-def test_data_workers_end_with_a_run_that_fails(command):
-    """A run that ends with a traceback, which holds the loader, leaves no data worker and does not
-    wait for one."""
-    assert data_workers(command, "traceback").wait_for_end() == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_processes_stops_no_data_worker(command, number):
-    """A launcher's signal goes to the run and its data workers. The run goes on to load until it
-    has saved, and then all end."""
-    run = data_workers(command, "signal")
-    os.killpg(run.process.pid, number)
-    assert run.wait_for_end() == 0
-    assert run.process.communicate() == ("saved\n", "")
-
-
-def test_data_workers_end_with_a_run_that_is_killed(command):
-    """SIGKILL of a run leaves no data worker, though they wait for it to take their items."""
-    run = data_workers(command, "kill")
-    run.process.kill()
-    assert run.wait_for_end() == -signal.SIGKILL
+    if number == signal.SIGKILL:
+        run.process.kill()
+    elif number:
+        os.killpg(run.process.pid, number)
+    assert run.wait_for_end() == status
+    if status == 0:
+        assert run.process.communicate() == ("saved\n", "")
 
 
 # --------------------------------------------------------------------------------------------------
 # Processes of torchrun
 
-def training(folder):
-    """train.py with a data worker in each of two processes, until it is stopped."""
-    return [*TORCHRUN, ROOT / "train.py", "--recipe", "toy", "--set", "run.epoch_pairs=40",
-            "--batch", "8", "--epochs", "1000000", "--image-size", "64", "--text-width", "32",
-            "--workers", "1", "--eval-data", "none", "--output", folder]
-
-
-def test_training_ends_with_torchrun(command, tmp_path):
-    """SIGKILL of torchrun leaves neither a process of train.py nor a data worker."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_training_ends_with_torchrun(command, tmp_path, number):
+    """SIGKILL of torchrun leaves neither a process of train.py nor a data worker. With SIGTERM to
+    all of them the run saves a state, and nothing is left."""
     log = tmp_path / "log.jsonl"
-    run = command(*training(tmp_path), stdout=subprocess.DEVNULL)
+    run = command(*TORCHRUN, ROOT / "train.py", "--recipe", "toy", "--set", "run.epoch_pairs=40",
+                  "--batch", "8", "--epochs", "1000000", "--image-size", "64", "--text-width", "32",
+                  "--workers", "1", "--eval-data", "none", "--output", tmp_path,
+                  stdout=subprocess.DEVNULL)
     run.wait_until(lambda found: log.exists() and log.read_text())      # a step is done
-    run.process.kill()
-    assert run.wait_for_end() == -signal.SIGKILL
-
-
-def test_training_that_is_told_to_stop_saves(command, tmp_path):
-    """SIGTERM to torchrun, its processes and their data workers: the run saves a state, and nothing
-    is left."""
-    log = tmp_path / "log.jsonl"
-    run = command(*training(tmp_path), stdout=subprocess.DEVNULL)
-    run.wait_until(lambda found: log.exists() and log.read_text())      # a step is done
-    run.signal_all(signal.SIGTERM)
+    if number == signal.SIGKILL:
+        run.process.kill()
+    else:
+        run.signal_all(number)
     assert run.wait_for_end() != 0
-    assert len(list(tmp_path.glob("state-*.safetensors"))) == 1
+    assert len(list(tmp_path.glob("state-*.safetensors"))) == (number == signal.SIGTERM)
 
 
 def test_scoring_ends_with_torchrun(command, folder, checkpoint, tmp_path):
@@ -232,15 +205,7 @@ def test_a_killed_parser_process_ends_the_command(command, tmp_path):
 
 def test_cores_are_shared_by_the_processes_of_torchrun(monkeypatch):
     """Each of torchrun's processes on a machine counts its part of the cores, one at least."""
-    cores = os.sched_getaffinity(0)
-    assert cores_per_process() == len(cores)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(cores)))
-    assert cores_per_process() == 1
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * len(cores)))
-    assert cores_per_process() == 1
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        assert cores_per_process() == 1
-    finally:
-        os.sched_setaffinity(0, cores)
+    cores = len(os.sched_getaffinity(0))
+    for processes, expected in [(1, cores), (cores, 1), (4 * cores, 1)]:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert cores_per_process() == expected

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from machinery.errors import quiet_hub
-from machinery.files import fill, tensors_sha256
+from machinery.files import fill
 from machinery.networks.release import STORED, read_denoiser, read_weights
 from machinery.toy import ToyTrunk
 
@@ -27,8 +27,8 @@ SHAPE_OPTIONS = {
 # Names, options, files
 
 def arguments(settings, training):
-    """Keyword arguments of `model.VisionBackbone`. settings: `model.BackboneSettings`. training:
-    if not, a denoiser comes out of a checkpoint, and its file is not opened."""
+    """Keyword arguments of `model.VisionBackbone` from `model.BackboneSettings`. Without training a
+    denoiser comes out of a checkpoint, and its file is not opened."""
     if training and settings.weights == "imported":
         raise ValueError("backbone weights 'imported' are those of an authors' checkpoint, and "
                          "cannot be trained on; expected pretrained, random or a file")
@@ -37,8 +37,8 @@ def arguments(settings, training):
 
 
 def refuse_unknown(name, options):
-    """Raise ValueError for a name that timm has not registered and for options that do not shape a
-    network: both may come from a stranger's checkpoint, and others of timm name files to load."""
+    """Raise ValueError for names and options, perhaps of a stranger's checkpoint, that could make
+    timm load other files."""
     unknown = sorted(set(options) - SHAPE_OPTIONS)
     if unknown:
         raise ValueError(f"backbone option {unknown[0]!r}: expected one that shapes the network "
@@ -66,9 +66,9 @@ def one_line_refusals(name, flag):
             yield
     except OSError as error:
         raise FileNotFoundError(
-            f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). "
-            f"Connect to the network once, or pass {flag} FILE with a local copy (or {flag} "
-            "random for a trial that cannot give useful masks).") from None
+            f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}); "
+            f"connect to the network, or pass {flag} FILE with a local copy (or {flag} random, "
+            "which gives no useful masks)") from None
     except Exception as error:                      # whatever odd options make timm raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"backbone {name!r} cannot be made so: {reason}") from None
@@ -94,11 +94,12 @@ def load_trunk(trunk, path, flag):
         raise ValueError(f"{path} is no readable weights file of the backbone: {error}") from None
     heads = trunk.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
-    prefixes = tuple(f"{head}." for head in heads)
-    state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
-    counters = {key: value for key, value in trunk.state_dict().items()
+    unused = tuple(f"{head}." for head in heads)
+    expected = trunk.state_dict()
+    counters = {key: value for key, value in expected.items()
                 if key.endswith("num_batches_tracked")}             # which older files lack
-    fill(trunk.state_dict(), {**counters, **state}, f"{path} does not fit the backbone")
+    found = {key: value for key, value in state.items() if not key.startswith(unused)}
+    fill(expected, {**counters, **found}, f"{path} does not fit the backbone")
 
 
 def patch_size(trunk):
@@ -120,11 +121,6 @@ def flat_map(trunk, features):
     return features.flatten(2).transpose(1, 2)
 
 
-def sha256(module):
-    """One hash of a network's tensors, to recognise it."""
-    return tensors_sha256(module.state_dict())
-
-
 def warn_if_random(settings):
     """Print one line if the backbone of a method's settings has random weights."""
     backbone = getattr(settings, "backbone", None)
@@ -140,8 +136,7 @@ class Denoiser(nn.Module):
     """Frozen block of "Denoising Vision Transformers", which the release puts on patch tokens.
 
     It removes what depends on a patch's position only (docs/method.md, section 3): one transformer
-    block over patch tokens + a table of 37 x 37 positions. Names are those of the authors'
-    checkpoints. width: D.
+    block over patch tokens + a table of 37 x 37 positions. Its names are the authors'. width: D.
     """
 
     def __init__(self, width):

@@ -8,7 +8,7 @@ from pathlib import Path
 from machinery.contract import find_method
 from machinery.files import fill, read_tensors, save_tensors, tensors_sha256
 from machinery.networks import release
-from machinery.settings import as_mapping, merge, nested, read
+from machinery.settings import as_mapping, check_value, merge, nested, read
 
 FORMAT = "simzss-3"
 
@@ -59,22 +59,16 @@ def save_model(path, model, config):
 # Reading
 
 def read_header(header, path):
-    """The parts of a header, checked: (method class, settings, protocol, bank). Raises ValueError.
-
-    header: of `header_of`, from a file that anybody may have written.
-    """
+    """The parts of a header, which anybody may have written, checked: (method class, settings,
+    protocol, bank). Raises ValueError."""
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of format {FORMAT!r}, found "
                          f"{header.get('format')!r}; one of an earlier version has to be trained "
                          "again")
-    bank = header.get("bank")
-    if not isinstance(bank, list) or not all(isinstance(name, str) for name in bank):
-        raise ValueError(f"{path}: bank is no list of names")
     if not isinstance(header.get("training"), dict):
         raise ValueError(f"{path}: training is no table of settings")
-    if not isinstance(header.get("method"), str):
-        raise ValueError(f"{path}: method is no name")
-    method_class = find_method(header["method"])
+    bank = check_value(header.get("bank"), tuple[str, ...], {}, f"{path}: bank")
+    method_class = find_method(check_value(header.get("method"), str, {}, f"{path}: method"))
     settings = read(method_class.Settings, header.get("settings"), f"{path}: settings")
     protocol = read(method_class.Protocol, header.get("protocol"), f"{path}: protocol")
     return method_class, settings, protocol, bank
@@ -90,8 +84,7 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
 
     `model.protocol` is the one of its training, `model.trained_with` the settings of its run. Opens
     no file but these, the weights file that the checkpoint names for its frozen network, and what
-    timm downloads for a registered name. Raises FileNotFoundError for a missing file; ValueError
-    for a file that is no checkpoint, is cut short, or whose backbone is another one.
+    timm downloads for a registered name. Raises FileNotFoundError or ValueError.
     """
     path = model_file(path)
     if not path.is_file():
@@ -120,8 +113,7 @@ def load_own(path, backbone_weights):
         backbone = getattr(settings, "backbone", None)
         if backbone and backbone.weights in release.STORED:
             raise ValueError(f"{path} holds its backbone's weights; leave --backbone-weights out")
-        found = nested(method_class.WEIGHTS, str(backbone_weights))
-        header = merge(header, {"settings": found})
+        header = merge(header, nested(f"settings.{method_class.WEIGHTS}", str(backbone_weights)))
     method_class, settings, protocol, bank = read_header(header, path)
     model = method_class(settings, bank)
     fill(model.checkpoint(), tensors, f"{path} does not hold the tensors of its own settings")
@@ -135,7 +127,7 @@ def load_own(path, backbone_weights):
 
 
 def load_imported(path, backbone, image_token, backbone_weights):
-    """SimZSS of an authors' checkpoint. It does not name its concepts: the bank is empty."""
+    """SimZSS of an authors' checkpoint, which does not name its concepts: the bank is empty."""
     if backbone_weights:
         raise ValueError(f"{path} holds its backbone's weights; leave --backbone-weights out")
     mapping, tensors = release.read_checkpoint(path, backbone, image_token)

@@ -1,11 +1,13 @@
-"""Layers that several networks share: pixel statistics, transformer layers, BatchNorm over the
-global batch."""
+"""Layers that several networks share."""
 from collections import OrderedDict
 
 import torch
 from torch import nn
 
 from machinery.parallel import sum_over_processes, world_size
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)               # of the three colours, in 0..1
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Normalise(nn.Module):
@@ -28,7 +30,7 @@ def mlp(width, hidden, output):
 def block(width, heads, drop_path=0.0):
     """A layer of timm's vision transformers, with torch's LayerNorm (eps 1e-5; timm's is 1e-6).
 
-    drop_path: probability that a row leaves a part of the layer out, in training.
+    drop_path: probability, in training, that a row leaves out the attention, or the MLP.
     """
     from timm.models.vision_transformer import Block        # slow to import
     return Block(width, heads, qkv_bias=True, drop_path=drop_path, norm_layer=nn.LayerNorm)
@@ -53,9 +55,8 @@ class CrossBlock(nn.Module):
 class GlobalBatchNorm(nn.BatchNorm1d):
     """BatchNorm of x (..., width) over all its other dimensions and all processes.
 
-    In one process it is torch's `BatchNorm1d` of the flattened rows, and its buffers have the same
-    names. (torch's SyncBatchNorm needs GPUs.) Every process must hold as many rows. float32 inside,
-    whatever the precision of x.
+    In one process it is torch's `BatchNorm1d`. (torch's SyncBatchNorm needs GPUs.) Every process
+    must hold as many rows. float32 inside, whatever the precision of x.
     """
 
     def forward(self, x, update=True):

@@ -17,11 +17,10 @@ UNUSED = ("classification_weights_ema", "beta_ema", "logit_scale_local")
 
 
 def read_weights(path, flag):
-    """Tensors by name of a PyTorch or safetensors weights file.
+    """Tensors by name of a PyTorch or safetensors file, without "state_dict" and "module.".
 
-    A "state_dict" around them and "module." before each name are removed. No pickled object is
-    loaded but NumPy's scalars, which the authors' program leaves in its optimizer's state.
-    flag: named in the error for a missing file. Raises FileNotFoundError or ValueError.
+    No pickled object is loaded but NumPy's scalars, which the authors' program leaves in its
+    optimizer's state. flag: named in the error for a missing file.
     """
     from timm.models import load_state_dict
     if not Path(path).is_file():
@@ -35,26 +34,22 @@ def read_weights(path, flag):
     except Exception as error:                      # whatever a broken file makes the readers raise
         reason = " ".join(str(error).split())
         if isinstance(error.__cause__ or error, pickle.UnpicklingError):
-            reason = ("if it holds Python objects, which could run anything when loaded, and you "
-                      "trust it, save its tensors alone: "
+            reason = ("if it holds Python objects, and you trust it, save its tensors alone: "
                       "torch.save(torch.load(old, weights_only=False)['state_dict'], new)")
         raise ValueError(f"{path} is no readable weights file (safetensors or PyTorch): "
                          f"{reason}") from None
 
 
-def only_tensors(state, path):
-    """A file's content without the unused buffers. Raises ValueError for anything but tensors."""
+def only_tensors(state, path, table="visual.pos_embed"):
+    """A file's content without the unused buffers, and with the denoiser's position table, (37, 37,
+    D) with or without a leading 1, as (1, 1369, D). Raises ValueError for anything but tensors."""
     others = [key for key, value in state.items() if not torch.is_tensor(value)]
     if others:
         raise ValueError(f"{path}: expected tensors only, found {', '.join(map(str, others[:5]))}")
-    return {key: value for key, value in state.items() if key not in UNUSED}
-
-
-def flat_table(table):
-    """The denoiser's position table, (37, 37, D) with or without a leading 1, as (1, 1369, D)."""
-    if table.shape[:-1] in ((37, 37), (1, 37, 37)):
-        return table.reshape(1, 37 * 37, -1)
-    return table
+    state = {key: value for key, value in state.items() if key not in UNUSED}
+    if table in state and state[table].shape[:-1] in ((37, 37), (1, 37, 37)):
+        state[table] = state[table].reshape(1, 37 * 37, -1)
+    return state
 
 
 def read_denoiser(path):
@@ -65,11 +60,7 @@ def read_denoiser(path):
     if isinstance(state.get("denoiser"), dict):
         state = state["denoiser"]
         prefix = ""
-    state = only_tensors(state, path)
-    table = f"{prefix}pos_embed"
-    if table in state:
-        state[table] = flat_table(state[table])
-    return state, prefix
+    return only_tensors(state, path, f"{prefix}pos_embed"), prefix
 
 
 def read_checkpoint(path, backbone=None, image_token=None):
@@ -80,24 +71,22 @@ def read_checkpoint(path, backbone=None, image_token=None):
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     state = only_tensors(read_weights(path, "--checkpoint"), path)
     name = backbone or backbone_name(state, path)
-    vit = {key.removeprefix("visual.vit.model."): value.shape for key, value in state.items()}
     if image_token is None:
         image_token = "class"
         if name.startswith("vit_large"):
             image_token = "mean"
-            print(f"warning: {path} has a ViT-L; the authors' takes the mean of the patch tokens "
-                  "in place of the class token, and so is it taken here. Pass --image-token to "
-                  "say so or otherwise; segmentation does not depend on it", file=sys.stderr)
+            print(f"warning: {path} has a ViT-L; as in the authors' code the mean of its patch "
+                  "tokens stands for the image, not the class token. --image-token says otherwise; "
+                  "segmentation does not depend on it", file=sys.stderr)
 
     has_denoiser = any(key.startswith("visual.denoiser.") for key in state)
-    if has_denoiser and "visual.pos_embed" in state:
-        state["visual.pos_embed"] = flat_table(state["visual.pos_embed"])
     if not has_denoiser:                            # their module creates the table in any case
         state.pop("visual.pos_embed", None)
 
     options = {}
-    table = vit.get("pos_embed", ())
-    patch = vit.get("patch_embed.proj.weight", ())
+    shapes = shapes_of_vit(state)
+    table = shapes.get("pos_embed", ())
+    patch = shapes.get("patch_embed.proj.weight", ())
     if len(table) == 3 and len(patch) == 4:         # the table (1, N, D) tells the image size
         options["img_size"] = math.isqrt(table[1]) * patch[-1]
     positions = state.get("text.positional_embedding")                              # (77, width)
@@ -117,10 +106,14 @@ def their_name(name):
     return name
 
 
+def shapes_of_vit(state):
+    return {key.removeprefix("visual.vit.model."): value.shape for key, value in state.items()}
+
+
 def backbone_name(state, path):
     """timm's name of the ViT in an authors' checkpoint: DINOv2, which has LayerScale, or DINO."""
     import timm
-    vit = {key.removeprefix("visual.vit.model."): value.shape for key, value in state.items()}
+    vit = shapes_of_vit(state)
     patch = tuple(vit.get("patch_embed.proj.weight", ()))                           # (D, 3, ph, pw)
     size = None
     if len(patch) == 4:

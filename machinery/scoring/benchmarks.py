@@ -1,7 +1,6 @@
 """Datasets to score on: the eight benchmarks as their makers distribute them, your own folders, the
 toy world."""
 import json
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,23 +22,23 @@ class Masks(NamedTuple):
     folder: str                                     # under the data folder; or Context's JSON file
     suffix: str                                     # in place of the image's
     classes: dict                                   # every legal value -> class, or IGNORE
-    usual: range | tuple = ()                       # values of which most masks hold one
+    usual: range = range(0)                         # values of which most masks hold one
 
 
 class Benchmark(NamedTuple):
     images: list                                    # folders, one of which holds the images
-    suffix: str
-    split: str | None                               # file that lists the images; None = all images
-    masks: tuple                                    # of Masks, in order of preference
+    suffix: str                                     # of the images
+    masks: list                                     # of Masks, in order of preference
     count: int                                      # images
-    background: str                                 # see segment.parse_background
     source: str
+    background: str = "none"                        # see segment.parse_background
+    split: str | None = None                        # file that lists the images; None = all images
 
 
-def numbered(values, first=0, ignored=()):
-    """Masks.classes: the values are the classes first, first + 1, ...; ignored ones not scored."""
-    return {**{value: i for i, value in enumerate(values, first)},
-            **dict.fromkeys(ignored, IGNORE)}
+def class_numbers(values, first=0, ignored=()):
+    """`Masks.classes` for values that stand for the classes first, first + 1, ..., in order.
+    ignored: values that are not scored."""
+    return {value: i for i, value in enumerate(values, first)} | dict.fromkeys(ignored, IGNORE)
 
 
 # Raw values of COCO's stuffthingmaps (ids - 1): 80 things, then 91 kinds of stuff.
@@ -53,66 +52,66 @@ CONTEXT = [0, 2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 
            454, 458]
 THRESHOLD = "threshold:0.2"                         # our start; nobody published one: sweep it
 
-_VOC = {"images": ["VOCdevkit/VOC2012/JPEGImages"], "suffix": ".jpg", "count": 1449,
-        "split": "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt",
-        "source": "VOCtrainval_11-May-2012.tar of http://host.robots.ox.ac.uk/pascal/VOC/voc2012"}
-_VOC_MASKS = ("VOC masks", "VOCdevkit/VOC2012/SegmentationClass", ".png")
-_CONTEXT = {"images": ["VOCdevkit/VOC2010/JPEGImages"], "suffix": ".jpg", "count": 5104,
-            "split": "VOCdevkit/VOC2010/ImageSets/SegmentationContext/val.txt",
-            "source": "VOCtrainval_03-May-2010.tar of "
-                      "http://host.robots.ox.ac.uk/pascal/VOC/voc2010 and trainval_merged.json of "
-                      "https://sites.google.com/view/pasd"}
-_CONTEXT_JSON = ("ids of trainval_merged.json", "VOCdevkit/VOC2010/trainval_merged.json", "")
-_CONTEXT_PNG = ("converted masks of 60 classes", "VOCdevkit/VOC2010/SegmentationClassContext",
-                ".png")
-_COCO = {"images": ["coco_stuff164k/images/val2017", "coco/val2017"], "suffix": ".jpg",
-         "count": 5000, "split": None,
-         "source": "val2017.zip of https://cocodataset.org and stuffthingmaps_trainval2017.zip of "
-                   "https://github.com/nightrome/cocostuff"}
-_COCO_FOLDERS = ["coco_stuff164k/annotations/val2017", "coco/stuffthingmaps/val2017"]
+
+def without_background(benchmark):
+    """The same benchmark without its class 0."""
+    masks = [form._replace(classes={value: c - 1 if c > 0 else IGNORE
+                                    for value, c in form.classes.items()})
+             for form in benchmark.masks]
+    return benchmark._replace(masks=masks, background="none")
+
+
+_VOC = Benchmark(
+    images=["VOCdevkit/VOC2012/JPEGImages"], suffix=".jpg", count=1449, background=THRESHOLD,
+    split="VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt",
+    masks=[Masks("VOC masks", "VOCdevkit/VOC2012/SegmentationClass", ".png",
+                 class_numbers(range(21), ignored=[255]), range(1))],
+    source="VOCtrainval_11-May-2012.tar of http://host.robots.ox.ac.uk/pascal/VOC/voc2012")
+_CONTEXT = Benchmark(
+    images=["VOCdevkit/VOC2010/JPEGImages"], suffix=".jpg", count=5104, background=THRESHOLD,
+    split="VOCdevkit/VOC2010/ImageSets/SegmentationContext/val.txt",
+    masks=[Masks("ids of trainval_merged.json", "VOCdevkit/VOC2010/trainval_merged.json", "",
+                 class_numbers(CONTEXT), range(1)),
+           Masks("converted masks of 60 classes", "VOCdevkit/VOC2010/SegmentationClassContext",
+                 ".png", class_numbers(range(60)), range(1))],
+    source="VOCtrainval_03-May-2010.tar of http://host.robots.ox.ac.uk/pascal/VOC/voc2010 and "
+           "trainval_merged.json of https://sites.google.com/view/pasd")
+_COCO_MASKS = ["coco_stuff164k/annotations/val2017", "coco/stuffthingmaps/val2017"]
+_COCO = Benchmark(
+    images=["coco_stuff164k/images/val2017", "coco/val2017"], suffix=".jpg", count=5000,
+    masks=[*(Masks("raw stuffthingmaps", folder, ".png", class_numbers(COCO, ignored=[255]),
+                   range(91, 182)) for folder in _COCO_MASKS),
+           Masks("COCO-Stuff's train ids", _COCO_MASKS[0], "_labelTrainIds.png",
+                 class_numbers(range(171), ignored=[255]), range(80, 171))],
+    source="val2017.zip of https://cocodataset.org and stuffthingmaps_trainval2017.zip of "
+           "https://github.com/nightrome/cocostuff")
 # COCO-Object: unlabelled pixels and stuff are background.
-_OBJECTS = {**dict.fromkeys([*COCO[80:], 255], 0), **numbered(COCO[:80], 1)}
+_OBJECTS = {**dict.fromkeys([*COCO[80:], 255], 0), **class_numbers(COCO[:80], 1)}
 
 BENCHMARKS = {
-    "voc": Benchmark(
-        **_VOC, background=THRESHOLD,
-        masks=(Masks(*_VOC_MASKS, numbered(range(21), ignored=[255]), [0]),)),
-    "voc20": Benchmark(
-        **_VOC, background="none",
-        masks=(Masks(*_VOC_MASKS, numbered(range(1, 21), ignored=[0, 255]), [0]),)),
-    "context": Benchmark(
-        **_CONTEXT, background=THRESHOLD,
-        masks=(Masks(*_CONTEXT_JSON, numbered(CONTEXT), [0]),
-               Masks(*_CONTEXT_PNG, numbered(range(60)), [0]))),
-    "context59": Benchmark(
-        **_CONTEXT, background="none",
-        masks=(Masks(*_CONTEXT_JSON, numbered(CONTEXT[1:], ignored=[0]), [0]),
-               Masks(*_CONTEXT_PNG, numbered(range(1, 60), ignored=[0]), [0]))),
-    "coco-object": Benchmark(
-        **_COCO, background=THRESHOLD,
-        masks=(*(Masks("raw stuffthingmaps", folder, ".png", _OBJECTS, range(91, 182))
-                 for folder in _COCO_FOLDERS),
-               Masks("COCO-Object's masks", _COCO_FOLDERS[0], "_instanceTrainIds.png",
-                     numbered(range(81)), [0]))),
-    "coco-stuff": Benchmark(
-        **_COCO, background="none",
-        masks=(*(Masks("raw stuffthingmaps", folder, ".png", numbered(COCO, ignored=[255]),
-                       range(91, 182)) for folder in _COCO_FOLDERS),
-               Masks("COCO-Stuff's train ids", _COCO_FOLDERS[0], "_labelTrainIds.png",
-                     numbered(range(171), ignored=[255]), range(80, 171)))),
+    "voc": _VOC,
+    "voc20": without_background(_VOC),
+    "context": _CONTEXT,
+    "context59": without_background(_CONTEXT),
+    "coco-object": _COCO._replace(
+        background=THRESHOLD,
+        masks=[*(form._replace(classes=_OBJECTS) for form in _COCO.masks[:2]),
+               Masks("COCO-Object's masks", _COCO_MASKS[0], "_instanceTrainIds.png",
+                     class_numbers(range(81)), range(1))]),
+    "coco-stuff": _COCO,
     "cityscapes": Benchmark(
-        ["cityscapes/leftImg8bit/val"], "_leftImg8bit.png", None, count=500, background="none",
-        masks=(Masks("Cityscapes labelIds", "cityscapes/gtFine/val", "_gtFine_labelIds.png",
-                     {**dict.fromkeys(range(34), IGNORE), **numbered(CITYSCAPES)}, range(19, 34)),
+        images=["cityscapes/leftImg8bit/val"], suffix="_leftImg8bit.png", count=500,
+        masks=[Masks("Cityscapes labelIds", "cityscapes/gtFine/val", "_gtFine_labelIds.png",
+                     dict.fromkeys(range(34), IGNORE) | class_numbers(CITYSCAPES), range(19, 34)),
                Masks("Cityscapes trainIds", "cityscapes/gtFine/val", "_gtFine_labelTrainIds.png",
-                     numbered(range(19), ignored=[255]), [0])),
+                     class_numbers(range(19), ignored=[255]), range(1))],
         source="leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of "
                "https://www.cityscapes-dataset.com"),
     "ade20k": Benchmark(
-        [f"{at}ADEChallengeData2016/images/validation" for at in ("ade/", "")], ".jpg", None,
-        count=2000, background="none",
-        masks=tuple(Masks("ADE20K masks", f"{at}ADEChallengeData2016/annotations/validation",
-                          ".png", numbered(range(1, 151), ignored=[0])) for at in ("ade/", "")),
+        images=[f"{at}ADEChallengeData2016/images/validation" for at in ("", "ade/")],
+        suffix=".jpg", count=2000,
+        masks=[Masks("ADE20K masks", f"{at}ADEChallengeData2016/annotations/validation", ".png",
+                     class_numbers(range(1, 151), ignored=[0])) for at in ("", "ade/")],
         source="ADEChallengeData2016.zip of http://sceneparsing.csail.mit.edu"),
 }
 
@@ -144,8 +143,6 @@ class MaskedImages(ScoredImages):
             raise ValueError(f"{name} has no class {unknown[0]!r} to leave out; it has "
                              f"{', '.join(known)}")
         kept = [i for i, first in enumerate(known) if first not in without]
-        if not kept:
-            raise ValueError(f"{name}: every class is left out, expected at least one to score")
         self.name = name
         self.files = files
         self.masks = masks
@@ -168,20 +165,10 @@ class MaskedImages(ScoredImages):
         name, path, mask = self.files[i]
         image = load_image(path)
         mask = self.table[read_mask(mask)]
-        problem = self.size_problem(i, mask.shape, image.size[::-1])
-        if problem:
-            raise ValueError(problem)
-        if (mask == ILLEGAL).any():
-            raise ValueError(f"the mask of {path} holds values that are no class; run eval.py "
-                             "--check")
+        if mask.shape != image.size[::-1] or (mask == ILLEGAL).any():
+            raise ValueError(f"the mask of {path} has another size, or values that are no class; "
+                             "run eval.py --check")
         return name, image, mask
-
-    def size_problem(self, i, mask_size, image_size):
-        """What is wrong with the sizes (H, W) of image i and its mask, in words, or None."""
-        if mask_size != image_size:
-            return (f"the mask of {self.files[i][1]} has {mask_size[0]} x {mask_size[1]} pixels "
-                    f"(height x width), the image {image_size[0]} x {image_size[1]}; expected the "
-                    "same size")
 
 
 def open_benchmark(name, root, names=None, without=()):
@@ -190,42 +177,39 @@ def open_benchmark(name, root, names=None, without=()):
     benchmark = BENCHMARKS[name]
     root = Path(root)
     images = next((root / folder for folder in benchmark.images if (root / folder).is_dir()), None)
-    has_json = any((root / masks.folder).is_file() for masks in benchmark.masks)
-    has_folder = any((root / masks.folder).is_dir() for masks in benchmark.masks)
-    if images is None or not (has_json or has_folder):
-        raise FileNotFoundError(expected_tree(name, benchmark, root))
-    if has_json:                                    # the original, rather than what was made of it
-        masks = benchmark.masks[0]
+    files = []
+    if images and (root / benchmark.masks[0].folder).is_file():
+        masks = benchmark.masks[0]                  # the original, not what was converted from it
         files = read_context(root / masks.folder, images)
-    else:
+    elif images:
         stems = image_stems(benchmark, root, images)
-        if stems is None:
-            raise FileNotFoundError(expected_tree(name, benchmark, root))
-        found = [sum((root / masks.folder / (stem + masks.suffix)).is_file() for stem in stems)
-                 for masks in benchmark.masks]
+
+        def mask_paths(form):
+            return [root / form.folder / (stem + form.suffix) for stem in stems]
+
+        found = [sum(path.is_file() for path in mask_paths(form)) for form in benchmark.masks]
         masks = benchmark.masks[int(np.argmax(found))]      # the form in which most are there
-        files = [(stem, images / (stem + benchmark.suffix),
-                  root / masks.folder / (stem + masks.suffix)) for stem in stems]
+        if max(found):
+            photos = [images / (stem + benchmark.suffix) for stem in stems]
+            files = [*zip(stems, photos, mask_paths(masks))]
     if not files:
-        raise FileNotFoundError(expected_tree(name, benchmark, root))
+        forms = [str(root / form.folder) + f"/*{form.suffix}" * bool(form.suffix)
+                 for form in benchmark.masks]
+        split = f", {root / benchmark.split}" if benchmark.split else ""
+        raise FileNotFoundError(
+            f"no {name} under {root}: expected {root / benchmark.images[0]}/*{benchmark.suffix}, "
+            f"{' or '.join(forms)}{split}; from {benchmark.source}")
     classes = read_classes(CLASSES / f"{name}.txt")
     return MaskedImages(name, classes, files, masks, without, names, benchmark)
 
 
-def expected_tree(name, benchmark, root):
-    masks = [str(root / m.folder) + (f"/*{m.suffix}" if m.suffix else "") for m in benchmark.masks]
-    split = f", {root / benchmark.split}" if benchmark.split else ""
-    return (f"no {name} under {root}: expected {root / benchmark.images[0]}/*{benchmark.suffix}, "
-            f"{' or '.join(masks)}{split}; from {benchmark.source}")
-
-
 def image_stems(benchmark, root, images):
-    """Names of the images without suffix, folders below `images` included; None = no list."""
+    """Names of a benchmark's images without suffix, folders below `images` included."""
     if not benchmark.split:
         paths = images.rglob(f"*{benchmark.suffix}")
         return sorted(str(path.relative_to(images))[:-len(benchmark.suffix)] for path in paths)
     split = root / benchmark.split
-    return split.read_text().split() if split.is_file() else None
+    return split.read_text().split() if split.is_file() else []
 
 
 def read_context(path, images):
@@ -263,51 +247,20 @@ def open_folder(folder, names=None, without=(), ignore=(255,)):
                                     "name per line)")
     labels, classes = read_labels(folder / "classes.txt")
     check_classes(classes, folder / "classes.txt")
-    if classes[0][0].startswith("#"):
-        raise ValueError(f"{folder}/classes.txt begins with {classes[0][0]!r}; comments would "
-                         "count as classes, take them out")
-    try:
-        values = range(len(classes)) if labels is None else [int(label) for label in labels]
-        if not all(0 <= value < 2 ** 16 for value in values):
-            raise ValueError
-    except ValueError:
+    if labels and not all(label.isdecimal() and int(label) < 2 ** 16 for label in labels):
         raise ValueError(f"{folder}/classes.txt: what stands before a colon must be a mask value, "
-                         "0 to 65535") from None
+                         "0 to 65535")
+    values = [int(label) for label in labels] if labels else range(len(classes))
     both = set(values) & set(ignore)
     if both:
         raise ValueError(f"{folder}: the value {min(both)} is a class and ignored; name other "
                          "values with --ignore")
-    files = folder_files(folder)
-    masks = Masks(f"masks by {folder}/classes.txt", "", "", numbered(values, ignored=ignore))
-    return MaskedImages(str(folder), classes, files, masks, without, names)
-
-
-def folder_files(folder):
-    """[(name, image path, mask path)] of a segmentation folder. Raises ValueError for names that
-    do not go together."""
     paths = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    below = [p for p in (folder / "images").rglob("*")
-             if p.suffix.lower() in IMAGE_SUFFIXES and p.parent != folder / "images"]
     if not paths:
-        raise FileNotFoundError(f"no images in {folder / 'images'}"
-                                + f"; {len(below)} lie in sub-folders, move them up" * bool(below))
-    if below:
-        raise ValueError(f"{len(below)} images lie in sub-folders of {folder / 'images'}, such as "
-                         f"{below[0]}; move them up, sub-folders are not searched")
-    twice = [stem for stem, times in Counter(path.stem for path in paths).items() if times > 1]
-    if twice:
-        raise ValueError(f"{folder / 'images'} has two images called {twice[0]}, and one mask "
-                         "would serve both; rename one")
-    files = []
-    for path in paths:
-        mask = folder / "masks" / f"{path.stem}.png"
-        if not mask.is_file():
-            other = sorted((folder / "masks").glob(f"{path.stem}*"))
-            if other:
-                raise FileNotFoundError(f"no mask {mask}, but {other[0].name} is there; expected "
-                                        "PNGs with the images' names")
-        files.append((path.stem, path, mask))
-    return files
+        raise FileNotFoundError(f"no images in {folder / 'images'}")
+    files = [(path.stem, path, folder / "masks" / f"{path.stem}.png") for path in paths]
+    masks = Masks(f"masks by {folder}/classes.txt", "", "", class_numbers(values, ignored=ignore))
+    return MaskedImages(str(folder), classes, files, masks, without, names)
 
 
 def open_dataset(name, without=(), names=None, root="data", ignore=(255,)):

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 from tqdm import tqdm
 
 from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
@@ -18,24 +18,23 @@ class LabelledImages:
 
     names: class file, lines in the order of the sorted sub-folders or beginning with "sub-folder:";
     None = the sub-folders' own names. The short side is resized to size, bicubic, and the middle
-    cut out. Raises FileNotFoundError or ValueError.
+    cut out.
     """
     count = None                                    # any number of images
 
     def __init__(self, folder, names=None, size=224):
         self.size = size
-        folders = []
-        if Path(folder).is_dir():
-            folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+        folders = sorted(path.name for path in Path(folder).glob("*/"))
         if not folders:
             raise FileNotFoundError(f"no class folders in {folder}; expected {folder}/CLASS/*.jpg, "
                                     "one folder per class (ImageNet's validation images, sorted "
                                     "into folders: https://image-net.org)")
-        labels = None
-        classes = [[name.replace("_", " ")] for name in folders]
         if names:
             labels, classes = read_labels(names)
-        labels = labels or folders
+            labels = labels or folders
+        else:
+            labels = folders
+            classes = [[name.replace("_", " ")] for name in folders]
         if len(labels) != len(classes) or not set(folders) <= set(labels):
             odd = sorted(set(folders) - set(labels) or folders)[0]
             raise ValueError(f"{names} has {len(classes)} classes; expected those of the "
@@ -52,13 +51,8 @@ class LabelledImages:
 
     def __getitem__(self, i):
         path, known = self.files[i]
-        image = load_image(path)
-        scale = self.size / min(image.size)
-        w, h = (max(self.size, round(side * scale)) for side in image.size)
-        left = (w - self.size) // 2
-        top = (h - self.size) // 2
-        image = image.resize((w, h), Image.BICUBIC)
-        return to_pixels(image.crop((left, top, left + self.size, top + self.size))), known
+        image = resize(load_image(path), self.size, InterpolationMode.BICUBIC)
+        return to_pixels(center_crop(image, self.size)), known
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from machinery.names import read_templates
 from machinery.networks.backbones import warn_if_random
 from machinery.networks.checkpoint import load_model, model_file, newest_model
 from machinery.parallel import pick_device
-from machinery.settings import add_flags, add_set_flag, as_mapping, given, headed, merge, read
+from machinery.settings import add_flags, add_set_flag, as_mapping, given, merge, read
 from machinery.toy import is_scene
 
 EMBEDDINGS = 2                                      # raise it when `embed_classes` changes values
@@ -30,17 +30,17 @@ def add_model_flags(parser):
     model("--backbone", help="timm name of the backbone in an authors' checkpoint, if its tensors "
                              "do not tell")
     model("--image-token", choices=["class", "mean"],
-          help="of an authors' checkpoint: what stands for the whole image (default: class; mean "
+          help="what stands for the whole image in an authors' checkpoint (default: class; mean "
                "for a ViT-L)")
     model("--backbone-weights", help="local file with the backbone's weights, if not where "
                                      "training had it")
     model("--batch", type=positive, default=8, help="windows at a time (default: %(default)s)")
     model("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-          help="(default: %(default)s)")
-    model("--seed", type=int, default=0, help="(default: %(default)s)")
+          help="where to compute (default: %(default)s)")
     heading = "protocol (what the model was trained with replaces these defaults)"
-    add_flags(parser, Protocol, "protocol", group=heading)
-    headed(parser, heading).add_argument(
+    group = parser.add_argument_group(heading)
+    add_flags(group, Protocol, "protocol")
+    group.add_argument(
         "--class-embedding", dest="protocol.class_embedding", default=SUPPRESS,
         choices=["caption", "concept"],
         help="SimZSS: embed a class by its prompt's end token or by its name's tokens")
@@ -59,8 +59,12 @@ def positive(text):
 # Model and protocol
 
 def open_model(args):
-    """The model of the command line, with its whole protocol in `model.protocol`."""
-    torch.manual_seed(args.seed)
+    """The model of the command line. `model.protocol` is the method's default, replaced by what
+    the model's training used, replaced by the flags."""
+    flags = given(args)
+    if set(flags) - {"protocol"}:
+        raise ValueError(f"--set {min(set(flags) - {'protocol'})}...: expected protocol.NAME=VALUE")
+    torch.manual_seed(0)                            # a method may draw random numbers
     device = pick_device(args.device)
     name, _, which = str(args.checkpoint).partition(":")
     if name in PRETRAINED:
@@ -74,17 +78,9 @@ def open_model(args):
         model = load_model(path, device, args.backbone_weights, args.backbone, args.image_token)
         model.checkpoint_file = {"checkpoint": str(path), "checkpoint_sha256": file_sha256(path)}
     warn_if_random(model.settings)
-    model.protocol = complete_protocol(model, given(args))
-    return model
-
-
-def complete_protocol(model, flags):
-    """The protocol of a model: the method's defaults, replaced by what the model's training used
-    (`load_model` puts it into `model.protocol`), replaced by the flags. flags: of `given`."""
-    if set(flags) - {"protocol"}:
-        raise ValueError(f"--set {min(set(flags) - {'protocol'})}...: expected protocol.NAME=VALUE")
     values = merge(as_mapping(model.protocol), flags.get("protocol", {}))
-    return read(type(model.protocol), values, f"the protocol of {model.name}")
+    model.protocol = read(model.Protocol, values, f"the protocol of {model.name}")
+    return model
 
 
 def training_run(model):
@@ -95,23 +91,20 @@ def training_run(model):
 def refuse_toy_model(model, files):
     """Raise ValueError if a model of the toy world is to segment anything but toy scenes."""
     if training_run(model).get("train_data") == "toy":
-        there = [file for file in files if os.path.isfile(file)]
-        photo = next((file for file in there if not is_scene(file)), None)
-        if photo is not None:
-            source = model.checkpoint_file.get("checkpoint", "this model")
-            raise ValueError(f"{source} was trained on the drawn scenes of the toy world and means "
-                             f"nothing on {photo}; train on captioned photos, or name another "
-                             "model with --checkpoint")
+        for file in files:
+            if os.path.isfile(file) and not is_scene(file):
+                source = model.checkpoint_file.get("checkpoint", "this model")
+                raise ValueError(f"{source} was trained on the drawn scenes of the toy world and "
+                                 f"means nothing on {file}; train on captioned photos, or name "
+                                 "another model with --checkpoint")
 
 
 # --------------------------------------------------------------------------------------------------
 # Class embeddings, kept beside their checkpoint
 
 def embed(model, classes):
-    """Class embeddings (C, S, D) by `model.protocol`, kept in a file beside the model's checkpoint.
-
-    The file's name is made of all that they depend on. A model without checkpoint embeds anew.
-    """
+    """Class embeddings (C, S, D) by `model.protocol`, kept in a file beside the model's checkpoint,
+    whose name is made of all that they depend on. A model without checkpoint embeds anew."""
     templates = read_templates(model.protocol.templates)
     if not model.checkpoint_file:
         return model.embed_classes(classes, templates)

@@ -1,11 +1,11 @@
 """Results as JSON files, and a table of many."""
+import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import platform
 import subprocess
-from importlib.metadata import distributions
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,63 +22,51 @@ PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "pillow")
 
 def made_with():
     """The commit of this code and the versions of what it runs on."""
-    git = ["git", "-C", str(Path(__file__).parents[2])]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+           "--abbrev=40", "--exclude=*"]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True,
-                              check=True)
-        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
-        commit = head.stdout.strip() + " and changes" * bool(status.stdout)
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = None                               # not a checkout
-    versions = {package.metadata["Name"]: package.version for package in distributions()
-                if package.metadata["Name"] in PACKAGES}
+        commit = None                               # no git, or not a checkout
     return {"commit": commit, "date": datetime.date.today().isoformat(),
-            "versions": {"python": platform.python_version(), **versions}}
+            "versions": {"python": platform.python_version(),
+                         **{package: version(package) for package in PACKAGES}}}
 
 
-def print_result(result, most=10):
-    """IoU of each class, the best first, and the means in the last line."""
+def print_result(result):
+    """Print the IoU of each class, the best first, and the means in the last line."""
     iou = np.array(result["IoU"], float)
-    order = np.argsort(-np.nan_to_num(iou, nan=-1), kind="stable").tolist()
-    there = [i for i in order if not np.isnan(iou[i])]
-    shown = order if len(order) <= 3 * most else [*there[:most], None, *there[-most:]]
-    for i in shown:
-        if i is None:
-            print("  ...")
-        else:
-            value = "   absent" if np.isnan(iou[i]) else f"{iou[i]:9.2%}"
-            print(f"  {result['classes'][i]:<24}{value}")
-    only = "only " if result["partial"] else ""
+    for i in np.argsort(-np.nan_to_num(iou, nan=-1), kind="stable"):
+        value = "   absent" if np.isnan(iou[i]) else f"{iou[i]:9.2%}"
+        print(f"  {result['classes'][i]:<24}{value}")
+    only = "only " * result["partial"]
     print(f"mIoU {result['mIoU']:.2%}   mAcc {result['mAcc']:.2%}   aAcc {result['aAcc']:.2%}   "
           f"({only}{result['images']} images, {result['images_per_second']} images/s)")
 
 
-def result_folder(checkpoint):
-    """Where results of a checkpoint go: beside it, or into runs/NAME for a pretrained model."""
-    name = str(checkpoint).partition(":")[0]
-    if name in PRETRAINED:
-        return Path("runs") / name
-    path = Path(checkpoint)
-    return path if path.is_dir() else path.parent
-
-
 def output_path(args, name):
-    """Where the result goes. Raises OSError, before hours of scoring, for a place where nothing can
-    be written; ValueError for a file with the result of other data."""
-    path = Path(args.output) if args.output else result_folder(args.checkpoint)
+    """Where eval.py writes a result; by default beside the checkpoint, or into runs/NAME for a
+    pretrained model. Raises ValueError for a file that holds the result of another dataset."""
+    pretrained = str(args.checkpoint).partition(":")[0]
+    if args.output:
+        path = Path(args.output)
+    elif pretrained in PRETRAINED:
+        path = Path("runs") / pretrained
+    else:
+        path = Path(args.checkpoint)
+        path = path if path.is_dir() else path.parent
     if path.suffix != ".json" or args.dataset == "all":
         without = "".join(f"_without_{left_out}" for left_out in sorted(args.without))
         without = without.replace("/", "-").replace(" ", "-")
         first = f"_first{args.limit}" if args.limit else ""
         path = path / f"eval_{Path(name).resolve().name}{without}{first}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    other = scored_dataset(path)
-    if other and other != full_name(name):
+    other = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no result is there
+        other = json.loads(path.read_text())["dataset"]
+    if other and full_name(other) != full_name(name):
         raise ValueError(f"{path} holds the result of {other}; name another file for that of "
                          f"{name} with --output")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"nothing can be written to {path.parent}; name another place with "
-                              "--output")
     return path
 
 
@@ -87,16 +75,6 @@ def write_result(path, result):
     if "IoU" in result:
         result = {**result, "IoU": [None if np.isnan(v) else v for v in result["IoU"]]}
     write_text(path, json.dumps(result, indent=1))
-
-
-def scored_dataset(path):
-    """The dataset that a result file is of, a folder by its full path; None if there is no such
-    file."""
-    try:
-        result = json.loads(path.read_text())
-        return result.get("folder") or full_name(result["dataset"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
 
 
 def full_name(dataset):
@@ -115,17 +93,17 @@ def read_result(path):
                     "protocol": result["protocol"], "run": result["training"].get("run", {})}
         if settings["run"]:
             del settings["checkpoint"]              # its run tells more
-        return dict(flat(settings)), 100 * float(result["mIoU"]), result.get("cost")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return dict(flatten(settings)), 100 * float(result["mIoU"]), result.get("cost")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no segmentation result of train.py or eval.py "
                          f"({error!r})") from None
 
 
-def flat(settings, before=""):
+def flatten(settings, before=""):
     """{"run": {"batch": 8}} -> pairs ("run.batch", 8)."""
     for name, value in settings.items():
         if isinstance(value, dict) and value:
-            yield from flat(value, f"{before}{name}.")
+            yield from flatten(value, f"{before}{name}.")
         else:
             yield before + name, value
 
@@ -162,18 +140,17 @@ def compare(paths, run_settings):
 
 
 def differing_settings(runs, left_out):
-    """Names of the settings that tell runs apart. runs: their settings by name. left_out: names
-    that do not count."""
-    methods = {}
-    for settings in runs:
-        methods.setdefault(settings["method"], []).append(settings)
-
+    """Names of the settings in which runs of one method differ, and of what differs between methods
+    in what was scored. runs: their settings by name. left_out: names that do not count."""
     def differs(name, group):
         return len({json.dumps(settings.get(name)) for settings in group}) > 1
 
+    methods = {settings["method"] for settings in runs}
+    groups = [[settings for settings in runs if settings["method"] == method]
+              for method in methods]
     names = dict.fromkeys(name for settings in runs for name in settings if name not in left_out)
     return [name for name in names
-            if any(differs(name, group) for group in methods.values())
+            if any(differs(name, group) for group in groups)
             or name in ("method", *SCORED_ON) and differs(name, runs)]
 
 
@@ -187,7 +164,7 @@ def mean_cost(costs):
 
 
 class ThresholdSweep:
-    """mIoU over the background threshold, from one pass over the images.
+    """mIoU with any background threshold, from one pass over the images.
 
     classes: C, the background among them. background: its number.
     """

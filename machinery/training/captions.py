@@ -7,8 +7,6 @@ import numpy as np
 import torch
 
 from machinery.files import save_arrays
-from machinery.training.shards import BAD
-from machinery.tokenizer import CONTEXT_LENGTH
 
 MAX_MISSING = 0.01                                  # fraction of missing images that is no mistake
 
@@ -58,10 +56,8 @@ def read_jsonl(text):
 
 def read_tsv(text):
     rows = [line.split("\t") for line in text.split("\n") if line.strip()]
-    if rows and [cell.strip() for cell in rows[0][:2]] in (["image", "caption"],
-                                                          ["filepath", "title"]):
-        rows = rows[1:]
-    return [(row[0], row[1].strip()) for row in rows]
+    pairs = [(row[0], row[1].strip()) for row in rows]
+    return pairs[pairs[:1] in ([("image", "caption")], [("filepath", "title")]):]
 
 
 def find_images(path, pairs, images=None):
@@ -76,7 +72,7 @@ def find_images(path, pairs, images=None):
                                 f"for example {folder / pairs[0][0]}. Name the folder with "
                                 f"--images{coco}")
     there = {name: folder / name if (folder / name).is_file() else None
-             for name in {name for name, _ in pairs}}
+             for name in dict(pairs)}
     missing = sorted(name for name, file in there.items() if file is None)
     if len(missing) > MAX_MISSING * len(there):
         raise FileNotFoundError(f"{len(missing)} of the {len(there)} images of {path} are not in "
@@ -94,8 +90,8 @@ def find_images(path, pairs, images=None):
 class Annotations:
     """The concepts of a source's captions, by caption, and captions that have one in common.
 
-    offsets: (captions + 1,) integers. rows: (occurrences, 3) integers, of (concept id, first token,
-    end token); rows[offsets[i]:offsets[i + 1]] are those of caption i.
+    rows: (occurrences, 3) integers, of (concept id, first token, end token).
+    offsets: (captions + 1,) integers; rows[offsets[i]:offsets[i + 1]] are those of caption i.
     """
 
     def __init__(self, offsets, rows):
@@ -149,31 +145,13 @@ def save_annotations(source, key, annotations, bad):
                 rows=annotations.rows, bad=bad)
 
 
-def read_annotations(source, key, bank_size):
+def read_annotations(source, key):
     """(`Annotations`, bad) from the cache of a source; None if it is missing, broken, or of another
-    bank, parser or state of the source.
-
-    key: of `save_annotations`. bank_size: number of concepts.
-    """
+    key: another bank, parser or state of the source."""
     try:
         with np.load(f"{source}.concepts.npz", allow_pickle=False) as file:
-            offsets, rows, bad = (file[name] for name in ("offsets", "rows", "bad"))
-            is_valid = str(file["key"]) == key and are_annotations(offsets, rows, bank_size)
-        if is_valid and bad.shape == (len(BAD),) and bad.dtype.kind in "iu":
-            return Annotations(offsets, rows), bad
+            if str(file["key"]) == key:
+                return Annotations(file["offsets"], file["rows"]), file["bad"]
     except Exception:                               # a broken file raises almost anything
         pass
     return None
-
-
-def are_annotations(offsets, rows, bank_size):
-    """Whether arrays from a file have the form of `Annotations` and values within bounds."""
-    integers = offsets.dtype.kind in "iu" and rows.dtype.kind in "iu"
-    shaped = offsets.ndim == 1 and rows.ndim == 2 and rows.shape[1] == 3
-    if not (integers and shaped and len(offsets)):
-        return False
-    if offsets[0] != 0 or offsets[-1] != len(rows) or (np.diff(offsets) < 0).any():
-        return False
-    ids, first, end = rows.T
-    return len(rows) == 0 or bool(0 <= ids.min() and ids.max() < bank_size and 1 <= first.min()
-                                  and (first < end).all() and end.max() < CONTEXT_LENGTH)

@@ -15,8 +15,7 @@ LOADER_BATCH = 256                                  # pairs that a data worker l
 class BatchStream:
     """This process's local batches.
 
-    pairs: data set of data.py; `name(key)` says in words where a pair comes from, `positions` where
-        the readers of tars stand, None for single images.
+    pairs: data set of data.py.
     loader: DataLoader of the pairs.
     local_batch: pairs of a step in this process.
     device: where the batches go.
@@ -27,7 +26,7 @@ class BatchStream:
         self.loader = iter(loader)
         self.local_batch = local_batch
         self.device = device
-        self.positions = pairs.positions
+        self.positions = pairs.positions            # of the readers of tars, else None
         self.left_out = torch.zeros(len(BAD), dtype=torch.int64)    # pairs so far, by reason
         self.waited = 0.0                           # seconds that the last batch was waited for
         self.keys = []                              # of the last batch's pairs
@@ -56,10 +55,10 @@ def loader_batch_size(local_batch, micro_batch=None):
 
 
 def join(loaded, rows):
-    """Loader batches -> one batch of so many rows.
+    """Loader batches -> one batch of so many rows. Where their second dimensions differ, they are
+    padded with -1.
 
-    Each tensor is copied into place as it comes, so that the largest, the patch tokens, is never
-    held twice. Second lengths that differ are padded with -1.
+    Each tensor is copied into place as it comes: the patch tokens are never held twice.
     """
     joined = {}
     first = 0
@@ -88,9 +87,8 @@ def pad_second(value, length):
 def encode_in_micro_batches(encode, batch, size):
     """`Method.encode` of a batch, size rows at a time, with the exact gradient and little memory.
 
-    Gradient caching (arXiv 2101.06983): each micro-batch is encoded without keeping what its
-    gradient needs, and encoded again when the gradient of the loss of the whole batch reaches it.
-    Memory holds the activations of one micro-batch.
+    Gradient caching (arXiv 2101.06983): each micro-batch is encoded without keeping activations,
+    and encoded again when the gradient of the loss of the whole batch reaches it.
     """
     names = list(batch)
     encoded = [checkpoint(encode, dict(zip(names, rows)), use_reentrant=False)

@@ -12,7 +12,7 @@ import torch
 from machinery.files import fill, read_tensors, save_tensors
 from machinery.networks.checkpoint import frozen_sha256, header_of, read_header
 from machinery.parallel import sum_over_processes
-from machinery.settings import as_mapping, differences, plain
+from machinery.settings import as_mapping, differences
 from machinery.training.shards import BAD
 
 
@@ -28,13 +28,11 @@ def save_state(folder, method, optimizer, training, extra, positions=None):
     extra: what else the header holds, JSON values by name.
     positions: of the readers of tars in all processes, (world, readers).
     """
-    tensors = {} if positions is None else {"positions": positions}
-    tensors.update(method.state())
-    for name, p in method.trained().items():
-        tensors.update({f"optimizer.{key}.{name}": value
-                        for key, value in optimizer.state[p].items()})
-    whole = frozen_sha256(method, with_training_only=True)
-    header = {**header_of(method, training), "frozen_sha256": whole, **extra}
+    tensors = {**method.state(), **tensors_of(optimizer, method)}
+    if positions is not None:
+        tensors["positions"] = positions
+    frozen = frozen_sha256(method, with_training_only=True)
+    header = {**header_of(method, training), "frozen_sha256": frozen, **extra}
     path = folder / f"state-{training['step']:08d}.safetensors"
     try:
         save_tensors(path, tensors, header)
@@ -44,6 +42,12 @@ def save_state(folder, method, optimizer, training, extra, positions=None):
     older = [other for other in state_files(folder) if other < path]
     for other in {*state_files(folder)} - {path, *older[:1]}:   # newer ones: broken, or given up
         other.unlink()
+
+
+def tensors_of(optimizer, method):
+    """AdamW's tensors by name; a parameter without a gradient so far has none."""
+    return {f"optimizer.{kind}.{name}": value for name, p in method.trained().items()
+            for kind, value in optimizer.state[p].items()}
 
 
 class State:
@@ -71,15 +75,15 @@ class State:
     def check(self, method, training, run_settings):
         """Raise ValueError if the run that wrote the state was another one than this.
 
-        training: of this run, see `train.settings_of_run`. run_settings: their dataclass.
+        training: of this run. run_settings: `train.RunSettings`.
         """
         then = self.training.get("run")
         differ = differences(run_settings, then if isinstance(then, dict) else {}, training["run"])
         differ += differences(method.Settings, self.header["settings"],
                               as_mapping(method.settings))
-        differ += [f"{name} was {self.training.get(name)}, is {training[name]}"
-                   for name in training if name not in ("run", "step")
-                   and plain(self.training.get(name)) != plain(training[name])]
+        differ += [f"{name} was {self.training.get(name)}, is {value}"
+                   for name, value in training.items()
+                   if name not in ("run", "step") and self.training.get(name) != value]
         frozen = frozen_sha256(method, with_training_only=not self.is_finished)
         if self.header["method"] != method.name:
             differ = [f"the method was {self.header['method']}, is {method.name}"]
@@ -89,26 +93,19 @@ class State:
             differ.append("the frozen weights differ")
         if differ:
             raise ValueError(f"{self.path} is of a run with other settings: {'; '.join(differ)}. "
-                             "Go on with the same ones, or begin anew in another folder, see "
-                             "--output")
+                             "Go on with the same ones, or begin anew in another --output")
 
     def restore(self, method, optimizer, scaler):
         """Put everything back in place."""
-        complaint = f"{self.path} does not hold the tensors of this run"
-        of_optimizer = {name: value for name, value in self.tensors.items()
-                        if name.startswith("optimizer.")}
-        tensors = {name: value for name, value in self.tensors.items()
-                   if name != "positions" and name not in of_optimizer}
-        fill(method.checkpoint() if self.is_finished else method.state(), tensors, complaint)
-        expected = {}                               # a parameter without a gradient has no state
         for name, p in method.trained().items():
-            if f"optimizer.step.{name}" in of_optimizer:
+            if f"optimizer.step.{name}" in self.tensors:
                 optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                                       "exp_avg": torch.zeros_like(p),
                                       "exp_avg_sq": torch.zeros_like(p)}
-                expected.update({f"optimizer.{kind}.{name}": value
-                                 for kind, value in optimizer.state[p].items()})
-        fill(expected, of_optimizer, complaint)
+        expected = method.checkpoint() if self.is_finished else method.state()
+        found = {name: value for name, value in self.tensors.items() if name != "positions"}
+        fill({**expected, **tensors_of(optimizer, method)}, found,
+             f"{self.path} does not hold the tensors of this run")
         if self.header.get("scaler"):
             scaler.load_state_dict(self.header["scaler"])
 

@@ -4,7 +4,6 @@ import math
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,46 +18,6 @@ from machinery.training.shards import BAD, bad_line
 MAX_SKIPPED = 5                                     # steps in a row that are not finite
 
 
-@contextmanager
-def note_signals():
-    """Collect SIGTERM and SIGINT in the list that is yielded, to be looked at between steps."""
-    signals = []
-
-    def note(number, frame):
-        signals.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Log:
-    """log.jsonl of a run, a line a step, and the numbers beside its progress bar.
-
-    Lines of steps from `step` on, which an interrupted run wrote after its last state, are removed.
-    """
-
-    def __init__(self, path, step, bar):
-        lines = path.read_text().splitlines() if path.exists() else []
-        write_text(path, "".join(f"{line}\n" for line in lines[:step]))
-        self.file = open(path, "a", buffering=1)
-        self.bar = bar
-
-    def write(self, values):
-        """A line for a step. JSON has no infinity: what is not finite becomes null."""
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        shown = {key: f"{values[key]:.3f}" for key in list(values)[1:4]}     # loss and its parts
-        shown["lr"] = f"{values['lr']:.1e}"
-        shown["pairs_per_second"] = f"{values['pairs_per_second']:.0f}"
-        if values["skipped"]:
-            shown["skipped"] = values["skipped"]
-        self.bar.set_postfix(shown)
-
-
 class Run:
     """A training run as seen from its loop; a context manager around the loop.
 
@@ -66,6 +25,9 @@ class Run:
     training: what a checkpoint keeps of the run; "step", where it begins, "steps", "pass_pairs".
     method, optimizer, scaler, stream, processes: of the run.
     `skipped`, how many steps were, may be set before the loop.
+
+    Files: log.jsonl, a line a step, states and model.safetensors. SIGTERM and SIGINT are noted, and
+    obeyed at the end of a step.
     """
 
     def __init__(self, settings, training, method, optimizer, scaler, stream, processes):
@@ -77,7 +39,9 @@ class Run:
         self.stream = stream
         self.processes = processes
         self.output = Path(settings.output)
+        self.path = self.output / "model.safetensors"
         self.steps = range(training["step"], training["steps"])
+        self.trained_parameters = sum(p.numel() for p in method.trained().values())
         self.skipped = 0
         self.failures = 0                           # steps in a row that were not finite
         self.left_out = [0] * len(BAD)              # pairs by reason, over all processes
@@ -86,12 +50,10 @@ class Run:
         is_first = self.processes.rank == 0
         self.bar = tqdm(total=self.steps.stop, initial=self.steps.start, desc="training",
                         unit=" steps", disable=None if is_first else True)
-        self.log = None
-        if is_first:
-            self.output.mkdir(parents=True, exist_ok=True)
-            self.log = Log(self.output / "log.jsonl", self.steps.start, self.bar)
-        self.signal_notes = note_signals()
-        self.signals = self.signal_notes.__enter__()
+        self.log = self.open_log() if is_first else None
+        self.signals = []
+        self.handlers = {number: signal.signal(number, lambda n, frame: self.signals.append(n))
+                         for number in (signal.SIGTERM, signal.SIGINT)}
         self.started = time.time()
         self.saved = self.started
         self.step_began = self.started
@@ -100,8 +62,28 @@ class Run:
     def __exit__(self, *error):
         self.bar.close()
         if self.log:
-            self.log.file.close()
-        self.signal_notes.__exit__(*error)
+            self.log.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def open_log(self):
+        """log.jsonl without lines that an interrupted run wrote after its last state."""
+        path = self.output / "log.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        write_text(path, "".join(f"{line}\n" for line in lines[:self.steps.start]))
+        return open(path, "a", buffering=1)
+
+    def print_start(self):
+        """One line on what is trained."""
+        if self.processes.rank > 0:
+            return
+        pairs = self.training["pairs"]              # not known of tars
+        amount = f"{pairs:,} pairs" if pairs else f"{len(self.stream.pairs.paths):,} tars"
+        line = (f"{amount}, {self.steps.stop} steps of {self.settings.batch}, "
+                f"{self.trained_parameters / 1e6:.1f} M trained parameters, "
+                f"{self.processes.world} x {self.processes.device}, {self.training['arithmetic']}")
+        print(line + f", resumed at step {self.steps.start}" * (self.steps.start > 0))
 
     def end_step(self, step, values, rate, is_finite, is_overflow):
         """Log a step; save, stop or end the run where that is due.
@@ -114,11 +96,15 @@ class Run:
         self.skipped += not is_finite
         self.failures = 0 if is_finite or is_overflow else self.failures + 1
         if self.failures == MAX_SKIPPED:
-            raise ValueError(self.why_not_finite(step, values))
+            names = [self.stream.pairs.name(key) for key in self.stream.keys[:3]]
+            raise ValueError(f"the loss is {values['loss']} and the gradients' norm "
+                             f"{values['grad_norm']} at step {step}, not finite for {MAX_SKIPPED} "
+                             f"steps in a row; the last batch begins with {'; '.join(names)}. "
+                             "Lower --base-rate, or use --precision fp32")
         # What all processes have to know of each other, in one message
-        is_first = self.processes.rank == 0
-        due = is_first and time.time() - self.saved >= 60 * self.settings.save_minutes
-        message = torch.tensor([len(self.signals), due, *self.stream.left_out],
+        is_due = (self.processes.rank == 0
+                  and time.time() - self.saved >= 60 * self.settings.save_minutes)
+        message = torch.tensor([len(self.signals), is_due, *self.stream.left_out],
                                device=self.processes.device)
         stop, save, *self.left_out = sum_over_processes(message).tolist()
         self.refuse_too_many_bad((step + 1) * self.settings.batch)
@@ -131,13 +117,6 @@ class Run:
                 self.end_interrupted(step + 1)
         self.step_began = time.time()
 
-    def why_not_finite(self, step, values):
-        """An error for a run whose loss or gradients are not finite."""
-        names = [self.stream.pairs.name(key) for key in self.stream.keys[:3]]
-        return (f"the loss is {values['loss']} and the gradients' norm {values['grad_norm']} at "
-                f"step {step}, not finite for {MAX_SKIPPED} steps in a row; the last batch begins "
-                f"with {'; '.join(names)}. Lower --base-rate, or use --precision fp32")
-
     def refuse_too_many_bad(self, pairs):
         """Raise ValueError if too many pairs could not be read. pairs: good ones so far."""
         bad = sum(self.left_out)
@@ -149,10 +128,14 @@ class Run:
     def write_log(self, step, values, rate):
         batch = self.settings.batch
         seconds = time.time() - self.step_began
-        self.log.write({"step": step, **values, "lr": rate,
-                        "pairs_per_second": round(batch / seconds, 1),
-                        "waited": round(self.stream.waited / seconds, 3),
-                        "bad_images": sum(self.left_out), "skipped": self.skipped})
+        line = {"step": step, **values, "lr": rate, "pairs_per_second": round(batch / seconds, 1),
+                "waited": round(self.stream.waited / seconds, 3),
+                "bad_images": sum(self.left_out), "skipped": self.skipped}
+        # JSON has no infinity
+        finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
+        self.log.write(json.dumps(finite) + "\n")
+        shown = [*list(values)[:3], "lr", "pairs_per_second", "skipped"]     # loss and its parts
+        self.bar.set_postfix({key: f"{line[key]:.3g}" for key in shown})
         done = (step + 1) * batch                   # pairs
         pass_pairs = self.training["pass_pairs"]
         if self.stream.positions is not None and done % pass_pairs < batch:
@@ -166,15 +149,14 @@ class Run:
         if self.stream.positions is not None:
             gathered = gather_rows(self.stream.positions.to(self.processes.device))
             positions = gathered.view(self.processes.world, *self.stream.positions.shape)
-        is_finite = all(p.isfinite().all() for p in self.method.trained().values())
-        if not is_finite:
+        if not all(p.isfinite().all() for p in self.method.trained().values()):
             raise ValueError(f"a parameter is not finite after step {step}; the states before it "
                              "are whole. Lower --base-rate, or use --precision fp32")
         if self.processes.rank == 0:
             extra = {"skipped": self.skipped, "left_out": self.left_out,
                      "scaler": self.scaler.state_dict()}
             save_state(self.output, self.method, self.optimizer, training, extra, positions)
-            save_model(self.output / "model.safetensors", self.method, training)
+            save_model(self.path, self.method, training)
         self.saved = time.time()
 
     def end_interrupted(self, step):
@@ -186,39 +168,21 @@ class Run:
         sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
     def write_model(self):
-        """Write the trained model. Nothing is left to go on with: the states are deleted, and what
-        a killed process left half-written. Returns what the run cost: seconds, trained_parameters,
-        peak_gib of this process."""
+        """Write the trained model, and delete the states and what a killed process left
+        half-written. Returns what the run cost: seconds, trained_parameters, peak_gib of this
+        process."""
         cost = {"seconds": round(time.time() - self.started, 1),
-                "trained_parameters": count_trained(self.method),
+                "trained_parameters": self.trained_parameters,
                 "peak_gib": round(peak_memory(self.processes.device_type), 2)}
         if self.processes.rank > 0:
             return cost
-        path = self.output / "model.safetensors"
-        save_model(path, self.method, {**self.training, "step": self.steps.stop})
+        save_model(self.path, self.method, {**self.training, "step": self.steps.stop})
         for left in (*state_files(self.output), *self.output.glob("*.partial")):
             left.unlink()
-        line = f"trained in {cost['seconds']:.0f} s, {path}"
+        line = f"trained in {cost['seconds']:.0f} s, {self.path}"
         if sum(self.left_out):
             line += f"; left out: {bad_line(self.left_out)}"
         if self.skipped:
             line += f"; {self.skipped} steps were skipped, their loss or gradients not finite"
         print(line)
         return cost
-
-
-def count_trained(method):
-    """Number of trained parameters."""
-    return sum(p.numel() for p in method.trained().values())
-
-
-def print_run(run, amount):
-    """One line on what is trained. amount: on how much, in words."""
-    if run.processes.rank > 0:
-        return
-    line = (f"{amount}, {run.steps.stop} steps of {run.settings.batch}, "
-            f"{count_trained(run.method) / 1e6:.1f} M trained parameters, "
-            f"{run.processes.world} x {run.processes.device}, {run.training['arithmetic']}")
-    if run.steps.start:
-        line += f", resumed at step {run.steps.start}"
-    print(line)

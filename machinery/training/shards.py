@@ -1,10 +1,9 @@
 """Tars of captioned images in img2dataset's layout: finding and reading them.
 
-The files of a sample share their stem and follow one another in the tar: 000000012.jpg,
-000000012.txt, 000000012.json. A tar comes from anywhere: no more is read than a sample needs,
-whatever its headers claim.
+The files of a sample share their stem and follow one another: 000000012.jpg, 000000012.txt,
+000000012.json. A tar comes from anywhere: no more is read than a sample needs, whatever its headers
+claim.
 """
-import contextlib
 import io
 import json
 import os
@@ -21,6 +20,7 @@ MAX_CAPTION = 2000                                  # characters; a longer text 
 MAX_IMAGE = 100 * 2 ** 20                           # bytes; a header may claim any size
 BAD = ("cut tar", "no concepts", "no image", "bad image", "no caption", "empty caption",
        "long caption", "caption not UTF-8")         # why samples are left out; the order of counts
+BROKEN = (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError, RecursionError)
 
 
 class BadSample(ValueError):
@@ -28,8 +28,8 @@ class BadSample(ValueError):
 
 
 def count_bad(errors):
-    """Counts by reason (len(BAD),) int64. errors: exceptions; whatever is no `BadSample` was raised
-    by an image."""
+    """Counts by reason, (len(BAD),) int64. errors: exceptions; those that are no `BadSample` were
+    raised by an image."""
     bad = np.zeros(len(BAD), np.int64)
     for error in errors:
         bad[BAD.index(str(error) if isinstance(error, BadSample) else "bad image")] += 1
@@ -37,9 +37,8 @@ def count_bad(errors):
 
 
 def bad_line(bad):
-    """Counts of bad samples by reason (len(BAD),) in words."""
-    found = [f"{reason} {count:,}" for reason, count in zip(BAD, bad) if count]
-    return ", ".join(found) or "none"
+    """Counts by reason, (len(BAD),), in words."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in zip(BAD, bad) if count) or "none"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,7 +83,7 @@ def expand_ranges(name):
 
 
 # --------------------------------------------------------------------------------------------------
-# Samples of a tar. Whoever reads them gets what can be used; in place of what cannot be, an error.
+# Samples of a tar. In place of what cannot be used stands a `BadSample`.
 
 def captions_of_tar(path):
     """Captions of a tar's samples, in order: str, or `BadSample`. Where the tar is cut short a
@@ -92,30 +91,29 @@ def captions_of_tar(path):
     try:
         for tar, members in _samples(path):
             yield _caption(tar, members)
-    except tarfile.TarError:
+    except BROKEN:
         yield BadSample("cut tar")
 
 
 def samples_of_tar(path):
     """(caption, image) of a tar's samples, in order: str and open file, or `BadSample`; the cut as
-    in `captions_of_tar`. So is a tar that can no longer be read."""
+    in `captions_of_tar`. A tar that can no longer be read is cut, too."""
     try:
         for tar, members in _samples(path):
             yield _caption(tar, members), _image(tar, members)
-    except (tarfile.TarError, OSError):
+    except (*BROKEN, OSError):
         yield BadSample("cut tar"), BadSample("cut tar")
 
 
 def _caption(tar, members):
     """Caption of a sample, from its .txt or else its .json, or `BadSample`."""
-    most = 4 * MAX_CAPTION                          # bytes; a character has at most 4
     try:
         if ".txt" in members:
-            if members[".txt"].size > most:
+            if members[".txt"].size > 4 * MAX_CAPTION:      # bytes; a character has at most 4
                 return BadSample("long caption")
-            caption = _content(tar, members[".txt"], most).decode("utf-8-sig")
+            caption = _content(tar, members[".txt"]).decode("utf-8-sig")
         else:
-            caption = json.loads(_content(tar, members[".json"], MAX_IMAGE))["caption"] or ""
+            caption = json.loads(_content(tar, members[".json"]))["caption"] or ""
             caption.encode()                        # JSON can hold half characters
     except UnicodeError:
         return BadSample("caption not UTF-8")
@@ -128,20 +126,20 @@ def _caption(tar, members):
 
 def _image(tar, members):
     """Open file of a sample's image, or `BadSample`."""
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
-    if not suffix:
+    images = [members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members]
+    if not images:
         return BadSample("no image")
     try:
-        return io.BytesIO(_content(tar, members[suffix], MAX_IMAGE))
+        return io.BytesIO(_content(tar, images[0]))
     except ValueError:
         return BadSample("bad image")
 
 
-def _content(tar, member, most):
-    """Bytes of a file in a tar. Raises ValueError for more than `most`, whatever its header claims,
-    and for a sparse file, whose size on disk says nothing."""
-    if member.size > most or member.issparse():
-        raise ValueError(f"{member.name} has {member.size:,} bytes, at most {most:,} are read")
+def _content(tar, member):
+    """Bytes of a file in a tar. Raises ValueError where its header claims more than MAX_IMAGE, and
+    for a sparse file, whose size on disk says nothing."""
+    if member.size > MAX_IMAGE or member.issparse():
+        raise ValueError(f"{member.name} claims {member.size:,} bytes")
     return tar.extractfile(member).read()
 
 
@@ -149,8 +147,8 @@ def _samples(path):
     """(open tar, {suffix: its header}) of each sample of an uncompressed tar."""
     stem = None
     members = {}
-    with _open_tar(path) as tar:
-        while member := _next_header(tar):
+    with _BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        while member := tar.next():
             tar.members = []                        # tarfile would keep them all
             if member.isfile():
                 name, suffix = os.path.splitext(member.name)
@@ -159,38 +157,21 @@ def _samples(path):
                     members = {}
                 stem = name
                 members[suffix.lower()] = member
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):     # marks a tar's end
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):    # marks a tar's end
             raise tarfile.ReadError("the end of the tar is missing")
         if members:
             yield tar, members
 
 
-@contextlib.contextmanager
-def _open_tar(path):
-    with _BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        yield tar
-
-
 class _BoundedFile(io.BufferedReader):
-    """A file that reads no more at once than it has, and never more than MAX_IMAGE bytes.
-
-    tarfile reads long names and pax headers of any size that a tar claims.
-    """
+    """A file that reads no more at once than it has, and never more than MAX_IMAGE bytes: tarfile
+    reads long names and pax headers of any size that a tar claims."""
 
     def __init__(self, path):
         super().__init__(io.FileIO(path))
         self.size = os.path.getsize(path)
 
     def read(self, size=-1):
-        left = max(0, self.size - self.tell())
-        return super().read(min(left, MAX_IMAGE) if size < 0 else min(size, left, MAX_IMAGE))
-
-
-def _next_header(tar):
-    """The tar's next header, None at its end. Raises tarfile.ReadError for whatever is wrong: a
-    header may claim a name of gigabytes, or have letters for digits."""
-    try:
-        return tar.next()
-    except (MemoryError, OverflowError, ValueError, EOFError, RecursionError) as error:
-        raise tarfile.ReadError(f"a broken header ({error!r})") from None
+        left = min(max(0, self.size - self.tell()), MAX_IMAGE)
+        return super().read(left if size < 0 else min(size, left))

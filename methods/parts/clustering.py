@@ -68,35 +68,30 @@ def assign(cost):
         raise ValueError("the costs of an assignment are not finite")
     rows, columns = cost.shape
     row_potential = np.zeros(rows)
-    column_potential = np.zeros(columns)
-    owner = np.full(columns, -1)                    # row that has the column
+    column_potential = np.zeros(columns + 1)
+    owner = np.full(columns + 1, -1)                # row that has the column
     for new_row in range(rows):
+        owner[-1] = new_row                         # one more column, where its path begins
+        column = columns
         least = np.full(columns, np.inf)            # cost of the cheapest path to each column
         came_from = np.full(columns, -1)            # column before it on that path
-        done = np.zeros(columns, bool)
-        path = [(new_row, 0.0)]                     # rows that were reached, and at which cost
-        row = new_row
-        total = 0.0
-        column = -1
-        while row >= 0:
-            through_row = total + cost[row] - row_potential[row] - column_potential
-            better = ~done & (through_row < least)
-            least[better] = through_row[better]
-            came_from[better] = column
-            column = int(np.where(done, np.inf, least).argmin())
-            total = least[column]
+        done = np.zeros(columns + 1, bool)
+        while owner[column] >= 0:
             done[column] = True
             row = owner[column]
-            if row >= 0:
-                path.append((row, total))
-        for reached, at in path:
-            row_potential[reached] += total - at
-        column_potential[done] -= total - least[done]
-        while came_from[column] >= 0:               # hand the columns on along the path
+            reduced = cost[row] - row_potential[row] - column_potential[:-1]
+            better = ~done[:-1] & (reduced < least)
+            least[better] = reduced[better]
+            came_from[better] = column
+            column = int(np.where(done[:-1], np.inf, least).argmin())
+            step = least[column]
+            row_potential[owner[done]] += step
+            column_potential[done] -= step
+            least -= step
+        while column != columns:                    # hand the columns on along the path
             owner[column] = owner[came_from[column]]
             column = came_from[column]
-        owner[column] = new_row
-    taken = np.flatnonzero(owner >= 0)
+    taken = np.flatnonzero(owner[:-1] >= 0)
     result = np.empty(rows, int)
     result[owner[taken]] = taken
     return result

@@ -24,7 +24,7 @@ VOCABULARY = 49408                                  # tokens of CLIP's own text 
 # cosines; cells, the side of the grid in training.
 
 def position_table(table, old, new):
-    """A ViT's positions for another grid: bicubic; the class token's row stays as it is.
+    """A ViT's positions, resized bicubically; the class token's row stays as it is.
 
     table: (1 + H * W, width) for the grid old = (H, W). Returns (1 + h * w, width), new = (h, w).
     """
@@ -150,8 +150,7 @@ def create_clip(name, weights):
     """(dense image encoder, open_clip's text tower, {"mean", "std"} of pixels) of a CLIP.
 
     name: open_clip's. weights: its tag, which is downloaded once; a local file; or "random". Raises
-    ValueError for an unknown name, a model that is not of the kinds above, or a file that does not
-    fit; FileNotFoundError for missing weights.
+    ValueError, or FileNotFoundError for missing weights.
     """
     import open_clip                                # slow, and most of the project does not need it
     config = open_clip.get_model_config(name)

@@ -1,12 +1,7 @@
 """OVSegmentor's networks: an image encoder that groups patches, projectors, the entity decoder.
 
-"Section n" is a section of docs/ovsegmentor.md. The letters are those of methods/ovsegmentor.py:
-
-    B   images          d     width of the image encoder     K0   group tokens that go in
-    N   patches         d_t   width of the text encoder      K    groups that come out
-    T   text tokens     P     pixels of an enlarged mask
-
-The blocks are timm's, so that DINO's weights fit.
+"Section n" is a section of docs/ovsegmentor.md. Letters: those of methods/ovsegmentor.py. The
+blocks are timm's, so that DINO's weights fit.
 """
 import math
 from dataclasses import dataclass
@@ -24,14 +19,13 @@ from machinery.settings import setting
 # Patches to groups (section 3)
 
 def patch_logits(queries, keys):
-    """L: how much each group wants each patch (section 3), float32. (B, K, d), (B, N, d) ->
-    (B, K, N)."""
+    """L: how well each group fits each patch. (B, K, d), (B, N, d) -> (B, K, N), float32."""
     with torch.autocast(queries.device.type, enabled=False):
         return queries.float() @ keys.float().transpose(1, 2) / math.sqrt(queries.shape[-1])
 
 
 def assign_patches(logits, noise=0.0):
-    """A: each patch to one group, one-hot over K, with the gradient of the softmax (section 3).
+    """A: each patch to one group, one-hot over K, with the gradient of the softmax.
 
     logits, noise: (B, K, N); in training the noise is Gumbel's. Returns (B, K, N).
     """
@@ -41,10 +35,9 @@ def assign_patches(logits, noise=0.0):
 
 
 def group_sums(member, values):
-    """Sum of each group's patches / (their number + 1), not / their number (section 3).
+    """Sum of each group's patches / (their number + 1), not / their number.
 
-    member: (B, K, N), one-hot over K. values: (B, N, d). Returns (B, K, d), 0 for a group without
-    patches.
+    member: (B, K, N), one-hot over K. values: (B, N, d). Returns (B, K, d).
     """
     weights = member / (1 + member.sum(dim=-1, keepdim=True))
     return weights.to(values.dtype) @ values
@@ -109,8 +102,8 @@ class ImageSettings:
     """An image encoder; see `ImageEncoder`."""
     width: int = setting(768, "d, of the image encoder", least=1)
     heads: int = setting(
-        8, "of image encoder and entity decoder; DINO was trained with 12", least=1)
-    layers: int = setting(12, "of the image encoder, both halves", least=2)
+        8, "attention heads of image encoder and entity decoder; DINO was trained with 12", least=1)
+    layers: int = setting(12, "layers of the image encoder, both halves", least=2)
     patch: int = setting(16, "pixels a side of a patch of the convolution", least=1, flag=False)
     grid: int = setting(
         14, "patches a side of the position table: of an image of --image-size", least=1,
@@ -118,9 +111,11 @@ class ImageSettings:
     group_tokens: int = setting(64, "K0, group tokens that go in", least=1)
     groups: int = setting(8, "K, groups that come out", least=1)
     drop_path: float = setting(
-        0.1, "probability that the last block leaves a part out, rising from 0", least=0, most=0.9)
+        0.1, "stochastic depth: probability of the last block; it grows linearly from 0 in the "
+        "first", least=0, most=0.9)
     init_std: float = setting(
-        0.02, "of new weights; small widths need more, such as width ** -0.5", above=0, flag=False)
+        0.02, "standard deviation of new weights; small widths need more, such as width ** -0.5",
+        above=0, flag=False)
 
     def check(self):
         if self.width % self.heads:
@@ -131,8 +126,8 @@ class ImageEncoder(nn.Module):
     """A vision transformer cut in two: its lower half sees patches and group tokens, its upper half
     the groups only.
 
-    settings: `ImageSettings`. channels: of the maps that come in, 3 for pixels. patch: of the
-    convolution, in pixels or in cells of the maps.
+    settings: `ImageSettings`. channels: of the maps that come in, 3 for pixels. patch: kernel and
+    stride of the patch convolution, in cells of the maps.
     """
 
     def __init__(self, settings, channels=3, patch=16):
@@ -168,11 +163,11 @@ class ImageEncoder(nn.Module):
         x = x.flatten(2).transpose(1, 2) + self.positions(h, w)                     # (B, N, d)
         x = torch.cat([x, self.group_tokens.expand(len(x), -1, -1)], dim=1)         # (B, N + K0, d)
         cut = len(self.blocks) // 2
-        for block in self.blocks[:cut]:
-            x = block(x)
+        for layer in self.blocks[:cut]:
+            x = layer(x)
         groups, queries, keys = self.binding(x[:, h * w:], x[:, :h * w])
-        for block in self.blocks[cut:]:
-            groups = block(groups)
+        for layer in self.blocks[cut:]:
+            groups = layer(groups)
         return self.norm(groups), queries, keys, (h, w)
 
     @torch.no_grad()
@@ -221,11 +216,8 @@ class EntityDecoder(nn.Module):
         if width % heads:
             raise ValueError(f"the entity decoder is as wide as the narrower of image encoder and "
                              f"text encoder, {width}, which is no multiple of the {heads} heads")
-        self.narrow_image = self.narrow_text = nn.Identity()
-        if image_width > width:
-            self.narrow_image = nn.Linear(image_width, width)
-        if text_width > width:
-            self.narrow_text = nn.Linear(text_width, width)
+        self.narrow_image = nn.Linear(image_width, width) if image_width > width else nn.Identity()
+        self.narrow_text = nn.Linear(text_width, width) if text_width > width else nn.Identity()
         self.norm_groups = nn.LayerNorm(width)
         self.norm_text = nn.LayerNorm(width)
         self.cross = CrossBlock(width, heads)

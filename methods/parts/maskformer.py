@@ -1,5 +1,4 @@
-"""The parts of MaskFormer, a network that turns an image into masks: backbones that give four maps,
-a pixel decoder, a transformer decoder.
+"""The parts of MaskFormer, a network that turns an image into masks.
 
 Cheng, Schwing, Kirillov, "Per-Pixel Classification is Not All You Need for Semantic Segmentation",
 2021. Letters: Q queries, each a mask; L layers; d width of both decoders; m cells of the coarsest
@@ -22,13 +21,13 @@ STRIDE = 32                                         # of the coarsest map
 class SwinMaps(nn.Module):
     """A Swin Transformer from random initial values: images -> maps at strides 4, 8, 16, 32.
 
-    name: timm's. drop_path: the last block's rate of stochastic depth. options: of timm.
+    name: timm's. drop_path: the last block's rate of stochastic depth.
     """
 
-    def __init__(self, name, drop_path, options):
+    def __init__(self, name, drop_path):
         super().__init__()
-        self.trunk = create_trunk(name, "random", {
-            "strict_img_size": False, "drop_path_rate": drop_path, **options}, "--student")
+        options = {"strict_img_size": False, "drop_path_rate": drop_path}
+        self.trunk = create_trunk(name, "random", options, "--student")
         # Windows are shifted on maps of any size, as in MaskFormer's Swin; timm would lay them out
         # for one size of images.
         self.trunk.set_input_size(always_partition=True)

@@ -1,9 +1,9 @@
 """Text encoders of whole sentences, for OVSegmentor (docs/ovsegmentor.md, section 4): a pretrained
 BERT, which needs the optional package transformers, or a text tower from scratch.
 
-Letters: B sentences, T tokens of each, padding included, d_t width.
+Both have a width d_t. They turn tokens (B, T) of B sentences into hidden states (B, T, d_t), those
+of padding too, and one state a sentence, (B, d_t); `sentence` picks it among states (B, T, w).
 """
-import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,13 +34,6 @@ class SentenceSettings(TextSettings):
                              f"{CONTEXT_LENGTH} tokens")
 
 
-def create(settings, pretrained):
-    """The text encoder of `SentenceSettings`. pretrained: whether a BERT gets its weights."""
-    if settings.encoder == "scratch":
-        return ScratchText(settings)
-    return Bert(settings.encoder, pretrained)
-
-
 @lru_cache(maxsize=2 ** 14)                         # prompts and answers return often
 def tokenize(text, encoder, context):
     """Text, perhaps with [MASK] -> (context,) int64. encoder, context: of `SentenceSettings`."""
@@ -52,17 +45,13 @@ def tokenize(text, encoder, context):
 
 
 class ScratchText(TextEncoder):
-    """CLIP's causal text transformer from random initial weights, without a projection.
-
-    Its attention is causal, so a sentence's state is that of its end token.
-    """
+    """CLIP's text transformer from random initial weights, without a projection. Its attention is
+    causal, so a sentence's state is that of its end token."""
 
     def __init__(self, settings):
         super().__init__(None, settings.width, settings.heads, settings.layers)
 
     def forward(self, tokens):
-        """tokens: (B, T). Returns hidden states (B, T, d_t), those of padding too, and of the
-        sentence (B, d_t)."""
         T = tokens.shape[1]
         x = self.tower.token_embedding(tokens) + self.tower.positional_embedding[:T]
         x = self.tower.transformer(x, attn_mask=self.tower.attn_mask[:T, :T])
@@ -71,25 +60,24 @@ class ScratchText(TextEncoder):
 
     @staticmethod
     def sentence(x, tokens):
-        """x (B, T, w) -> that of the end token, which has the highest id, (B, w)."""
-        return x[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
+        end = tokens.argmax(dim=-1)                 # the end token has the highest id
+        return x[torch.arange(len(tokens), device=tokens.device), end]
 
 
 # --------------------------------------------------------------------------------------------------
 # BERT
 
 def transformers():
-    """The package. Raises ValueError with the install command where it is missing."""
-    if importlib.util.find_spec("transformers") is None:
+    try:
+        import transformers                         # slow, and only BERT needs it
+    except ImportError:
         raise ValueError("a pretrained BERT needs the package transformers: pip install "
-                         "transformers, or train a text encoder from scratch with --text scratch")
-    import transformers                             # slow, and only BERT needs it
+                         "transformers, or train a text encoder from scratch with --text "
+                         "scratch") from None
     return transformers
 
 
 def load(maker, name, **options):
-    """maker.from_pretrained(name). Raises FileNotFoundError for a name that is neither a folder nor
-    to be had from the Hugging Face Hub."""
     try:
         return maker.from_pretrained(name, **options)
     except OSError as error:
@@ -104,10 +92,10 @@ def bert_tokenizer(name):
 
 
 class Bert(nn.Module):
-    """Hidden states of a BERT. A sentence's state is that of [CLS], its first token.
+    """A sentence's state is that of [CLS], its first token.
 
-    name: of the Hub, or a folder; its shape and vocabulary are read there. pretrained: the weights,
-    too; else they are random, to be filled from a checkpoint.
+    name: of the Hub, or a folder, which gives shape and vocabulary. pretrained: its weights, too;
+    else they are random, to be filled from a checkpoint.
     """
 
     def __init__(self, name, pretrained):
@@ -121,16 +109,13 @@ class Bert(nn.Module):
                                  "it is no BERT")
         else:
             self.bert = package.BertModel(load(package.BertConfig, name), add_pooling_layer=False)
-        self.width = self.bert.config.hidden_size                                   # d_t
+        self.width = self.bert.config.hidden_size
 
     def forward(self, tokens):
-        """tokens: (B, T). Returns hidden states (B, T, d_t), those of padding too, and of the
-        sentence (B, d_t)."""
         is_text = tokens != self.bert.config.pad_token_id
         hidden_states = self.bert(tokens, attention_mask=is_text).last_hidden_state
         return hidden_states, self.sentence(hidden_states, tokens)
 
     @staticmethod
     def sentence(x, tokens):
-        """x (B, T, w) -> that of [CLS] (B, w)."""
         return x[:, 0]

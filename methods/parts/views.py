@@ -1,12 +1,23 @@
-"""Random squares of photos, the masks there, and random changes of colour by torchvision.
+"""Random squares of photos, the masks there, and random changes of their pixels.
 
 rng: NumPy generator. What torchvision draws comes from torch's global generator.
 """
+import random
+from functools import lru_cache
+
 import numpy as np
-from torchvision.transforms import v2
+from PIL import Image
+from torchvision.transforms import RandomErasing, v2
+from torchvision.transforms.functional import to_pil_image
+
+from machinery.images import to_pixels
+from machinery.networks.layers import IMAGENET_MEAN, IMAGENET_STD, Normalise
 
 LONG_SIDE = 1333 / 1024                             # of a resized photo / its short side, at most
 
+
+# --------------------------------------------------------------------------------------------------
+# Of PixelCLIP
 
 def random_square(width, height, size, short_side, rng):
     """(left, top, side) in a photo's pixels of a random square of size x size pixels of the resized
@@ -53,3 +64,28 @@ def strong_colours(strength=1.0):
     blur = v2.GaussianBlur(13, sigma=(0.1, 2.0))    # 13 pixels: three sigma to each side
     return v2.Compose([v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(0.2 * strength),
                        v2.RandomApply([blur], p=0.5 * strength)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Of OVSegmentor. Pixels: uint8 (3, H, W)
+
+@lru_cache(maxsize=1)
+def augmenter(recipe, size):
+    from timm.data.auto_augment import rand_augment_transform       # slow to import
+    grey = tuple(round(255 * value) for value in IMAGENET_MEAN)     # what comes in from outside
+    return rand_augment_transform(recipe, {"img_mean": grey, "interpolation": Image.BILINEAR,
+                                           "translate_const": int(0.45 * size)})
+
+
+def rand_augment(pixels, recipe, rng):
+    """timm's RandAugment. recipe: such as "rand-m9-mstd0.5-inc1"."""
+    random.seed(int(rng.integers(2 ** 32)))         # timm draws from both
+    np.random.seed(int(rng.integers(2 ** 32)))
+    return to_pixels(augmenter(recipe, pixels.shape[-1])(to_pil_image(pixels)))
+
+
+def random_erase(pixels, probability):
+    """Fill a rectangle, 2 to 33 % of the image, with noise of ImageNet's mean and deviation."""
+    normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
+    x = RandomErasing(probability, value="random")(normalise(pixels))
+    return (255 * (x * normalise.std + normalise.mean)).round().clamp(0, 255).byte()
