@@ -32,6 +32,10 @@ class SimZSSPrompts(SimZSS):
     name = "simzss-prompts"
     Settings = SimZSSPromptsSettings
 
+    def __init__(self, settings, bank=(), training=False):
+        super().__init__(settings, bank, training)
+        self.templates = read_templates(settings.prompts) if training else ()
+
     def losses(self, encoded, batch):
         losses = super().losses(encoded, batch)
         ids = batch["concepts"][..., 0]                                             # (B, M)
@@ -46,10 +50,9 @@ class SimZSSPrompts(SimZSS):
 
     def prompt_tokens(self, present):
         """Tokens (P, 77) of a prompt for each of the concepts present (P,)."""
-        templates = read_templates(self.settings.prompts)
         # Drawn for the whole bank, so that all processes have the same prompt of a concept
-        drawn = torch.randint(len(templates), (len(self.bank),)).tolist()
-        texts = [templates[drawn[id]].replace("{}", self.bank[id]) for id in present.tolist()]
+        drawn = torch.randint(len(self.templates), (len(self.bank),)).tolist()
+        texts = [self.templates[drawn[id]].replace("{}", self.bank[id]) for id in present.tolist()]
         tokens = torch.empty(len(texts), CONTEXT_LENGTH, dtype=torch.int64)
         for row, text in zip(tokens, texts):
             row[:] = tokenize(text)

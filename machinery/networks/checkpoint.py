@@ -31,11 +31,12 @@ def newest_model():
 # --------------------------------------------------------------------------------------------------
 # Writing
 
-def header_of(method, training):
-    """What a checkpoint or a state says of its method, as JSON. training: of its run."""
+def header_of(method, training, with_training_only=False):
+    """What a checkpoint or a state says of its method, as JSON. training: of its run.
+    with_training_only: see `frozen_sha256`."""
     return {"format": FORMAT, "method": method.name, "settings": as_mapping(method.settings),
             "protocol": as_mapping(method.protocol), "bank": method.bank,
-            "frozen_sha256": frozen_sha256(method), "training": training}
+            "frozen_sha256": frozen_sha256(method, with_training_only), "training": training}
 
 
 def frozen_sha256(method, with_training_only=False):

@@ -31,8 +31,7 @@ def save_state(folder, method, optimizer, training, extra, positions=None):
     tensors = {**method.state(), **tensors_of(optimizer, method)}
     if positions is not None:
         tensors["positions"] = positions
-    frozen = frozen_sha256(method, with_training_only=True)
-    header = {**header_of(method, training), "frozen_sha256": frozen, **extra}
+    header = {**header_of(method, training, with_training_only=True), **extra}
     path = folder / f"state-{training['step']:08d}.safetensors"
     try:
         save_tensors(path, tensors, header)
