@@ -25,7 +25,7 @@ from machinery.training.shards import (BAD, BadSample, bad_line, count_bad, find
 from machinery.training.workers import start_data_worker
 
 MAX_PIXELS = 2 ** 26                                # of a training image, decoded: 67 megapixels
-TOY_SCENES = 2000
+TOY_SCENES = 4000
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Train SimZSS, or one of the other methods, by a recipe.
 
-    python train.py --recipe toy                        # a minute on a laptop, no download
+    python train.py --recipe toy                        # two minutes on a laptop, no download
     torchrun --nproc_per_node 8 train.py                # the paper's run on COCO Captions
 
 A recipe is a file in recipes/: a method, and every setting that is not at its default. Flags change

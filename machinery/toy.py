@@ -21,17 +21,29 @@ TOY_SIZE = 128                                      # pixels a side
 STUFF = {"sky": ((150, 200, 250), "plain"), "sea": ((30, 90, 190), "waves"),
          "grass": ((60, 150, 50), "noise"), "sand": ((220, 195, 130), "noise"),
          "road": ((110, 110, 115), "plain"), "snow": ((240, 240, 245), "noise")}
-THINGS = {"boat": ((130, 60, 30), "stripes", "hull"),
-          "surfboard": ((245, 220, 40), "plain", "oval"),
-          "cow": ((70, 60, 55), "stripes", "oval"), "sheep": ((225, 215, 195), "checks", "oval"),
-          "horse": ((125, 70, 35), "plain", "oval"), "car": ((200, 30, 35), "plain", "box"),
-          "bus": ((240, 140, 20), "stripes", "box"), "truck": ((40, 50, 120), "checks", "box"),
-          "umbrella": ((160, 60, 170), "stripes", "hull"), "dog": ((70, 45, 30), "noise", "oval"),
-          "kite": ((230, 40, 150), "checks", "diamond"),
-          "airplane": ((175, 180, 190), "stripes", "oval")}
-HOME = {"sea": ("boat", "surfboard"), "grass": ("cow", "sheep", "horse"),
-        "road": ("car", "bus", "truck"), "sand": ("umbrella", "dog"), "snow": ("dog",),
-        "sky": ("kite", "airplane")}                # where things usually are
+ANIMAL = [(-1, -.5), (.4, -.5), (.55, -.75), (1, -.7), (1, -.3), (.8, -.15), (.8, .7), (.45, .7),
+          (.45, .4), (-.6, .4), (-.6, .7), (-.95, .7)]          # corners, in units of the radius
+THINGS = {"boat": ((130, 60, 30), "stripes", [(-1, .1), (-.2, .1), (-.2, -.95), (.8, .1), (1, .1),
+                                              (.7, .7), (-.7, .7)]),
+          "surfboard": ((245, 220, 40), "plain", [(-1, 0), (-.65, -.35), (0, -.48), (.65, -.35),
+                                                  (1, 0), (.65, .35), (0, .48), (-.65, .35)]),
+          "cow": ((70, 60, 55), "stripes", ANIMAL), "sheep": ((225, 215, 195), "checks", ANIMAL),
+          "horse": ((125, 70, 35), "plain", ANIMAL), "dog": ((70, 45, 30), "noise", ANIMAL),
+          "car": ((200, 30, 35), "plain", [(-1, -.1), (-.65, -.15), (-.4, -.65), (.45, -.65),
+                                           (.7, -.15), (1, -.05), (1, .5), (-1, .5)]),
+          "bus": ((240, 140, 20), "stripes", [(-1, -.6), (1, -.6), (1, .6), (-1, .6)]),
+          "truck": ((40, 50, 120), "checks", [(-1, -.6), (.4, -.6), (.4, -.3), (.8, -.3), (1, .1),
+                                              (1, .6), (-1, .6)]),
+          "umbrella": ((160, 60, 170), "stripes", [(-1, .1), (-.75, -.45), (0, -.75), (.75, -.45),
+                                                   (1, .1), (.15, .1), (.15, .8), (-.15, .8),
+                                                   (-.15, .1)]),
+          "kite": ((230, 40, 150), "checks", [(-.75, -.2), (0, -1), (.75, -.2), (0, 1)]),
+          "airplane": ((175, 180, 190), "stripes", [(-1, -.75), (-.65, -.75), (-.45, -.3),
+                                                    (.65, -.3), (1, .05), (.7, .35), (.25, .35),
+                                                    (-.15, .8), (-.6, .8), (-.3, .35),
+                                                    (-.85, .3)])}
+RADIUS = (20, 40)                                   # of things, in pixels; smaller ones are harder
+VISIBLE = 160                                       # pixels, 1 % of a scene: less is not named
 PLURALS = {"sheep": "sheep", "bus": "buses"}
 TOY_CLASSES = [[name] for name in (*STUFF, *THINGS)]
 MARK = "toy scene of SimZSS"                        # written into a PNG, to know it again
@@ -48,7 +60,7 @@ def material(colour, pattern, noise, rng):
     if pattern == "plain":
         relief = 4 * noise
     elif pattern == "noise":
-        relief = 25 * noise
+        relief = 18 * noise
     elif pattern == "waves":
         relief = 4 * noise + 25 * np.sin(0.8 * y + 2 * np.sin(0.1 * x))
     elif pattern == "stripes":
@@ -58,91 +70,76 @@ def material(colour, pattern, noise, rng):
     return (colour + rng.normal(0, 10, 3) + relief[..., None]).astype(np.float32)
 
 
-def outline(shape, x, y, r):
-    """(128, 128) bool: where a thing of that shape and radius is."""
+def outline(corners, rng):
+    """(128, 128) bool: where a thing of that outline is, of random size at a random place."""
+    middle = rng.uniform(20, TOY_SIZE - 20, 2)
+    points = middle + rng.uniform(*RADIUS) * np.array(corners)
     picture = Image.new("1", (TOY_SIZE, TOY_SIZE))
-    draw = ImageDraw.Draw(picture)
-    q = 0.6 * r
-    corners = {"box": [(x - r, y - q), (x + r, y - q), (x + r, y + q), (x - r, y + q)],
-               "hull": [(x - r, y - q), (x + r, y - q), (x + q, y + q), (x - q, y + q)],
-               "diamond": [(x - q, y), (x, y - r), (x + q, y), (x, y + r)]}
-    if shape == "oval":
-        draw.ellipse((x - r, y - q, x + r, y + q), fill=1)
-    else:
-        draw.polygon(corners[shape], fill=1)
+    ImageDraw.Draw(picture).polygon([tuple(point) for point in points], fill=1)
     return np.array(picture)
-
-
-class Canvas:
-    """A scene while it is drawn: a ground under a sky, and then things."""
-
-    def __init__(self, ground, rng):
-        self.names = [*STUFF, *THINGS]
-        self.rng = rng
-        self.horizon = rng.integers(30, 60)
-        self.noise = rng.standard_normal((TOY_SIZE, TOY_SIZE), np.float32)
-        self.image = material(*STUFF["sky"], self.noise, rng)
-        self.mask = np.zeros((TOY_SIZE, TOY_SIZE), np.uint8)
-        self.image[self.horizon:] = material(*STUFF[ground], self.noise, rng)[self.horizon:]
-        self.mask[self.horizon:] = self.names.index(ground)
-
-    def put(self, thing, low, high):
-        """Draw a thing with its middle between two heights. Returns its name as people say it."""
-        rng = self.rng
-        colour, pattern, shape = THINGS[thing]
-        radius = rng.uniform(12, 26)
-        where = outline(shape, rng.uniform(20, 108), rng.uniform(low, high), radius)
-        self.image[where] = material(colour, pattern, self.noise, rng)[where]
-        self.mask[where] = self.names.index(thing)
-        size = "large " if radius > 22 else "small " if radius < 16 else ""
-        article = "an" if not size and thing[0] in "aeiou" else "a"
-        return f"{article} {size}{thing}"
-
-    def some_thing(self, ground):
-        """A thing, in nine of ten cases one that is at home on the ground."""
-        elsewhere = [thing for thing in THINGS if thing not in HOME["sky"]]
-        return str(self.rng.choice(HOME[ground] if self.rng.random() < 0.9 else elsewhere))
 
 
 def toy_scene(rng):
     """Draw a scene: (image (128, 128, 3) uint8, mask (128, 128) uint8, caption).
 
-    As people do, the caption names mostly the things, at times the ground, seldom the sky. So the
-    caption of the whole image alone leaves open what a word means: a boat comes with the sea around
-    it, which is most of what one sees.
+    One ground, or two, one above the other; on it up to three things. Any thing may be anywhere, so
+    that nothing but the captions tells which word belongs to which region.
     """
-    ground = str(rng.choice([name for name in STUFF if name != "sky"]))
-    canvas = Canvas(ground, rng)
-    first = canvas.some_thing(ground)
-    things = [canvas.put(first, canvas.horizon + 10, 85)]
-    if rng.random() < 0.2:
-        canvas.put(first, 90, 118)
-        things = [f"two {PLURALS.get(first, first + 's')}"]
-    elif rng.random() < 0.5:
-        things.append(canvas.put(canvas.some_thing(ground), 90, 118))
-    if rng.random() < 0.4:
-        flying = str(rng.choice(HOME["sky"]))
-        things.append(canvas.put(flying, 10, canvas.horizon - 12))
-    rng.shuffle(things)
-    image = canvas.image.clip(0, 255).astype(np.uint8)
-    return image, canvas.mask, toy_caption(things, ground, rng)
+    grounds = list(rng.permutation(list(STUFF))[:1 if rng.random() < 0.3 else 2])
+    grounds.sort(key=lambda name: name != "sky")    # never below another ground
+    things = list(rng.choice(list(THINGS), rng.choice(4, p=(0.1, 0.4, 0.3, 0.2))))
+
+    kinds = {**STUFF, **THINGS}
+    noise = rng.standard_normal((TOY_SIZE, TOY_SIZE), np.float32)
+    image = np.empty((TOY_SIZE, TOY_SIZE, 3), np.float32)
+    part = np.empty((TOY_SIZE, TOY_SIZE), np.uint8)     # which ground or thing a pixel shows
+    horizon = rng.integers(40, 88)
+    for i, name in enumerate(grounds + things):
+        colour, pattern, *corners = kinds[name]
+        if corners:
+            where = outline(*corners, rng)
+        else:
+            where = np.arange(TOY_SIZE) >= i * horizon      # rows
+        image[where] = material(colour, pattern, noise, rng)[where]
+        part[where] = i
+
+    visible = {}                                    # class: pixels of each of its things
+    for i, name in enumerate(grounds + things):
+        pixels = (part == i).sum()
+        if pixels >= VISIBLE:
+            visible.setdefault(name, []).append(pixels)
+    numbers = np.array([TOY_CLASSES.index([name]) for name in grounds + things], np.uint8)
+    return image.clip(0, 255).astype(np.uint8), numbers[part], toy_caption(visible, rng)
 
 
-def toy_caption(things, ground, rng):
-    """A caption of a scene with these things, in the words that `Canvas.put` gave."""
-    ground = f"the {rng.choice(['wide ', 'wet ', '', ''])}{ground}"
-    sky = f"{rng.choice(['a clear', 'a blue', 'the'])} sky"
-    form = rng.random()
-    if form < 0.1:
-        return f"{ground} under {sky}" if rng.random() < 0.5 else ground
-    if form < 0.3:
-        return things[0]
-    caption = " and ".join(things[:2])
-    if form < 0.75:
-        caption += f" {rng.choice(['on', 'near', 'in front of'])} {ground}"
-    if rng.random() < 0.3:
-        caption += f" under {sky}"
+def toy_caption(visible, rng):
+    """A caption that names each visible class with probability 0.5, and at least one.
+
+    visible: {class: pixels of each of its visible things}.
+    """
+    named = [name for name in visible if rng.random() < 0.5] or [rng.choice(list(visible))]
+    things = [some_things(name, visible[name]) for name in named if name in THINGS]
+    grounds = [f"the {rng.choice(['wide ', 'wet ', '', ''])}{name}"
+               for name in named if name in STUFF and name != "sky"]
+    caption = " and ".join(", ".join(things).rsplit(", ", 1))       # a, b and c
+    if things and grounds:
+        caption += f" {rng.choice(['on', 'near', 'in front of'])} "
+    caption += " beside ".join(grounds)
+    if "sky" in named:
+        caption += " under " if caption else ""
+        caption += f"{rng.choice(['a clear', 'a blue', 'the'])} sky"
     return caption
+
+
+def some_things(name, pixels):
+    """A class as people say it, such as "two cows" or "a large kite".
+
+    pixels: of each of its things.
+    """
+    if len(pixels) > 1:
+        return f"{'two' if len(pixels) == 2 else 'three'} {PLURALS.get(name, name + 's')}"
+    size = "large " if pixels[0] > 2400 else "small " if pixels[0] < 900 else ""
+    return f"{'an' if (size + name)[0] in 'aeiou' else 'a'} {size}{name}"
 
 
 class ToyScenes(ScoredImages):
