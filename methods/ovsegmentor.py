@@ -433,7 +433,7 @@ class OVSegmentor(Method):
         groups, queries, keys, grid = self.image(self.maps(pixels))                 # (B, K, d)
         size = (grid[0] * self.patch_size[0], grid[1] * self.patch_size[1])         # (H', W')
         soft = patch_logits(queries, keys).softmax(dim=1).unflatten(-1, grid)       # (B, K, h, w)
-        owner = F.interpolate(soft, size, mode="bilinear", align_corners=True).argmax(dim=1)
+        owner = F.interpolate(soft, size, mode="bilinear", align_corners=False).argmax(dim=1)
 
         fit = best_synonym(F.normalize(self.project_image(groups), dim=-1), class_embeddings)
         affinity = group_scores(self.scale() * fit.transpose(1, 2),

@@ -34,7 +34,7 @@ def soft_assignment(model, pixels):
     _, queries, keys, (h, w) = model.image(model.maps(pixels[None]))
     soft = patch_logits(queries, keys).softmax(dim=1).unflatten(-1, (h, w))         # (1, K, h, w)
     ph, pw = model.patch_size
-    padded = F.interpolate(soft, (h * ph, w * pw), mode="bilinear", align_corners=True)[0]
+    padded = F.interpolate(soft, (h * ph, w * pw), mode="bilinear", align_corners=False)[0]
     return padded[:, :pixels.shape[1], :pixels.shape[2]]
 
 

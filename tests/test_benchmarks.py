@@ -17,6 +17,7 @@ from PIL import Image
 import eval
 from machinery.contract import METHODS, PRETRAINED, Method, Protocol
 from machinery.images import IGNORE, decode_runs
+from machinery.names import CLASSES, normalise_name, read_classes
 from machinery.scoring.benchmarks import BENCHMARKS, ILLEGAL, THRESHOLD, open_benchmark
 from machinery.scoring.pictures import palette
 from machinery.settings import setting
@@ -249,6 +250,27 @@ def test_truth_scores_100(layout, tmp_path, oracle, capsys):
     assert "mIoU 100.00%" in capsys.readouterr().out
     background = THRESHOLD if "background" in there else "none"
     assert result["protocol"]["background"] == background
+
+
+PLANT = {"potted plant": "pottedplant"}
+
+
+@pytest.mark.parametrize("benchmark, authors, changes", [
+    ("voc", "ovsegmentor", {"dining table": "table", "potted plant": "plant",
+                            "tvmonitor": "monitor"}),
+    ("context", "ovsegmentor", {"aeroplane": "airplane", "potted plant": "plant",
+                                "tvmonitor": "monitor"}),
+    ("voc20", "pixelclip", {**PLANT, "dining table": "diningtable"}),
+    ("context59", "pixelclip", {**PLANT, "table": "diningtable"}),
+    ("coco-stuff", "pixelclip", {"wall other": "wall-other", "desk stuff": "desk-stuff"})])
+def test_names_that_other_authors_use(benchmark, authors, changes):
+    """A file for --names has the benchmark's classes in their order, and its authors' words."""
+    ours = read_classes(CLASSES / f"{benchmark}.txt")
+    theirs = read_classes(CLASSES / "names" / f"{authors}-{benchmark}.txt")
+    assert len(theirs) == len(ours)
+    found = {a: b for [a], [b] in zip(ours, theirs) if a != b}
+    assert changes.items() <= found.items()
+    assert all(normalise_name(b) == a for a, b in found.items() if a not in changes)
 
 
 @pytest.mark.parametrize("layout, classes", [
