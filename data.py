@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 
@@ -82,8 +82,8 @@ class Pair:
         flip: probability.
         """
         cut = v2.RandomResizedCrop(self.size, scale, interpolation=interpolation)
-        image = cut(self.image())
-        return to_pixels(ImageOps.mirror(image) if rng.random() < flip else image)
+        pixels = cut(to_pixels(self.image()))       # faster than on a PIL image
+        return pixels.flip(-1) if rng.random() < flip else pixels
 
     def tokens(self):
         """(77,) int64: the caption's byte pairs between start and end token, then zeros."""

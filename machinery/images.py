@@ -46,7 +46,7 @@ def _load_image(path, least, most_pixels):
         if most_pixels and image.width * image.height > most_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, at most {most_pixels:,} are "
                              "decoded here")
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)       # reads the pixels, too
         if image.mode.startswith("I") or image.mode == "F":     # 16-bit grey: the high byte
             grey = np.nan_to_num(np.asarray(image)).clip(0, 65535) // 256
             image = Image.fromarray(grey.astype(np.uint8))
@@ -54,7 +54,7 @@ def _load_image(path, least, most_pixels):
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")   # convert copies always
 
 
 def to_pixels(image):

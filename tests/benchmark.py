@@ -20,12 +20,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model as model_file
 from concepts import ConceptBank, Concepts, annotate, load_parser
 from data import CaptionedImages, Pair, open_loader
-from machinery.images import load_image
+from machinery.images import load_image, to_pixels
 from machinery.parallel import Processes
 from machinery.settings import read
 from machinery.tokenizer import tokenize
@@ -41,14 +43,15 @@ RECIPE_STEPS = 488                                  # of 8,192 pairs: the recipe
 RECIPE_BATCH = 8192
 
 
-def interleaved(rounds, *ways):
-    """Median seconds of each way, called in turn."""
+def interleaved(rounds, *ways, clock=time.perf_counter):
+    """Median seconds of each way, called in turn. clock: time.process_time for what one core does,
+    which other programs do not disturb."""
     seconds = [[] for _ in ways]
     for _ in range(rounds):
         for way, taken in zip(ways, seconds):
-            start = time.perf_counter()
+            start = clock()
             way()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
     return [statistics.median(taken) for taken in seconds]
 
 
@@ -152,21 +155,46 @@ def step_rows(model, captions, bank, rounds, batch=32, size=224):
               "at most 1.03")
 
 
-def image_rows(rounds, size=224):
-    """Decoding and cropping a photo for training, decoded whole and as small as is allowed."""
+def image_rows(folder, rounds, size=224):
+    """Decoding and cropping a photo for training: decoded whole and as small as is allowed; by
+    Pillow and by torch; by Pillow's and by torchvision's decoder.
+
+    folder: of JPEGs; None = one is drawn.
+    """
     rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "photo.jpg"
+    cut = v2.RandomResizedCrop(size, (0.9, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    with tempfile.TemporaryDirectory() as drawn:
+        path = Path(drawn) / "photo.jpg"
 
         def crop(least):
             Pair(np.asarray(load_image(path, least)), size).crop(np.random.default_rng(0))
 
-        for width, height in ((640, 480), (1280, 960), (4000, 3000)):
+        for width, height in ((1280, 960), (4000, 3000), (640, 480)):
             noise = rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
             image = Image.fromarray(noise).resize((width, height), Image.BICUBIC)
             image.save(path, quality=90)
             print_row(f"photo of {width} x {height}: whole -> reduced decoding",
-                      *interleaved(10 * rounds, lambda: crop(None), lambda: crop(2 * size)))
+                      *interleaved(10 * rounds, lambda: crop(None), lambda: crop(2 * size),
+                                   clock=time.process_time))
+
+        photos = sorted(Path(folder or drawn).glob("*.jpg"))
+
+        def by_pillow(photo):
+            return to_pixels(cut(load_image(photo, 2 * size)))
+
+        def as_in_training(photo):
+            return Pair(photo, size).crop(np.random.default_rng(0))
+
+        def by_torchvision(photo):
+            return cut(decode_jpeg(read_file(str(photo)), ImageReadMode.RGB))
+
+        for name, before, after in (
+                ("Pillow's filter -> torch's", by_pillow, as_in_training),
+                ("Pillow's decoder -> torchvision's, not used", as_in_training, by_torchvision)):
+            print_row(f"{len(photos)} crops: {name}",
+                      *interleaved(rounds, lambda: [before(photo) for photo in photos],
+                                   lambda: [after(photo) for photo in photos],
+                                   clock=time.process_time))
 
 
 def annotation_rows(captions, bank, parser, rounds):
@@ -275,6 +303,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--captions",
         help="COCO captions JSON for real caption lengths (default: drawn words)")
+    add("--photos", help="folder of JPEGs to crop (default: one is drawn)")
     add("--parser", default="match", help="spaCy pipeline to annotate with (default: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default="cpu",
         help="cuda adds whole steps (default: %(default)s)")
@@ -294,7 +323,7 @@ def main(argv=None):
     print(f"{'':58} {'before':>12} {'after':>12}   {'ratio':>9}   target   "
           f"({torch.get_num_threads()} threads)")
     if "image" in args.rows:
-        image_rows(args.rounds)
+        image_rows(args.photos, args.rounds)
     if "annotation" in args.rows:
         annotation_rows(captions, bank, args.parser, args.rounds)
     if "windows" in args.rows:

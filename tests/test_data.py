@@ -15,6 +15,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from concepts import ConceptBank, Concepts, annotate
 from conftest import noise
@@ -250,6 +251,16 @@ def test_crop_may_be_mirrored():
     assert torch.equal(crop(1.0), plain.flip(-1))
     either = [torch.equal(crop(0.5, seed), crop(0.0, seed)) for seed in range(20)]
     assert 3 < sum(either) < 17
+
+
+def test_crop_is_resampled_as_by_pillow():
+    """Pixels are those of Pillow's bicubic filter, which averages where it shrinks, but for a few
+    grey levels; noise would show another filter, or none."""
+    image = noise(0, 300, 400)
+    cut = v2.RandomResizedCrop(64, (0.9, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    expected = draw_sample(lambda pair, rng: to_pixels(cut(pair.image())), Pair(image, 64), (1,))
+    crop = draw_sample(lambda pair, rng: pair.crop(rng), Pair(image, 64), (1,))
+    assert (crop.int() - expected.int()).abs().max() <= 4
 
 
 def test_random_numbers_follow_from_the_seed():
