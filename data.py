@@ -22,7 +22,7 @@ from machinery.training.captions import Annotations, find_images, read_captions
 from machinery.training.loading import loader_batch_size
 from machinery.training.shards import (BAD, BadSample, bad_line, count_bad, find_tars, is_tars,
                                        samples_of_tar)
-from machinery.training.workers import start_data_worker
+from machinery.training.workers import shared, start_data_worker
 
 MAX_PIXELS = 2 ** 26                                # of a training image, decoded: 67 megapixels
 TOY_SCENES = 4000
@@ -376,14 +376,14 @@ def collate(items):
             batch[name] = torch.stack(values)
         else:
             batch[name] = torch.nn.utils.rnn.pad_sequence(values, True, padding_value=-1)
-    return batch
+    return dict(zip(batch, shared(batch.values())))
 
 
 def open_loader(pairs, settings, processes, steps, positions=None):
     """DataLoader of this process's batches, `loader_batch_size` pairs at a time.
 
     pairs: of `load_pairs`.
-    settings: of the run: batch, micro_batch, epoch_pairs, pairs, workers, seed.
+    settings: of the run: batch, micro_batch, epoch_pairs, pairs, workers, timeout_minutes, seed.
     processes: of this run.
     steps: range of the steps to come.
     positions: of tars, see `CaptionedTars.deal`.
@@ -399,4 +399,6 @@ def open_loader(pairs, settings, processes, steps, positions=None):
     else:
         options["batch_sampler"] = GlobalBatches(len(pairs), settings, steps, processes.rank,
                                                  processes.world, rows)
+    if options["num_workers"]:                      # a data worker, too, may answer no more
+        options["timeout"] = 60 * settings.timeout_minutes
     return DataLoader(pairs, **options)

@@ -133,6 +133,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     shown = []
     start = time.time()
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers,
+                        collate_fn=list,            # as they are: not through shared memory
                         worker_init_fn=start_data_worker)
     bar = tqdm(loader, desc="scoring", unit=" images", disable=None if rank() == 0 else True)
     for i, (_, image, truth) in zip(mine, bar):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
 from machinery.names import read_labels
 from machinery.parallel import own_indices, rank, sum_counts
-from machinery.training.workers import start_data_worker
+from machinery.training.workers import collate_tuples, start_data_worker
 
 
 class LabelledImages:
@@ -66,7 +66,7 @@ def classify(model, dataset, embeddings, limit=None, workers=0, batch=64):
     mine = chosen[own_indices(total)]
     right = torch.zeros(2, dtype=torch.int64)
     loader = DataLoader(Subset(dataset, mine), batch_size=batch, num_workers=workers,
-                        worker_init_fn=start_data_worker)
+                        collate_fn=collate_tuples, worker_init_fn=start_data_worker)
     for pixels, known in tqdm(loader, desc="classifying", unit=" batches",
                               disable=None if rank() == 0 else True):
         scores = model.image_scores(pixels.to(embeddings.device), embeddings)       # (B, C)

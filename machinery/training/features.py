@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from machinery.files import write_text
 from machinery.images import to_pixels
-from machinery.training.workers import start_data_worker
+from machinery.training.workers import collate_tuples, start_data_worker
 
 MISSING, DONE, UNREADABLE = range(3)                # marks of a row
 TRANSFORM = "whole image, JPEG draft of twice the size, bicubic"
@@ -107,7 +107,8 @@ class FeatureCache:
         values = np.memmap(self.file, np.float16, "r+", shape=self.shape)
         batches = [mine[i:i + BATCH] for i in range(0, len(mine), BATCH)]
         loader = DataLoader(WholeImages(self.pairs, self.size, self.first_pair[mine]), BATCH,
-                            num_workers=workers, worker_init_fn=start_data_worker)
+                            num_workers=workers, collate_fn=collate_tuples,
+                            worker_init_fn=start_data_worker)
         with tqdm(total=len(mine), desc=f"features, process {rank + 1} of {world}", unit=" images",
                   disable=None if rank == 0 else True) as bar:
             for rows, (pixels, readable) in zip(batches, loader):

@@ -29,6 +29,7 @@ class BatchStream:
         self.positions = pairs.positions            # of the readers of tars, else None
         self.left_out = torch.zeros(len(BAD), dtype=torch.int64)    # pairs so far, by reason
         self.waited = 0.0                           # seconds that the last batch was waited for
+        self.waiting_since = None                   # while a loader batch is waited for: a time
         self.keys = []                              # of the last batch's pairs
 
     def loader_batches(self):
@@ -36,9 +37,10 @@ class BatchStream:
         self.waited = 0.0
         self.keys = []
         while len(self.keys) < self.local_batch:
-            start = time.time()
+            self.waiting_since = time.time()
             loaded = next(self.loader)
-            self.waited += time.time() - start
+            self.waited += time.time() - self.waiting_since
+            self.waiting_since = None
             self.left_out += loaded.pop("bad")
             if "position" in loaded:
                 reader, position = loaded.pop("position")

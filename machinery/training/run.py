@@ -16,6 +16,8 @@ from machinery.training.resume import save_state, state_files
 from machinery.training.shards import BAD, bad_line
 
 MAX_SKIPPED = 5                                     # steps in a row that are not finite
+LOOK_AGAIN = 5                                      # seconds, after a signal
+GIVE_UP = 15                                        # seconds without data, after a signal
 
 
 class Run:
@@ -27,7 +29,7 @@ class Run:
     `skipped`, how many steps were, may be set before the loop.
 
     Files: log.jsonl, a line a step, states and model.safetensors. SIGTERM and SIGINT are noted, and
-    obeyed at the end of a step.
+    obeyed at the end of a step, or when its data does not come.
     """
 
     def __init__(self, settings, training, method, optimizer, scaler, stream, processes):
@@ -52,19 +54,40 @@ class Run:
                         unit=" steps", disable=None if is_first else True)
         self.log = self.open_log() if is_first else None
         self.signals = []
-        self.handlers = {number: signal.signal(number, lambda n, frame: self.signals.append(n))
+        self.handlers = {number: signal.signal(number, self.note)
                          for number in (signal.SIGTERM, signal.SIGINT)}
+        if hasattr(signal, "SIGALRM"):              # not on Windows
+            self.handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
         self.started = time.time()
         self.saved = self.started
         self.step_began = self.started
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, traceback):
+        self.set_timer(0)
+        if error and state_files(self.output):
+            error.add_note("go on with --resume auto")      # see machinery/errors.py
         self.bar.close()
         if self.log:
             self.log.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def note(self, number, frame):
+        """Handler of a signal that tells the run to stop."""
+        self.signals.append(number)
+        self.set_timer(LOOK_AGAIN)
+
+    def set_timer(self, seconds):
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+
+    def give_up(self, number, frame):
+        """Handler of the timer after such a signal: a step whose data workers hang has no end."""
+        since = self.stream.waiting_since
+        if since and time.time() - since > GIVE_UP:
+            raise TimeoutError(f"interrupted, and no data came for {GIVE_UP} s: the step in work "
+                               "is lost")
 
     def open_log(self):
         """log.jsonl without lines that an interrupted run wrote after its last state."""

@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 
+from torch.utils.data import default_collate, get_worker_info
+
 PR_SET_PDEATHSIG = 1                                # of Linux: the signal when the parent has ended
 
 
@@ -47,6 +49,20 @@ def start_data_worker(worker):
     if hasattr(signal, "sigwaitinfo"):              # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=end_when_parent_says, daemon=True).start()
+
+
+def shared(tensors):
+    """Tensors; in a data worker moved to shared memory, from which the parent reads them.
+
+    torch would do that in the queue's own thread. If /dev/shm is full there, the batch is lost, and
+    the parent waits for it for ever; here it is an error of the worker, which the parent gets.
+    """
+    return [tensor.share_memory_() if get_worker_info() else tensor for tensor in tensors]
+
+
+def collate_tuples(items):
+    """collate_fn of a DataLoader of tuples of tensors and numbers."""
+    return shared(default_collate(items))
 
 
 def end_when_parent_says():
