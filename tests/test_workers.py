@@ -1,18 +1,29 @@
 """Processes that work for another one: none is left behind, however that one ends, and none is
 stopped by a signal that was meant for it (machinery/training/workers.py)."""
 import contextlib
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from conftest import ROOT
-from machinery.training.workers import cores_per_process
+from data import collate
+from eval import evaluate
+from machinery.errors import one_line_errors
+from machinery.scoring.benchmarks import open_dataset
+from machinery.training import run as training_run
+from machinery.training.loading import BatchStream
+from machinery.training.workers import collate_tuples, cores_per_process, start_data_worker
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc here")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -131,6 +142,56 @@ def test_data_workers_end_with_their_run(command, how, number, status):
     assert run.wait_for_end() == status
     if status == 0:
         assert run.process.communicate() == ("saved\n", "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Data workers that cannot hand over, or hang
+
+@pytest.fixture
+def little_shared_memory():
+    """No file may grow beyond 16 kB: nor may shared memory, as in a container."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 14, most))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+@pytest.mark.parametrize("collate_fn, item", [
+    (collate, {"pixels": torch.zeros(2 ** 15)}), (collate_tuples, (torch.zeros(2 ** 15), 1))])
+def test_full_shared_memory_is_one_line(little_shared_memory, collate_fn, item):
+    """A batch that does not fit into shared memory ends the run with one line, which names the ways
+    out; nobody waits for it."""
+    loader = DataLoader([item] * 2, 2, num_workers=1, collate_fn=collate_fn, timeout=PATIENCE,
+                        worker_init_fn=start_data_worker)
+    with pytest.raises(SystemExit) as stopped, one_line_errors("-"):
+        list(loader)
+    message, = stopped.value.code.splitlines()
+    assert all(word in message for word in ("/dev/shm", "--workers 0", "--shm-size")), message
+
+
+def test_scoring_needs_no_shared_memory(folder, model, little_shared_memory):
+    """Scoring with a data worker and hardly any shared memory counts what it counts without."""
+    dataset = open_dataset(folder, ["background"])
+    alone, with_worker = (evaluate(model, dataset, model.protocol, workers=workers)[0]
+                          for workers in (0, 1))
+    assert with_worker["aAcc"] == alone["aAcc"]
+
+
+def test_a_signal_ends_a_run_without_data(tmp_path, monkeypatch):
+    """SIGTERM ends a run whose data worker hangs, though no step ends any more."""
+    monkeypatch.setattr(training_run, "LOOK_AGAIN", 0.1)
+    monkeypatch.setattr(training_run, "GIVE_UP", 0.2)
+    test_ends = multiprocessing.Event()
+    loader = DataLoader(range(2), collate_fn=lambda items: test_ends.wait(), num_workers=1,
+                        worker_init_fn=start_data_worker, timeout=PATIENCE)
+    stream = BatchStream(SimpleNamespace(positions=None), loader, 1, "cpu")
+    begun = training_run.Run(SimpleNamespace(output=tmp_path), {"step": 0, "steps": 2},
+                             SimpleNamespace(trained=dict), None, None, stream,
+                             SimpleNamespace(rank=1))
+    with pytest.raises(TimeoutError, match="no data came"), begun:
+        os.kill(os.getpid(), signal.SIGTERM)
+        next(stream.loader_batches())
+    test_ends.set()
 
 
 # --------------------------------------------------------------------------------------------------
