@@ -18,6 +18,7 @@ D is the width of the vision backbone: the text encoder projects into its space.
 processes: sums and gathers run over all processes and carry gradient (machinery/parallel.py).
 """
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,9 +167,10 @@ class BackboneSettings:
     options: dict = setting(
         dict, "options of timm that shape the network, by name", flag=False)
     mean: tuple[float, ...] | None = setting(
-        None, "mean of the pixels' three colours, in 0..1; none = the backbone's own", flag=False)
+        None, "mean of the pixels' three colours, in 0..1; none = the backbone's own", least=0,
+        most=1, flag=False)
     std: tuple[float, ...] | None = setting(
-        None, "standard deviation, see mean", above=0, flag=False)
+        None, "standard deviation, see mean", least=0.001, most=1000, flag=False)
     denoiser: str | None = setting(
         None, "file of a denoising block for the patch tokens (docs/method.md, section 3)",
         flag=False, changes_result=False)
@@ -199,7 +201,9 @@ def create_trunk(name, weights="pretrained", options=None, flag="--backbone-weig
     backbones.refuse_unknown(name, options or {})
     import timm                                     # slow, and the toy world does not need it
     options = {**backbones.any_size(name), **(options or {})}
-    with backbones.one_line_refusals(name, flag):
+    # Weights in a checkpoint count among its own
+    bound = nullcontext() if weights in backbones.STORED else backbones.at_most(*backbones.LARGEST)
+    with backbones.one_line_refusals(name, flag), bound:
         trunk = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0,
                                   **options)
     if weights not in ("pretrained", *backbones.STORED):

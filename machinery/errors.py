@@ -3,6 +3,8 @@ import contextlib
 import logging
 import sys
 
+MOST = 2000                                         # characters of a message: names come from files
+
 
 @contextlib.contextmanager
 def one_line_errors(full_memory):
@@ -34,8 +36,10 @@ def one_line(error):
     """The message of an error; of one in a data worker, which has a traceback, the last line."""
     message = str(error).strip()
     if "Original Traceback" in message:
-        return message.splitlines()[-1].partition(": ")[2]
-    return " ".join(message.split("\n"))
+        message = message.splitlines()[-1].partition(": ")[2]
+    message = " ".join(message.split())
+    message = "".join(letter if letter.isprintable() else "?" for letter in message[:MOST])
+    return message if len(message) < MOST else f"{message}..."
 
 
 def runtime_line(error, full_memory):

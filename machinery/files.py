@@ -68,22 +68,28 @@ def read_tensors(path):
 
 @torch.no_grad()
 def fill(expected, found, complaint):
-    """Copy tensors into those of the same names: all of them and no others.
+    """Copy tensors into those of the same names: all of them and no others, finite ones only.
 
-    Raises ValueError with complaint and the names that differ.
+    Raises ValueError with complaint and the names that differ, or whose values are not finite.
     """
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     misshapen = [f"{key} {list(found[key].shape)} instead of {list(value.shape)}"
                  for key, value in expected.items()
                  if key in found and found[key].shape != value.shape]
-    wrong = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    wrong = [f"{len(keys)} {how}: {', '.join(keys[:20])}" + ", ..." * (len(keys) > 20)
+    refuse({"missing": missing, "unexpected": unexpected, "misshapen": misshapen}, complaint)
+    for key, value in expected.items():
+        value.copy_(found[key])
+    infinite = [key for key, value in expected.items() if not value.isfinite().all()]
+    refuse({"not finite": infinite}, complaint)
+
+
+def refuse(wrong, complaint):
+    """Raise ValueError with complaint if names of tensors are wrong. wrong: {how: names}."""
+    wrong = [f"{len(keys)} {how}: {', '.join(keys[:10])}" + ", ..." * (len(keys) > 10)
              for how, keys in wrong.items() if keys]
     if wrong:
         raise ValueError(f"{complaint}: {'; '.join(wrong)}")
-    for key, value in expected.items():
-        value.copy_(found[key])
 
 
 def file_sha256(path):

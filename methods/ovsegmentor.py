@@ -276,10 +276,7 @@ class OVSegmentor(Method):
         """The tensors of stage 1, and a teacher; the text encoder no longer learns, though its
         dropout stays on."""
         path = self.settings.init
-        stage_1 = load_model(path)
-        if stage_1.name != self.name:
-            raise ValueError(f"init {path} is a checkpoint of {stage_1.name}, expected one of "
-                             f"{self.name}")
+        stage_1 = load_model(path, method=self.name)
         then = as_mapping(stage_1.settings)
         now = as_mapping(self.settings)
         differ = (differences(ImageSettings, then["image"], now["image"])

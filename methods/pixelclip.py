@@ -57,7 +57,7 @@ class PixelCLIPSettings:
         "weights; MODEL/FILE, MODEL/random, or a SimZSS checkpoint of the toy world")
     network_size: int | None = setting(
         None, "pixels a side of the network's input, to which squares are resized; none = 20 cells "
-        "a side, 320 for a ViT-B/16 and 640 for a ConvNeXt", least=1)
+        "a side, 320 for a ViT-B/16 and 640 for a ConvNeXt", least=1, most=8192)
     masks: str = setting(
         "kmeans", "K-means over patch tokens, or files: SA-1B's JSON beside each image",
         choices=("kmeans", "files"))
@@ -285,8 +285,8 @@ def load_clip(which):
     """
     path = model_file(which)
     if path.is_file() and path.suffix == ".safetensors":
-        model = load_model(path)
-        if model.name != "simzss" or model.settings.backbone.name != "toy":
+        model = load_model(path, method="simzss")
+        if model.settings.backbone.name != "toy":
             raise ValueError(f"{path} is no SimZSS of the toy world; expected that, or a CLIP of "
                              "open_clip as MODEL/WEIGHTS, such as ViT-B-16-quickgelu/openai")
         encoder = DenseToy(model.backbone.trunk)

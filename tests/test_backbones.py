@@ -187,7 +187,7 @@ def test_backbones_without_a_regular_grid_say_so():
 
 @pytest.mark.parametrize("mapping, words", [
     ({"mean": [0.5]}, "src: mean has 1 numbers; expected 3"),
-    ({"std": [0.5, 0.0, 0.5]}, "src: std is 0.0; expected more than 0"),
+    ({"std": [0.5, 0.0, 0.5]}, "src: std is 0.0; expected at least 0.001 and at most 1000"),
     ({"image_token": "cls"}, "src: image_token is 'cls'; expected one of class, mean"),
     ({"name": "toy", "weights": "x.pth"}, r"toy backbone is hand-made; .* \(/.*x.pth\)"),
     ({"name": "toy", "options": {"depth": 1}}, "toy backbone is hand-made; .*no options .*depth")])

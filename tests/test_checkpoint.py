@@ -162,6 +162,9 @@ def test_a_missing_checkpoint_is_named(tmp_path):
     ({"bank": "cow"}, "bank is 'cow'; expected a list"),
     ({"bank": [1]}, "bank is 1; expected a text"),
     ({"training": []}, "training is no table of settings"),
+    ({"training": {"run": "x"}}, "training: run is 'x'; expected names with values"),
+    ({"training": {"run": {"image_size": 10 ** 12}}}, "training: image_size is 1000000000000"),
+    ({"training": {"step": float("nan")}}, "training: 'step' is nan; expected a finite number"),
     ({"settings": 3}, "settings: expected settings by name, found 3"),
     ({"settings": {"lambda": 1}}, "settings: there is no setting 'lambda'"),
     ({"settings": {"text": {"layers": -1}}}, "settings: text: layers is -1; expected at least 1"),
@@ -181,7 +184,7 @@ def test_headers_with_nonsense_are_refused(checkpoint, tmp_path, change, words):
 
 
 @pytest.mark.parametrize("backbone", [
-    {"name": "hf-hub:someone/else"}, {"options": {"checkpoint_path": "other.pth"}},
+    {"name": "hf-hub:someone/else"}, {"name": "local-dir:/tmp"}, {"options": {"checkpoint_path": "other.pth"}},
     {"options": {"pretrained_cfg_overlay": {"file": "other.pth"}}}])
 def test_a_header_opens_no_other_file(tmp_path, backbone):
     """A header that names a hub, a folder or an option that loads is refused."""
@@ -194,13 +197,34 @@ def test_a_header_opens_no_other_file(tmp_path, backbone):
     assert "unknown backbone" in message or "option" in message
 
 
+@pytest.mark.parametrize("table, change", [
+    ("text", {"width": 10 ** 6}), ("text", {"width": 10 ** 9}), ("text", {"layers": 10 ** 9}),
+    ("text", {"heads": 5}), ("backbone", {"name": "vit_giant_patch14_dinov2"}),
+    ("backbone", {"options": {"depth": 10 ** 6}}), ("backbone", {"options": {"mlp_ratio": 1e5}}),
+    ("backbone", {"options": {"embed_dim": 10 ** 9}}),
+    ("backbone", {"options": {"num_heads": 0}})])
+def test_sizes_that_cannot_be_are_refused(tmp_path, table, change):
+    """A header that asks for a network larger than its file holds, or for one that cannot be, is
+    refused before the network takes memory."""
+    path = tmp_path / "model.safetensors"
+    save_model(path, tiny(backbone={"name": "test_vit", "weights": "random"}), {})
+    header, tensors = read_tensors(path)
+    header["settings"][table].update(change)
+    save_tensors(path, tensors, header)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss                     # kB
+    assert len(refusal(path)) < 2000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop("logit_scale"), "1 missing: logit_scale"),
     (lambda t: t.update(more=torch.zeros(1)), "1 unexpected: more"),
+    (lambda t: t["logit_scale"].fill_(torch.nan), "1 not finite: logit_scale"),
+    (lambda t: t.update(logit_scale=torch.tensor(1e300, dtype=torch.float64)),
+     "1 not finite: logit_scale"),
     (lambda t: t.update(logit_scale=torch.zeros(2)), "1 misshapen: logit_scale [2] instead of []")])
 def test_tensors_that_do_not_fit_are_refused(checkpoint, tmp_path, change, words):
-    """A checkpoint without one of its tensors, with one more, or with one of another shape is
-    refused by the name."""
+    """A checkpoint without one of its tensors, with one more, with one of another shape, or with
+    values that are not finite in float32 is refused by the name."""
     header, tensors = read_tensors(checkpoint)
     change(tensors)
     path = tmp_path / "model.safetensors"

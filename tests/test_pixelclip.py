@@ -17,6 +17,7 @@ import segment
 import train
 from conftest import read_log
 from conftest import tiny as simzss_of_the_toy
+from machinery.files import read_tensors, save_tensors
 from machinery.names import read_templates
 from machinery.networks.checkpoint import load_model, save_model
 from machinery.parallel import join_processes
@@ -599,7 +600,7 @@ def test_the_toy_world(photos, tmp_path, fails):
 @pytest.mark.parametrize("clip, words", [
     ("clip", "could not be downloaded"),
     ("clip:ViT-B-16/openai", "could not be downloaded"),
-    ("clip:ViT-B-17/openai", "unknown CLIP ViT-B-17/openai"),
+    ("clip:ViT-B-17/openai", "unknown CLIP 'ViT-B-17/openai'"),
     ("clip:ViT-B-16", "ViT-B-16 has no weights ''"),
     ("clip:weights.pt", "expected MODEL/WEIGHTS"),
     ("clip:ViT-B-16/magic", "openai"),
@@ -609,6 +610,20 @@ def test_a_clip_that_cannot_be_had(photos, fails, clip, words):
     """Without network, and for names that do not exist or have no dense features, one line says
     what to do."""
     fails(segment.main, [photos / "0.png", "--classes", "cat", "--checkpoint", clip], words)
+
+
+@pytest.mark.parametrize("name", ["itself", "hf-hub:someone/else/openai", "local-dir:/tmp/openai",
+                                  "ViT-bigG-14/random"])
+def test_a_checkpoint_opens_no_other_file(whole, tmp_path, name):
+    """A checkpoint that names itself as its CLIP, a hub or a folder is refused; so is one that asks
+    for a network larger than its file."""
+    path = tmp_path / "model.safetensors"
+    header, tensors = read_tensors(whole / "model.safetensors")
+    header["settings"]["clip_model"] = str(path) if name == "itself" else name
+    save_tensors(path, tensors, header)
+    with pytest.raises(ValueError, match="expected one of simzss|unknown CLIP|more than") as refused:
+        load_model(path)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_a_file_of_another_clip(weights, photos, tmp_path, fails):

@@ -8,10 +8,12 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from machinery.errors import quiet_hub
 from machinery.files import fill
 from machinery.networks.release import STORED, read_denoiser, read_weights
+from machinery.settings import abbreviate
 from machinery.toy import ToyTrunk
 
 # Options of timm that shape a network. Others could name files, or addresses, to load.
@@ -21,6 +23,39 @@ SHAPE_OPTIONS = {
     "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "window_size", "pad_type",
     "output_stride", "layers", "channels", "base_width", "stem_width", "depth_token_only",
     "drop_path_rate", "qkv_bias", "num_prefix_tokens"}
+LARGEST_OPTION = 2 ** 14                            # number among these
+# What the largest network of timm or open_clip stays below: parameters, tensors of them.
+LARGEST = (5 * 10 ** 9, 10_000)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes
+
+bounds = []                                         # those of `at_most` at work, innermost last
+
+
+@contextlib.contextmanager
+def at_most(parameters, tensors, what="it has"):
+    """Raise ValueError as soon as networks that are made inside have more parameters, or more
+    tensors of them: a file's header may ask for any size. Networks with a bound of their own inside
+    do not count. what: names it in the error."""
+    left = [parameters, tensors]
+
+    def count(module, name, parameter):
+        if bounds[-1] is left:
+            left[0] -= parameter.numel()
+            left[1] -= 1
+            if min(left) < 0:
+                raise ValueError(f"{what} more than {parameters:,} parameters in {tensors:,} "
+                                 "tensors")
+
+    bounds.append(left)
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+        bounds.remove(left)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,11 +76,16 @@ def refuse_unknown(name, options):
     timm load other files."""
     unknown = sorted(set(options) - SHAPE_OPTIONS)
     if unknown:
-        raise ValueError(f"backbone option {unknown[0]!r}: expected one that shapes the network "
-                         f"and has no flag of its own: {', '.join(sorted(SHAPE_OPTIONS))}")
+        raise ValueError(f"backbone option {abbreviate(unknown[0])}: expected one that shapes the "
+                         f"network and has no flag of its own: {', '.join(sorted(SHAPE_OPTIONS))}")
+    for option, value in options.items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and abs(number) > LARGEST_OPTION:
+                raise ValueError(f"backbone option {option} is {number}; expected at most "
+                                 f"{LARGEST_OPTION}")
     import timm                                     # slow, and the toy world does not need it
     if not timm.is_model(name):
-        raise ValueError(f"unknown backbone {name!r}; expected 'toy' or a name from "
+        raise ValueError(f"unknown backbone {abbreviate(name)}; expected 'toy' or a name from "
                          "timm.list_models()")
 
 

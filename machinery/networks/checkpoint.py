@@ -8,6 +8,7 @@ from pathlib import Path
 from machinery.contract import find_method
 from machinery.files import fill, read_tensors, save_tensors, tensors_sha256
 from machinery.networks import release
+from machinery.networks.backbones import at_most
 from machinery.settings import as_mapping, check_value, merge, nested, read
 
 FORMAT = "simzss-3"
@@ -68,6 +69,11 @@ def read_header(header, path):
                          "again")
     if not isinstance(header.get("training"), dict):
         raise ValueError(f"{path}: training is no table of settings")
+    training = {"run": {}, **header["training"]}
+    run = check_value(training.pop("run"), dict, {}, f"{path}: training: run")
+    check_value(training, dict, {}, f"{path}: training")
+    check_value(run.get("image_size", 224), int, {"least": 1, "most": 4096},
+                f"{path}: training: image_size")
     bank = check_value(header.get("bank"), tuple[str, ...], {}, f"{path}: bank")
     method_class = find_method(check_value(header.get("method"), str, {}, f"{path}: method"))
     settings = read(method_class.Settings, header.get("settings"), f"{path}: settings")
@@ -75,13 +81,15 @@ def read_header(header, path):
     return method_class, settings, protocol, bank
 
 
-def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_token=None):
+def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_token=None,
+               method=None):
     """Build a saved model from its file, or the folder that holds it, ready for inference.
 
     path: our checkpoint, or one of SimZSS's authors (a PyTorch file).
     backbone_weights: local file with the frozen backbone's weights, if not where training found it.
     backbone: of an authors' checkpoint, timm's name of its backbone, if its tensors do not tell.
     image_token: of an authors' checkpoint, see `BackboneSettings`.
+    method: name of the only method whose checkpoint will do.
 
     `model.protocol` is the one of its training, `model.trained_with` the settings of its run. Opens
     no file but these, the weights file that the checkpoint names for its frozen network, and what
@@ -99,12 +107,12 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
         if backbone or image_token:
             raise ValueError(f"{path} names its backbone itself; backbone={backbone!r}, "
                              f"image_token={image_token!r} are for the authors' checkpoints")
-        model = load_own(path, backbone_weights)
+        model = load_own(path, backbone_weights, method)
     return model.to(device).eval()
 
 
-def load_own(path, backbone_weights):
-    """A model of `save_model`."""
+def load_own(path, backbone_weights, method=None):
+    """A model of `save_model`. method: see `load_model`."""
     try:
         header, tensors = read_tensors(path)
     except ValueError as error:
@@ -116,7 +124,18 @@ def load_own(path, backbone_weights):
             raise ValueError(f"{path} holds its backbone's weights; leave --backbone-weights out")
         header = merge(header, nested(f"settings.{method_class.WEIGHTS}", str(backbone_weights)))
     method_class, settings, protocol, bank = read_header(header, path)
-    model = method_class(settings, bank)
+    if method and method_class.name != method:      # not made: it may name other files, or itself
+        raise ValueError(f"{path} is a checkpoint of {method_class.name}, expected one of {method}")
+    size = sum(tensor.numel() for tensor in tensors.values())
+    try:
+        # Twice: a network may set a parameter again
+        with at_most(2 * size, 2 * len(tensors),
+                     f"{path} does not hold the tensors of its own settings, which are"):
+            model = method_class(settings, bank)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:                      # whatever sizes that cannot be make torch raise
+        raise ValueError(f"{path}: no network can be made by its settings: {error}") from None
     fill(model.checkpoint(), tensors, f"{path} does not hold the tensors of its own settings")
     if frozen_sha256(model) != header.get("frozen_sha256"):
         raise ValueError(f"the frozen weights that were found are not those that {path} was "

@@ -4,6 +4,7 @@ A CLIP is trained to embed whole images. Its last layers, applied to each positi
 an embedding of every patch in the space of its text encoder, without any training
 (docs/pixelclip.md, section 3).
 """
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from machinery.errors import quiet_hub
+from machinery.networks.backbones import LARGEST, at_most
+from machinery.settings import abbreviate
 from machinery.tokenizer import CONTEXT_LENGTH
 from model import patch_tokens
 
@@ -153,9 +156,10 @@ def create_clip(name, weights):
     ValueError, or FileNotFoundError for missing weights.
     """
     import open_clip                                # slow, and most of the project does not need it
-    config = open_clip.get_model_config(name)
+    # Other names, such as hf-hub:..., would load files
+    config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None:
-        raise ValueError(f"unknown CLIP {name}/{weights}; expected MODEL/WEIGHTS with a model of "
+        raise ValueError(f"unknown CLIP {abbreviate(f'{name}/{weights}')}; expected MODEL/WEIGHTS with a model of "
                          "open_clip.list_models(), such as ViT-B-16-quickgelu/openai; or a CLIP of "
                          "the toy world, which this trains: python train.py --recipe toy "
                          "--lambda 0 --class-embedding caption --output runs/toy-clip")
@@ -172,7 +176,9 @@ def create_clip(name, weights):
     path = download(name, weights, known) if known and not is_file else weights
     # Weights that OpenAI trained need its approximation of GELU, whatever the model's name says.
     activation = known.get("quick_gelu", config.get("quick_gelu", False))
-    clip = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, activation)
+    bound = nullcontext() if weights == "random" else at_most(*LARGEST)     # random: in the file
+    with bound:
+        clip = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, activation)
     encoder = dense_encoder(name, clip.visual)
     if weights != "random":
         try:
@@ -180,6 +186,8 @@ def create_clip(name, weights):
         except Exception as error:                  # whatever a file of another kind makes it raise
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} does not hold the weights of {name}: {reason}") from None
+        if not all(p.isfinite().all() for p in clip.parameters()):
+            raise ValueError(f"{path} holds weights that are not finite")
     statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     return encoder, clip.text, {**statistics, **known}
 
