@@ -120,12 +120,12 @@ def concept_loss(visual, ids, weights, counts, temperature, target="concept"):
 def best_synonym(features, class_embeddings):
     """Inference: similarity of features to the best name of each class (section 10).
 
-    features: (B, N, D). class_embeddings: (C, D), or (C, S, D) with S names of each class. Returns
-    (B, C, N).
+    features: (B, N, D), or any number of dimensions in place of N, which stay. class_embeddings:
+    (C, D), or (C, S, D) with S names of each class. Returns (B, C, N).
     """
     if class_embeddings.ndim == 2:
         class_embeddings = class_embeddings[:, None]                                # (C, 1, D)
-    return torch.einsum("bnd,csd->bcsn", features, class_embeddings).amax(dim=2)
+    return torch.einsum("b...d,csd->bcs...", features, class_embeddings).amax(dim=2)
 
 
 @torch.no_grad()
@@ -477,12 +477,17 @@ class SimZSS(Method):
         return prompt_ensemble(classes, templates, embed)
 
     @torch.no_grad()
+    def unit_tokens(self, pixels):
+        """See `Method.unit_tokens`."""
+        _, patches, (h, w) = self.backbone(self.backbone.normalise(pixels))         # (B, N, D)
+        ph, pw = self.backbone.patch_size
+        return patches.unflatten(1, (h, w)), (h * ph, w * pw)
+
+    @torch.no_grad()
     def patch_scores(self, pixels, class_embeddings):
         """See `Method.patch_scores`; the scores are cosine similarities."""
-        _, patches, (h, w) = self.backbone(self.backbone.normalise(pixels))         # (B, N, D)
-        scores = best_synonym(patches, class_embeddings)                            # (B, C, N)
-        ph, pw = self.backbone.patch_size
-        return scores.unflatten(-1, (h, w)), (h * ph, w * pw)
+        tokens, covered = self.unit_tokens(pixels)                                  # (B, h, w, D)
+        return best_synonym(tokens, class_embeddings), covered
 
     @torch.no_grad()
     def image_scores(self, pixels, class_embeddings):

@@ -33,8 +33,10 @@ from machinery.networks.checkpoint import load_model, save_model    # for use fr
 from machinery.scoring import pictures
 from machinery.scoring.protocol import (add_model_flags, embed, open_model, refuse_toy_model,
                                         training_run)
+from machinery.scoring.propagate import propagate_windows
 from machinery.scoring.refine import refine
 from machinery.settings import as_mapping, read
+from model import best_synonym
 
 LONG_SIDE = 2048                                    # the usual bound, for very elongated images
 PCA_SIZES = (1, 2, 4, 8)                                # of --view pca, times the training images'
@@ -80,17 +82,53 @@ def slide(model, pixels, class_embeddings, protocol, batch):
                for x in window_starts(w, window, protocol.stride)]
     total = torch.zeros(len(class_embeddings), h, w, device=pixels.device)          # (C, h, w)
     count = torch.zeros(h, w, device=pixels.device)
+    ch = min(h, window)
+    cw = min(w, window)
+    weight = torch.ones(ch, cw, device=pixels.device)
+    if protocol.blend == "triangle":
+        weight = triangle(ch)[:, None].to(weight) * triangle(cw).to(weight)
+    scored = propagated_windows if protocol.propagate else scored_windows
+    for (y, x), of_window, covered in scored(model, pixels, class_embeddings, corners, protocol,
+                                             batch):
+        of_window = F.interpolate(of_window[None], covered, mode="bilinear")[0]
+        total[:, y:y + ch, x:x + cw] += of_window[:, :ch, :cw] * weight     # padding is cut away
+        count[y:y + ch, x:x + cw] += weight
+    return total.div_(count)
+
+
+def triangle(length):
+    """Weights (length,) that rise evenly from both ends to the middle."""
+    rising = torch.arange(length) + 0.5
+    return torch.minimum(rising, rising.flip(0))
+
+
+def window_batches(pixels, corners, window, batch):
+    """(corners, pixels uint8 (B, 3, height, width)) of up to `batch` windows at a time."""
     for first in range(0, len(corners), batch):
         now = corners[first:first + batch]
-        crops = torch.stack([pixels[:, y:y + window, x:x + window] for y, x in now])
-        # (windows, C, rows, columns) of patches, and the pixels that they cover
+        yield now, torch.stack([pixels[:, y:y + window, x:x + window] for y, x in now])
+
+
+def scored_windows(model, pixels, class_embeddings, corners, protocol, batch):
+    """Corner, scores (C, rows, columns) of patches, and the pixels that they cover, of each window.
+    """
+    for now, crops in window_batches(pixels, corners, protocol.window, batch):
         scores, covered = model.patch_scores(crops, class_embeddings)
-        ch, cw = crops.shape[-2:]
-        for (y, x), of_window in zip(now, scores):
-            of_window = F.interpolate(of_window[None], covered, mode="bilinear")[0]
-            total[:, y:y + ch, x:x + cw] += of_window[:, :ch, :cw]          # padding is cut away
-            count[y:y + ch, x:x + cw] += 1
-    return total.div_(count)
+        for corner, of_window in zip(now, scores):
+            yield corner, of_window, covered
+
+
+def propagated_windows(model, pixels, class_embeddings, corners, protocol, batch):
+    """`scored_windows`, with scores propagated over the patches of all windows."""
+    tokens = []
+    for _, crops in window_batches(pixels, corners, protocol.window, batch):
+        of_batch, covered = model.unit_tokens(crops)
+        tokens.append(of_batch)
+    tokens = torch.cat(tokens)                                          # (windows, rows, columns, D)
+    scores = propagate_windows(tokens, best_synonym(tokens, class_embeddings), corners, covered,
+                               crops.shape[-2:], protocol.propagate)
+    for corner, of_window in zip(corners, scores):
+        yield corner, of_window, covered
 
 
 @torch.no_grad()
@@ -107,6 +145,10 @@ def score_maps(model, photo, class_embeddings, protocol, batch=8):
         if scale != 1:
             maps = F.interpolate(maps[None], pixels.shape[-2:], mode="bilinear")[0]
         total = total + maps / len(protocol.scales)                                 # (C, h, w)
+    if protocol.image_weight:
+        whole = resize(photo, min(protocol.short_side, protocol.window)).to(pixels.device)
+        of_image = model.image_scores(whole[None], class_embeddings)[0]             # (C,)
+        total = total + protocol.image_weight * of_image[:, None, None]
     return refine(total, pixels, protocol.refine_steps) if protocol.refine_steps else total
 
 
@@ -135,7 +177,7 @@ def segment_image(model, image, class_embeddings, window=448, stride=224, short_
     class_embeddings: (C, D) or (C, S, D).
     window, stride, short_side: pixels.
     batch: windows at a time.
-    further: scales and refine_steps of a `Protocol`.
+    further: of a `Protocol`, see `window_settings`.
 
     Returns (index mask (H, W), score (H, W) float32): the best class and its score, CPU tensors.
     """
@@ -151,7 +193,8 @@ def segment_image(model, image, class_embeddings, window=448, stride=224, short_
 
 def window_settings(protocol):
     """What `segment_image` takes from a protocol, by name."""
-    names = ("window", "stride", "short_side", "scales", "refine_steps")
+    names = ("window", "stride", "short_side", "scales", "refine_steps", "propagate",
+             "image_weight", "blend")
     return {name: getattr(protocol, name) for name in names}
 
 

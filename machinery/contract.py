@@ -51,6 +51,15 @@ class Protocol:
     refine_steps: int = setting(
         0, "steps of pixel-adaptive refinement, which moves borders to those of the photo's "
         "colours; 10 is usual", least=0, most=1000)
+    propagate: float = setting(
+        0.0, "how far patches that look alike, and lie near, share their scores; 0 = not, 0.95 is "
+        "usual", least=0, most=0.999)
+    image_weight: float = setting(
+        0.0, "weight of the whole image's score for a class, which is added to each patch's; helps "
+        "if a photo shows few of the classes")
+    blend: str = setting(
+        "mean", "of windows that overlap: mean, all count alike; triangle, they count less towards "
+        "their borders, so that no seam shows", choices=("mean", "triangle"))
     background: str | None = setting(
         None, "what is none of the classes: threshold:T = pixels whose best score is at most T; "
         'prompt:"word, word" = what these words win; or none')
@@ -173,6 +182,14 @@ class Method(nn.Module):
         """Pixels uint8 (B, 3, H, W) and embeddings (C, D) or (C, S, D) -> scores (B, C, h, w), and
         the size (H', W') in pixels that their grid covers, H' >= H and W' >= W."""
         raise NotImplementedError
+
+    def unit_tokens(self, pixels):
+        """Pixels uint8 (B, 3, H, W) -> patch tokens (B, h, w, D) of unit norm, whose products with
+        the class embeddings, of the best name, are `patch_scores`; and the size that they cover.
+
+        --propagate needs them; a method whose scores come in another way leaves this as it is."""
+        raise ValueError(f"--propagate: {self.name} has no patch tokens of unit norm whose "
+                         "products with the class embeddings are its scores; leave it out")
 
     def image_scores(self, pixels, class_embeddings):
         """Scores of whole images (B, C), for classification."""

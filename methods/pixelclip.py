@@ -474,8 +474,8 @@ class PixelCLIP(Method):
         return prompt_ensemble(classes, templates, embed)
 
     @torch.no_grad()
-    def patch_scores(self, pixels, class_embeddings):
-        """Cosines (B, C, 64, 64) of the enlarged features and classes (section 9); see `Method`."""
+    def unit_tokens(self, pixels):
+        """The enlarged features (B, 64, 64, D) (section 9); see `Method`."""
         size = pixels.shape[-2:]
         if self.protocol.input == "native":
             images = self.backbone.normalise(pixels)
@@ -488,9 +488,13 @@ class PixelCLIP(Method):
         cells = [max(TEST_CELLS, side) for side in features.shape[-2:]]
         # Enlarged before they are normalised: the other way round gives other directions.
         features = F.interpolate(features, cells, mode="bilinear", align_corners=False)
-        features = F.normalize(features, dim=1)
-        scores = best_synonym(features.flatten(2).transpose(1, 2), class_embeddings)
-        return scores.unflatten(-1, cells), size
+        return F.normalize(features, dim=1).permute(0, 2, 3, 1), size
+
+    @torch.no_grad()
+    def patch_scores(self, pixels, class_embeddings):
+        """Cosines (B, C, 64, 64) of these and classes; see `Method`."""
+        tokens, covered = self.unit_tokens(pixels)
+        return best_synonym(tokens, class_embeddings), covered
 
     @torch.no_grad()
     def image_scores(self, pixels, class_embeddings):

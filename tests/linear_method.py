@@ -91,8 +91,11 @@ class Linear(Method):
         return prompt_ensemble(classes, templates, embed)
 
     @torch.no_grad()
-    def patch_scores(self, pixels, class_embeddings):
+    def unit_tokens(self, pixels):
         _, patches, (h, w) = self.backbone(self.backbone.normalise(pixels))
         projected = F.normalize(self.student(patches - self.mean), dim=-1)
-        scores = best_synonym(projected, class_embeddings)
-        return scores.unflatten(-1, (h, w)), (8 * h, 8 * w)
+        return projected.unflatten(1, (h, w)), (8 * h, 8 * w)
+
+    def patch_scores(self, pixels, class_embeddings):
+        tokens, covered = self.unit_tokens(pixels)
+        return best_synonym(tokens, class_embeddings), covered

@@ -331,6 +331,14 @@ def test_the_result_of_other_data_is_not_overwritten(checkpoint, folder, tmp_pat
     assert output.read_bytes() == before and not Painted.looked
 
 
+def test_a_method_without_patch_tokens_is_not_propagated(folder, fails):
+    """--propagate is refused in one line, before anything is scored."""
+    Painted.looked = 0
+    fails(eval.main, ["--dataset", folder, "--checkpoint", "painted", "--propagate", "0.9"],
+          "--propagate: painted has no patch tokens of unit norm", "leave it out")
+    assert not Painted.looked
+
+
 def test_limit_marks_the_result(checkpoint, folder, tmp_path, capsys):
     """--limit scores the first images only, checks the masks of these alone, and says so."""
     (folder / "masks" / "photo2.png").unlink()
@@ -344,12 +352,16 @@ def test_limit_marks_the_result(checkpoint, folder, tmp_path, capsys):
 
 def test_two_processes_count_what_one_counts(checkpoint, folder, tmp_path):
     """Two processes give for three images, bit for bit, the scores of one process, the same result
-    file and the same pictures."""
+    file and the same pictures, with all that may be switched on at test time."""
+    more = ["--propagate", "0.9", "--image-weight", "0.5", "--blend", "triangle", "--scales", "1",
+            "1.5", "--refine-steps", "2", "--save-images", "3"]
     both = Processes(tmp_path, 2, eval.main,
                      ["--dataset", str(folder), "--checkpoint", str(checkpoint), "--output",
-                      str(tmp_path / "two.json"), "--save-images", "3", "--workers", "0"])
+                      str(tmp_path / "two.json"), "--workers", "0", *more])
     assert both.wait() == [0, 0], both.output()
-    alone = run(checkpoint, folder, tmp_path / "one.json", "--save-images", "3")
+    alone = run(checkpoint, folder, tmp_path / "one.json", *more)
+    switched = {"propagate": 0.9, "image_weight": 0.5, "blend": "triangle", "refine_steps": 2}
+    assert switched.items() <= alone["protocol"].items()
     together = json.loads((tmp_path / "two.json").read_text())
     same = set(alone) - {"seconds", "images_per_second", "processes", "date"}
     assert {key: together[key] for key in same} == {key: alone[key] for key in same}

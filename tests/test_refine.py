@@ -1,10 +1,13 @@
-"""What may be switched on at test time: several sizes of a photo, refinement by its colours."""
+"""What may be switched on at test time: several sizes of a photo, refinement by its colours, the
+whole image's vote, windows that count less towards their borders. Propagation: test_propagate.py.
+"""
+import pytest
 import torch
 import torch.nn.functional as F
 
 from machinery.contract import Protocol
 from machinery.scoring.refine import DISTANCES, neighbour_weights, neighbours, refine
-from segment import resized_size, score_maps, segment_image
+from segment import resize, resized_size, score_maps, segment_image, triangle
 
 
 def test_neighbours_are_the_eight_around_at_each_distance():
@@ -78,3 +81,35 @@ def test_refinement_is_part_of_segmenting(model):
     mask, _ = segment_image(model, photo.permute(1, 2, 0).numpy(), classes, 32, 32, 32,
                             refine_steps=3)
     assert torch.equal(mask.long(), refine(maps, photo, 3).argmax(dim=0))
+
+
+@pytest.mark.parametrize("window", [16, 64])
+def test_the_whole_image_votes(model, window):
+    """The score of the whole photo, of a window's size at most, is added to every pixel's."""
+    photo = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    classes = F.normalize(torch.randn(3, model.backbone.width), dim=-1)
+    maps, voted = (score_maps(model, photo, classes, Protocol(
+        window=window, stride=16, short_side=32, image_weight=weight)) for weight in (0.0, 0.5))
+    whole = model.image_scores(resize(photo, min(window, 32))[None], classes)[0]
+    assert torch.allclose(voted - maps, 0.5 * whole[:, None, None].expand(3, 32, 32), atol=1e-6)
+
+
+def test_windows_fade_towards_their_borders(model):
+    """With blend = "triangle" a pixel's score is the mean over windows, each weighted by how far
+    the pixel is from the window's borders; so no step is left where a window ends."""
+    assert triangle(4).tolist() == [0.5, 1.5, 1.5, 0.5] and triangle(3).tolist() == [0.5, 1.5, 0.5]
+    photo = torch.randint(0, 256, (3, 32, 48), dtype=torch.uint8)
+    classes = F.normalize(torch.randn(3, model.backbone.width), dim=-1)
+
+    def maps(pixels, blend):
+        return score_maps(model, pixels, classes, Protocol(
+            window=32, stride=16, short_side=32, blend=blend))
+
+    left, right = (maps(photo[..., x:x + 32], "triangle") for x in (0, 16))
+    found = maps(photo, "triangle")
+    for x in range(48):
+        weights = [max(0, min(at + 0.5, 31.5 - at)) for at in (x, x - 16)]
+        parts = [weight * part[..., min(max(at, 0), 31)]
+                 for weight, part, at in zip(weights, (left, right), (x, x - 16))]
+        assert torch.allclose(found[..., x], sum(parts) / sum(weights), atol=1e-6)
+    assert torch.allclose(maps(photo, "mean")[..., 20], (left[..., 20] + right[..., 4]) / 2)

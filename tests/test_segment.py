@@ -330,7 +330,8 @@ def test_photos_of_the_same_name_do_not_overwrite_each_other(checkpoint, tmp_pat
 
 @pytest.mark.parametrize("more", [["--class-embedding", "caption"],
                                   ["--class-embedding", "concept"],
-                                  ["--scales", "1", "1.5", "--refine-steps", "2"]])
+                                  ["--scales", "1", "1.5", "--refine-steps", "2"],
+                                  ["--propagate", "0.9", "--blend", "triangle"]])
 def test_segment_and_eval_give_the_identical_mask(checkpoint, folder, tmp_path, more):
     """Scored against segment.py's own masks, eval.py finds not one wrong pixel; of absent classes
     it says null."""
@@ -433,7 +434,8 @@ def test_the_fields_own_protocol(tmp_path, model):
     run(tmp_path, tmp_path, photo, "--classes", "cow")
     protocol = json.loads((tmp_path / "photo.json").read_text())["protocol"]
     expected = {"templates": "imagenet80", "class_embedding": "caption", "short_side": 448,
-                "window": 448, "stride": 224, "scales": [1], "refine_steps": 0, "background": None}
+                "window": 448, "stride": 224, "scales": [1], "refine_steps": 0, "propagate": 0,
+                "image_weight": 0, "blend": "mean", "background": None}
     assert protocol == expected
 
 

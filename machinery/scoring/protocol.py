@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors
 import torch
 
-from machinery.contract import PRETRAINED, Protocol, find_method
+from machinery.contract import PRETRAINED, Method, Protocol, find_method
 from machinery.files import file_sha256, save_tensors
 from machinery.names import read_templates
 from machinery.networks.backbones import warn_if_random
@@ -80,7 +80,14 @@ def open_model(args):
     warn_if_random(model.settings)
     values = merge(as_mapping(model.protocol), flags.get("protocol", {}))
     model.protocol = read(model.Protocol, values, f"the protocol of {model.name}")
+    if model.protocol.propagate and not has_unit_tokens(model):
+        model.unit_tokens(None)                     # says so
     return model
+
+
+def has_unit_tokens(model):
+    """Whether its scores can be propagated."""
+    return type(model).unit_tokens is not Method.unit_tokens
 
 
 def training_run(model):
