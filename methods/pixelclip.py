@@ -34,7 +34,7 @@ from machinery.parallel import gather_rows, rank, sum_over_processes
 from machinery.settings import setting
 from machinery.tokenizer import tokenize
 from methods.parts.clustering import kmeans
-from methods.parts.dense_clip import DenseToy, create_clip
+from methods.parts.dense_clip import DenseToy, DenseViT, create_clip
 from methods.parts.views import (masks_at, random_rectangle, random_square, strong_colours,
                                  weak_colours)
 from model import TextEncoder, best_synonym, create_trunk, patch_tokens, prompt_ensemble
@@ -113,7 +113,8 @@ def common(name, default):
 
 @dataclass
 class PixelCLIPProtocol(Protocol):
-    """The authors': the whole photo as one window, larger than any."""
+    """The authors': the whole photo as one window, larger than any. A ViT that was not trained here
+    is used as NACLIP does, see `windows_of_naclip`."""
     templates: str = common("templates", "pixelclip")
     short_side: int = common("short_side", 640)
     window: int = common("window", 2048)
@@ -121,6 +122,16 @@ class PixelCLIPProtocol(Protocol):
     input: str = setting(
         "squash", "what the network sees of a window: it is squashed to the network's input, or "
         "native, kept as it is", choices=("squash", "native"))
+    last_block: str = setting(
+        "value", "of a ViT: value, as in training, or neighbours, NACLIP's",
+        choices=("value", "neighbours"), flag=False)
+
+
+def windows_of_naclip(image_size):
+    """NACLIP's protocol for a CLIP that was trained on squares of image_size pixels: 224 gives a
+    short side of 336, windows of 224, steps of 112."""
+    return PixelCLIPProtocol(short_side=3 * image_size // 2, window=image_size,
+                             stride=image_size // 2, input="native", last_block="neighbours")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,6 +335,8 @@ class PixelCLIP(Method):
             for field in dataclasses.fields(Protocol):
                 setattr(self.protocol, field.name, getattr(toy.protocol, field.name))
             self.trained_with = toy.trained_with
+        elif isinstance(self.backbone, DenseViT):
+            self.protocol = windows_of_naclip(self.backbone.image_size[0])
         self.size = settings.network_size or self.backbone.cells * self.backbone.stride
         if self.size % self.backbone.stride:
             raise ValueError(f"--network-size is {self.size}; expected a multiple of this CLIP's "
@@ -475,24 +488,25 @@ class PixelCLIP(Method):
 
     @torch.no_grad()
     def unit_tokens(self, pixels):
-        """The enlarged features (B, 64, 64, D) (section 9); see `Method`."""
+        """The features (B, h, w, D), enlarged to 64 x 64 if the window was squashed (section 9);
+        see `Method`."""
         size = pixels.shape[-2:]
         if self.protocol.input == "native":
-            images = self.backbone.normalise(pixels)
-            images = F.pad(images, (0, -size[1] % self.backbone.stride,
-                                    0, -size[0] % self.backbone.stride))
-            size = images.shape[-2:]
-        else:
-            images = self.network_input(pixels)
-        features = self.backbone(images).permute(0, 3, 1, 2)                        # (B, D, h, w)
-        cells = [max(TEST_CELLS, side) for side in features.shape[-2:]]
+            stride = self.backbone.stride
+            images = F.pad(self.backbone.normalise(pixels),
+                           (0, -size[1] % stride, 0, -size[0] % stride))
+            features = self.backbone(images, self.protocol.last_block)              # (B, h, w, D)
+            return F.normalize(features, dim=-1), images.shape[-2:]
+        features = self.backbone(self.network_input(pixels), self.protocol.last_block)
         # Enlarged before they are normalised: the other way round gives other directions.
-        features = F.interpolate(features, cells, mode="bilinear", align_corners=False)
+        cells = [max(TEST_CELLS, side) for side in features.shape[1:3]]
+        features = F.interpolate(features.permute(0, 3, 1, 2), cells, mode="bilinear",
+                                 align_corners=False)                               # (B, D, 64, 64)
         return F.normalize(features, dim=1).permute(0, 2, 3, 1), size
 
     @torch.no_grad()
     def patch_scores(self, pixels, class_embeddings):
-        """Cosines (B, C, 64, 64) of these and classes; see `Method`."""
+        """Cosines (B, C, h, w) of features and classes; see `Method`."""
         tokens, covered = self.unit_tokens(pixels)
         return best_synonym(tokens, class_embeddings), covered
 

@@ -23,7 +23,7 @@ from machinery.networks.checkpoint import load_model, save_model
 from machinery.parallel import join_processes
 from machinery.settings import read
 from machinery.training.loading import encode_in_micro_batches
-from methods.parts.dense_clip import position_table, value_path
+from methods.parts.dense_clip import neighbour_path, position_table, value_path
 from methods.pixelclip import (Decoder, MaskGenerator, PixelCLIP, load_clip, pixel_loss,
                                pooling_weights, prompt_tokens, sinkhorn, union_of_masks)
 from processes import Processes, check_resumed, check_two_processes
@@ -182,19 +182,43 @@ def test_the_last_block_sees_one_position_and_the_class_token():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("input, padding", [("squash", 0), ("native", 8)])
-def test_features_are_enlarged_before_they_are_normalised(input, padding):
+def test_the_neighbours_block_is_naclips():
+    """A slow loop in float64: patches attend by the products of their keys and the Gaussian of
+    their distance, the class token's row and column by the products alone; no residual, no MLP."""
+    block = tiny().backbone.visual.transformer.resblocks[-1].double()
+    x = torch.randn(1, 1 + 3 * 4, 32, dtype=torch.float64)
+    found = neighbour_path(block, x, (3, 4))[0]
+    normed = block.ln_1(x)[0]
+    _, key, value = (normed @ part.T + bias for part, bias in zip(
+        block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3)))
+    mixed = torch.zeros(13, 32, dtype=torch.float64)
+    for head in range(2):
+        own = slice(16 * head, 16 * head + 16)
+        for i in range(13):
+            logits = []
+            for j in range(13):
+                near = 0.0
+                if i > 0 and j > 0:
+                    rows = (i - 1) // 4 - (j - 1) // 4
+                    columns = (i - 1) % 4 - (j - 1) % 4
+                    near = math.exp(-(rows ** 2 + columns ** 2) / (2 * 5 ** 2))
+                logits.append(float(key[i, own] @ key[j, own]) / 4 + near)
+            parts = [math.exp(logit) for logit in logits]
+            mixed[i, own] = sum(part / sum(parts) * value[j, own] for j, part in enumerate(parts))
+    torch.testing.assert_close(found, block.attn.out_proj(mixed))
+
+
+@torch.no_grad()
+def test_features_are_enlarged_before_they_are_normalised():
     """Scores are cosines of the enlarged raw features; the other order gives others. A factor on
-    the features changes nothing. Squashed, the grid covers the whole window, whatever its shape;
-    --set protocol.input=native pads it to whole cells, and the grid covers the padding, too."""
+    the features changes nothing. The grid covers the whole window, whatever its shape."""
     model = tiny().eval()
-    model.protocol = PixelCLIP.Protocol(input=input)
+    model.protocol = PixelCLIP.Protocol()
     pixels = some_batch()["weak"][..., :40]                                 # (4, 3, 64, 40)
     classes = F.normalize(torch.randn(5, 16), dim=-1)
     scores, covered = model.patch_scores(pixels, classes)
-    assert tuple(covered) == (64, 40 + padding)
-    images = model.network_input(pixels, (64, 40) if padding else 64)
-    features = model.backbone(F.pad(images, (0, padding))).permute(0, 3, 1, 2)
+    assert tuple(covered) == (64, 40)
+    features = model.backbone(model.network_input(pixels, 64)).permute(0, 3, 1, 2)
     large = F.interpolate(features, (64, 64), mode="bilinear")
     expected = torch.einsum("bdhw,cd->bchw", F.normalize(large, dim=1), classes)
     torch.testing.assert_close(scores, expected)
@@ -202,6 +226,25 @@ def test_features_are_enlarged_before_they_are_normalised(input, padding):
     assert (torch.einsum("bdhw,cd->bchw", other, classes) - expected).abs().max() > 1e-3
     model.backbone.visual.proj *= 3
     torch.testing.assert_close(model.patch_scores(pixels, classes)[0], scores)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last_block", ["value", "neighbours"])
+def test_windows_are_seen_as_they_are(last_block):
+    """With input = "native" a window is padded to whole patches, which the grid covers; each patch
+    has the cosine of its own feature. protocol.last_block says which way the last block goes."""
+    model = tiny().eval()
+    model.protocol = PixelCLIP.Protocol(input="native", last_block=last_block)
+    pixels = some_batch()["weak"][..., :40]                                 # (4, 3, 64, 40)
+    classes = F.normalize(torch.randn(5, 16), dim=-1)
+    scores, covered = model.patch_scores(pixels, classes)
+    assert tuple(covered) == (64, 48)
+    visual = model.backbone.visual
+    x = model.backbone.tokens(F.pad(model.backbone.normalise(pixels), (0, 8)))
+    block = visual.transformer.resblocks[-1]
+    x = value_path(block, x) if last_block == "value" else neighbour_path(block, x, (4, 3))
+    features = F.normalize(visual.ln_post(x[:, 1:]) @ visual.proj, dim=-1)  # (4, 12, 16)
+    torch.testing.assert_close(scores.flatten(2), classes @ features.mT)
 
 
 @torch.no_grad()
@@ -540,7 +583,8 @@ def test_a_clip_with_random_weights_is_kept_whole(whole, photos, tmp_path, capsy
 
 
 def test_dense_clip_needs_no_training(photos, weights, tmp_path, capsys):
-    """--checkpoint clip:MODEL/FILE segments with CLIP as it is, by the authors' protocol."""
+    """--checkpoint clip:MODEL/FILE segments with CLIP as it is, as NACLIP does: windows of CLIP's
+    own size in steps of half of it, over a short side of one and a half times it."""
     segment.main([str(photos / "0.png"), "--classes", "cat, sofa", "--checkpoint",
                   f"clip:tiny/{weights}", "--output", str(tmp_path), "--device", "cpu"])
     mask = np.array(Image.open(tmp_path / "0_mask.png"))
@@ -549,7 +593,10 @@ def test_dense_clip_needs_no_training(photos, weights, tmp_path, capsys):
     assert len(templates) == 8
     classes = model.embed_classes(["cat", "sofa"], templates)
     image = Image.open(photos / "0.png").convert("RGB")
-    again, _ = segment.segment_image(model, image, classes, 2048, 2048, 640)
+    protocol = {"short_side": 96, "window": 64, "stride": 32, "input": "native",
+                "last_block": "neighbours"}
+    assert protocol.items() <= vars(model.protocol).items()
+    again, _ = segment.segment_image(model, image, classes, 64, 32, 96)
     assert (again.numpy() == mask).mean() > 0.999
 
 

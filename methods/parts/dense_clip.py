@@ -18,13 +18,15 @@ from machinery.tokenizer import CONTEXT_LENGTH
 from model import patch_tokens
 
 VOCABULARY = 49408                                  # tokens of CLIP's own text tower
+SIGMA = 5.0                                         # patches, of `neighbour_path`
 
 
 # --------------------------------------------------------------------------------------------------
 # Dense encoders: normalised images (B, 3, H, W), H and W multiples of `stride`, to (B, h, w, D),
-# not normalised. `pooled` is CLIP's own embedding (B, D) of images of `image_size`. What each has:
-# TRAINED, words in the names of the parameters that PixelCLIP trains; SHARPNESS, its factor on
-# cosines; cells, the side of the grid in training.
+# not normalised; last_block, "value" or "neighbours", is of a ViT only. `pooled` is CLIP's own
+# embedding (B, D) of images of `image_size`. What each has: TRAINED, words in the names of the
+# parameters that PixelCLIP trains; SHARPNESS, its factor on cosines; cells, the side of the grid in
+# training.
 
 def position_table(table, old, new):
     """A ViT's positions, resized bicubically; the class token's row stays as it is.
@@ -49,8 +51,28 @@ def value_path(block, x):
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
+def neighbour_path(block, x, grid):
+    """A transformer block in which a patch looks at those near it whose keys are like its own.
+
+    Source: "Pay Attention to Your Neighbours" (NACLIP), WACV 2025. Attention is of keys with keys.
+    exp(-d^2 / 2 SIGMA^2), d being the distance of two patches, is added to its logits, but not to
+    those of the class token. No residual, no MLP. Arguments: of `value_path`; grid: (h, w), N =
+    h * w. Returns (B, 1 + N, width).
+    """
+    width = x.shape[-1]
+    both = F.linear(block.ln_1(x), block.attn.in_proj_weight[width:],
+                    block.attn.in_proj_bias[width:])                        # (B, 1 + N, 2 * width)
+    key, value = both.unflatten(-1, (2, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    places = torch.cartesian_prod(*(torch.arange(side, dtype=x.dtype, device=x.device)
+                                    for side in grid))                      # (N, 2)
+    offset = places[:, None] - places
+    near = torch.exp(-(offset ** 2).sum(dim=-1) / (2 * SIGMA ** 2))         # (N, N)
+    x = F.scaled_dot_product_attention(key, key, value, attn_mask=F.pad(near, (1, 0, 1, 0)))
+    return block.ls_1(block.attn.out_proj(x.transpose(1, 2).flatten(2)))
+
+
 class DenseViT(nn.Module):
-    """visual: a ViT of open_clip. Its last block takes `value_path`."""
+    """visual: a ViT of open_clip. Its last block takes `value_path` or `neighbour_path`."""
     TRAINED = ("attn", "position")
     SHARPNESS = 100.0
     cells = 20
@@ -74,10 +96,13 @@ class DenseViT(nn.Module):
             x = block(x)
         return x
 
-    def forward(self, images):
-        x = value_path(self.visual.transformer.resblocks[-1], self.tokens(images))
+    def forward(self, images, last_block="value"):
+        grid = [side // self.stride for side in images.shape[-2:]]
+        block = self.visual.transformer.resblocks[-1]
+        x = self.tokens(images)                                             # (B, 1 + N, width)
+        x = value_path(block, x) if last_block == "value" else neighbour_path(block, x, grid)
         x = self.visual.ln_post(x[:, 1:]) @ self.visual.proj                # (B, N, D)
-        return x.unflatten(1, [side // self.stride for side in images.shape[-2:]])
+        return x.unflatten(1, grid)
 
     def pooled(self, images):
         return self.visual(images)
@@ -96,7 +121,7 @@ class DenseConvNeXt(nn.Module):
         self.stride = visual.trunk.feature_info[-1]["reduction"]
         self.image_size = visual.image_size
 
-    def forward(self, images):
+    def forward(self, images, last_block=None):
         x = self.visual.trunk.forward_features(images)                      # (B, width, h, w)
         return self.visual.head(self.visual.trunk.head.norm(x).permute(0, 2, 3, 1))
 
@@ -124,7 +149,7 @@ class DenseToy(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, images):
+    def forward(self, images, last_block=None):
         _, patches, grid = patch_tokens(self.trunk, images)                 # (B, N, D)
         return self.block(patches).unflatten(1, grid)
 
