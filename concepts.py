@@ -35,7 +35,7 @@ from machinery.training.shards import bad_line, captions_of_tar, count_bad, find
 from machinery.training.workers import start_data_worker
 
 DEFAULT_PARSER = "en_core_web_trf"                  # the paper's; en_core_web_sm is the light one
-CACHE_VERSION = 3                                   # raise it when annotations change
+CACHE_VERSION = 4                                   # raise it when annotations change
 PIECE = 1000                                        # captions that a process parses at a time
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 
-from machinery.images import IMAGE_SUFFIXES, load_image, read_segments, to_pixels
+from machinery.images import IMAGE_SUFFIXES, list_images, load_image, read_segments, to_pixels
 from machinery.tokenizer import forget_words, tokenize
 from machinery.toy import toy_scene
 from machinery.training.captions import Annotations, find_images, read_captions
@@ -294,15 +294,14 @@ def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=N
             concepts.check_tars(paths, source)
         return CaptionedTars(paths, sample, size, seed, concepts)
     elif Path(source).is_dir():
-        files = sorted(file for file in Path(source).rglob("*")
-                       if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = list_images(source, below=True)
         if not files:
             raise FileNotFoundError(f"no tars and no images in {source}; expected *.tar, or "
                                     f"{', '.join(IMAGE_SUFFIXES)}")
-        if concepts:
+        captions = [BadSample("no caption")] * len(files)
+        if concepts or asks_for_caption(sample, Pair(files[0], size, captions[0])):
             raise ValueError(f"{source} is a folder of images, which have no captions; expected a "
                              "captions file or tars")
-        captions = [BadSample("no caption")] * len(files)
     else:
         pairs = read_captions(source)
         there = find_images(Path(source), pairs, images)
@@ -312,6 +311,17 @@ def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=N
         files = [there[name] for name, _ in pairs if there[name]]
         captions = [caption for name, caption in pairs if there[name]]
     return CaptionedImages(files, captions, sample, size, seed, annotations, bank)
+
+
+def asks_for_caption(sample, pair):
+    """Whether a method takes the caption of a pair, which has none; if its image is readable."""
+    try:
+        draw_sample(sample, pair, 0)
+    except BadSample:
+        return True
+    except (ValueError, OSError):
+        pass
+    return False
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 from machinery.contract import Protocol
 from machinery.errors import one_line_errors
 from machinery.files import write_text
-from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
+from machinery.images import IMAGE_SUFFIXES, list_images, load_image, to_pixels
 from machinery.names import check_classes, read_classes, split_names
 from machinery.networks.checkpoint import load_model, save_model    # for use from Python
 from machinery.scoring import pictures
@@ -249,8 +248,7 @@ def find_photos(names):
     photos = []
     for name in names:
         if os.path.isdir(name):
-            found = [str(file) for file in sorted(Path(name).iterdir())
-                     if file.suffix.lower() in IMAGE_SUFFIXES]
+            found = list(map(str, list_images(name)))
             if not found:
                 raise FileNotFoundError(f"no images in the folder {name}; expected "
                                         f"{', '.join(IMAGE_SUFFIXES)}")
@@ -280,10 +278,10 @@ def find_classes(text, background):
     return classes, names
 
 
-def segment_file(model, photo, classes, names, embeddings, args):
-    """Segment one photo file and write its mask, overlay, views and JSON. Returns the JSON's
-    content. classes, names: of `find_classes`. args: the command's output, batch and view."""
-    image = load_image(photo)
+def segment_file(model, photo, image, classes, names, embeddings, args):
+    """Segment one photo, the file and what is in it, and write its mask, overlay, views and JSON.
+    Returns the JSON's content. classes, names: of `find_classes`. args: the command's output, batch
+    and view."""
     protocol = model.protocol
     mask, score = segment_image(model, image, embeddings, batch=args.batch,
                                 **window_settings(protocol))
@@ -320,7 +318,6 @@ def segment_file(model, photo, classes, names, embeddings, args):
 
 def main(argv=None):
     args = parse_args(argv)
-    Image.MAX_IMAGE_PIXELS = None                   # photos are the user's own: size is no attack
     with one_line_errors("lower --batch, --window or --short-side"):
         photos = find_photos(args.photos)
         model = open_model(args)
@@ -328,11 +325,20 @@ def main(argv=None):
         refuse_toy_model(model, photos)
         embeddings = embed(model, classes)
         Path(args.output).mkdir(parents=True, exist_ok=True)
+        unreadable = []
         for photo in tqdm(photos, unit=" photos", disable=len(photos) == 1 or None):
-            result = segment_file(model, photo, classes, names, embeddings, args)
+            try:
+                image = load_image(photo)
+            except (ValueError, OSError) as error:
+                unreadable.append(str(error))
+                continue
+            result = segment_file(model, photo, image, classes, names, embeddings, args)
             largest = sorted(result["found"], key=lambda found: -found["share"])
             tqdm.write(f"{result['overlay']}: " + ", ".join(
                 f"{found['name']} {found['share']:.1%}" for found in largest))
+        if unreadable:
+            raise ValueError("; ".join(unreadable[:20]) + "; ..." * (len(unreadable) > 20)
+                             + f"; {len(unreadable)} of {len(photos)} photos were left out")
 
 
 if __name__ == "__main__":

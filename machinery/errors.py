@@ -50,8 +50,8 @@ def runtime_line(error, full_memory):
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full; {full_memory} ({first})"
     if "shared memory" in str(error) or "</torch_" in str(error):       # its files' names
-        return ("data workers hand over their batches in shared memory, and /dev/shm is full, which "
-                "a container has little of; load without them, --workers 0, or start Docker with "
+        return ("data workers hand over their batches in shared memory, /dev/shm, which is full; a "
+                "container has little of it. Load without them, --workers 0, or start Docker with "
                 f"more, --shm-size 16g ({str(error).strip().splitlines()[-1]})")
     lost = isinstance(error, dist.DistError) or "gloo" in str(error)
     if lost or first.startswith("DataLoader"):

@@ -1,12 +1,20 @@
 """Images and masks from files of all kinds."""
 import json
+import sys
 import warnings
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from machinery.parallel import rank
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+BESIDE_IMAGES = (".json", ".txt", ".partial")       # what lies beside images and is none
+RESULTS = ("mask", "overlay", "similarity", "pca")  # segment.py writes NAME_mask.png and so on
+Image.MAX_IMAGE_PIXELS = None                       # Pillow's bound; ours is `most_pixels`
 IGNORE = -1                                         # value of a mask where nothing is scored
 
 
@@ -20,6 +28,41 @@ class ScoredImages:
     count = None                # how many images there should be; None = any number
     files = ()                  # (name, image path, mask) of each; empty = they are drawn, not read
     choices = {}                # what the user chose about the data, for the result
+
+
+def is_hidden(path):
+    """Whether a name in a path, of which the data's own folder is no part, begins with a dot: what
+    systems and tools put beside the data, such as macOS's ._NAME.jpg or .ipynb_checkpoints."""
+    return any(name.startswith(".") and name not in (".", "..") for name in Path(path).parts)
+
+
+def list_images(folder, below=False):
+    """Paths of the images in a folder, sorted; with below also of those in folders inside.
+
+    Left out in silence: hidden files, and the files that often lie beside images. Other files, and
+    results of segment.py beside their image or JSON, are counted on stderr.
+    """
+    folder = Path(folder)
+    files = [file for file in (folder.rglob("*") if below else folder.iterdir())
+             if not is_hidden(file.relative_to(folder))]
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    stems = {file.with_suffix("") for file in files}
+    results = {file for file in images for part in RESULTS if file.name.endswith(f"_{part}.png")
+               and file.with_name(file.name.removesuffix(f"_{part}.png")) in stems}
+    others = Counter(f"*{file.suffix}" for file in files
+                     if file.suffix and file.suffix.lower() not in (*IMAGE_SUFFIXES, *BESIDE_IMAGES)
+                     and file.is_file())
+    others += Counter({"results of segment.py": len(results)})
+    if others:
+        say(f"left out in {folder}: " + ", ".join(f"{n} {what}" for what, n in others.items())
+            + f"; expected {', '.join(IMAGE_SUFFIXES)}")
+    return sorted(file for file in images if file not in results)
+
+
+def say(line):
+    """Print a line about the data on stderr, once for all processes."""
+    if rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def load_image(path, least=None, most_pixels=None):
@@ -71,6 +114,8 @@ def read_mask(mask):
         size, codes = mask
         pixels = np.zeros(size, np.int32)
         for value, counts in codes:                 # in the order of the file, later ones on top
+            if not 0 <= value < 2 ** 16:
+                raise ValueError(f"a mask holds the value {value}, expected 0 to 65535")
             pixels[decode_runs(size, counts)] = value
         return pixels
     if not mask.is_file():
@@ -81,8 +126,8 @@ def read_mask(mask):
             pixels = np.array(file).astype(np.int32)        # not converted, so that indices stay
     except Exception as error:                      # Pillow raises almost anything on a broken file
         raise ValueError(f"{mask} is no readable mask ({error})") from None
-    if form == "JPEG":
-        raise ValueError(f"{mask} is a JPEG, which changes values; expected a PNG")
+    if form != "PNG":                               # others change values, or may
+        raise ValueError(f"{mask} is a {form}, which may change values; expected a PNG")
     if pixels.ndim != 2:
         raise ValueError(f"{mask} has {pixels.shape[-1]} channels, expected one value per pixel; "
                          "it holds the colours of a palette in place of class values")

@@ -173,11 +173,11 @@ def test_large_jpegs_are_decoded_smaller(tmp_path, width, height, decoded):
 
 def test_huge_images_count_as_bad(tmp_path):
     """A PNG above the stated number of pixels is refused before it is decoded; a JPEG counts after
-    its reduction."""
-    side = int(MAX_PIXELS ** 0.5) + 1
-    Image.new("1", (side, side)).save(tmp_path / "big.png")
-    with pytest.raises(ValueError, match=f"{side} x {side} pixels, at most 67,108,864"):
+    its reduction. It is the only bound: Pillow's own, at 179 megapixels, is lifted."""
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "big.png")
+    with pytest.raises(ValueError, match="14000 x 14000 pixels, at most 67,108,864"):
         load_image(tmp_path / "big.png", 448, MAX_PIXELS)
+    side = int(MAX_PIXELS ** 0.5) + 1
     with pytest.raises(ValueError, match="at most 67,108,864"):
         Pair(tmp_path / "big.png", 224).image()
     Image.new("L", (side, side)).save(tmp_path / "big.jpg")
@@ -376,20 +376,23 @@ def test_only_unreadable_images(tmp_path):
 
 def test_a_folder_of_images(tmp_path):
     """Of a folder all images are used, also those in folders inside, by a method that asks for no
-    caption; one that does is told that there are none. A folder without images is an error."""
+    caption; one that does is told that there are none. A folder without images is an error. Hidden
+    files and folders are left out."""
     (tmp_path / "photos" / "more").mkdir(parents=True)
-    (tmp_path / "photos" / "notes.txt").touch()
+    (tmp_path / "photos" / ".ipynb_checkpoints").mkdir()
+    for name in ("notes.txt", "._a.PNG", ".ipynb_checkpoints/a-checkpoint.PNG"):
+        (tmp_path / "photos" / name).touch()
     for i, name in enumerate(("a.PNG", "b.png", "more/c.png")):
         Image.fromarray(noise(i)).save(tmp_path / "photos" / name)
     pairs = load_pairs(str(tmp_path / "photos"), None,
                        lambda pair, rng: {"pixels": to_pixels(pair.image())}, 8)
     assert [pairs[0, i]["pixels"].tolist() for i in range(3)] == [
         to_pixels(Image.fromarray(noise(i))).tolist() for i in range(3)]
-    with pytest.raises(ValueError, match="is a folder of images, which have no captions"):
+    without_captions = "is a folder of images, which have no captions"
+    with pytest.raises(ValueError, match=without_captions):
         load(tmp_path / "photos")
-    pairs.sample = lambda pair, rng: {"tokens": pair.tokens()}
-    with pytest.raises(ValueError, match="ten pairs .*: no caption"):
-        pairs[0, 0]
+    with pytest.raises(ValueError, match=without_captions):
+        load_pairs(str(tmp_path / "photos"), None, lambda pair, rng: {"tokens": pair.tokens()}, 8)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no tars and no images in .*; expected \*\.tar"):
         load(tmp_path / "empty")

@@ -27,14 +27,28 @@ def noise(*size):
 
 def test_folder(scored):
     """Masks come with the photo's name and pixels; values are lines of classes.txt, 255 is ignored;
-    files that are no images are left out."""
-    (scored / "images" / "notes.txt").touch()
+    files that are no images, and hidden ones, are left out."""
+    for name in ("notes.txt", "._a.png", ".hidden.png"):
+        (scored / "images" / name).touch()
     dataset = open_folder(scored)
     ((name, image, mask),) = dataset
     assert name == "a" and len(dataset) == 1
     assert dataset.classes == [["background"], ["dog", "puppy"], ["cat"]]
     assert (np.array(image) == noise(2, 4)).all()
     assert mask.tolist() == [[0, 1, 2, IGNORE], [2, 2, 1, 0]]
+
+
+def test_what_is_left_out_of_a_folder_is_said(scored, capsys):
+    """Photos of other kinds, results of segment.py and masks without an image are not read, and
+    counted; hidden files are not spoken of."""
+    for name in ("images/b.heic", "images/c.jfif", "images/a_mask.png", "images/._b.heic",
+                 "masks/b.png", "masks/._a.png"):
+        (scored / name).touch()
+    assert len(open_folder(scored)) == 1
+    left, alone = capsys.readouterr().err.splitlines()
+    for words in ("1 *.heic", "1 *.jfif", "1 results of segment.py"):
+        assert words in left
+    assert alone.startswith("1 masks") and alone.endswith("for example b.png")
 
 
 def test_folder_without_classes(scored):
@@ -161,9 +175,22 @@ def test_a_value_that_is_no_class(scored):
     assert check(open_folder(scored, ignore=(3, 255)))[0] == []
 
 
-def test_a_mask_as_jpeg(scored):
-    """A mask that was stored as JPEG, whatever it is called, is refused for that."""
+@pytest.mark.parametrize("form, values", [
+    ("JPEG", MASK), ("WEBP", np.stack([MASK] * 3, 2)), ("TIFF", MASK.astype(np.int32) + 70000)])
+def test_a_mask_that_is_no_png(scored, form, values):
+    """A mask that was stored in a form that may change values, or holds values beyond 65535, is
+    refused whatever it is called."""
     path = scored / "masks" / "a.png"
-    Image.fromarray(MASK).save(path, format="JPEG")
+    Image.fromarray(values).save(path, format=form)
     (problem,), _ = check(open_folder(scored))
-    assert f"{path} is a JPEG, which changes values; expected a PNG" in problem
+    assert f"{path} is a {form}, which may change values; expected a PNG" in problem
+
+
+def test_a_turned_photo_with_a_mask_that_is_not(scored):
+    """Where the sizes differ because EXIF data turns the photo, the check says so."""
+    path = scored / "images" / "a.PNG"
+    turned = Image.Exif()
+    turned[274] = 6                                 # "turn me clockwise"
+    Image.open(path).save(path, format="PNG", exif=turned)
+    (problem,), _ = check(open_folder(scored))
+    assert "expected the same size" in problem and "EXIF" in problem

@@ -319,6 +319,26 @@ def test_a_folder_of_photos(checkpoint, tmp_path, fails):
           "no images in the folder", "empty")
 
 
+def test_a_folder_with_its_results_is_segmented_again(checkpoint, tmp_path):
+    """segment.py takes its own results, in the photos' folder, for no photos."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for _ in range(2):
+        run(checkpoint, tmp_path, tmp_path, "--classes", NAMES, "--view", "pca")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.json", "a.png", "a_mask.png", "a_overlay.png", "a_pca.png"]
+
+
+def test_an_unreadable_photo_leaves_the_others(checkpoint, tmp_path, fails):
+    """Photos that cannot be read are named in the end, the others are done."""
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    (tmp_path / "b.png").write_text("no image")
+    fails(segment.main, [tmp_path, tmp_path / "d.png", "--classes", NAMES, "--checkpoint",
+                         checkpoint, "--output", tmp_path / "out"],
+          "b.png is no readable image", "no image", "d.png", "2 of 4 photos were left out")
+    assert (tmp_path / "out" / "a.json").exists() and (tmp_path / "out" / "c.json").exists()
+
+
 def test_photos_of_the_same_name_do_not_overwrite_each_other(checkpoint, tmp_path, fails):
     """Two photos whose files would have the same names are refused before one is overwritten."""
     photos = [tmp_path / "photo.png", tmp_path / "photo.jpg"]

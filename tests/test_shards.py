@@ -88,7 +88,8 @@ def opened(source, bank=BANK, parser="match", seed=0):
 def stream(source, local_batch=4, rank=0, world=1, workers=0, positions=None):
     """(batches, positions at their beginning) of one process, as train.py reads them."""
     pairs = opened(source)
-    run = SimpleNamespace(batch=local_batch * world, micro_batch=None, workers=workers)
+    run = SimpleNamespace(batch=local_batch * world, micro_batch=None, workers=workers,
+                          timeout_minutes=5)
     processes = SimpleNamespace(rank=rank, world=world, device_type="cpu")
     loader = open_loader(pairs, run, processes, range(10 ** 6), positions)
     return iter(loader), pairs.positions
@@ -152,8 +153,10 @@ def test_gaps(tmp_path, capsys):
 
 
 def test_folder_of_tars(tmp_path):
-    """Of a folder all tars are taken, with any name, and no other file that img2dataset writes."""
-    for name in ("a b.tar", "00007.tar", "x.y.tar", "00007_stats.json", "00007.parquet"):
+    """Of a folder all tars are taken, with any name, and no other file that img2dataset writes, nor
+    a hidden one."""
+    for name in ("a b.tar", "00007.tar", "x.y.tar", "00007_stats.json", "00007.parquet",
+                 "._00007.tar"):
         write_tar(tmp_path / name, [])
     assert [path.name for path in find_tars(tmp_path)] == ["00007.tar", "a b.tar", "x.y.tar"]
     assert opened(tmp_path).paths == find_tars(tmp_path)
@@ -188,6 +191,14 @@ def test_every_sample_once_an_epoch(tmp_path, world, workers, counts):
             assert read
             found.update((int(item["key"][0]), number_of(item)) for item in read)
     assert found == {(epoch, number): 1 for epoch in range(4) for number in range(sum(counts))}
+
+
+def test_hidden_files_in_a_tar(tmp_path):
+    """What macOS puts into a tar beside each file is no sample; a tar of "." is read."""
+    files = [(f"./{before}{name}", content) for name, content in sample(0) + sample(1)
+             for before in ("._", "", ".ipynb_checkpoints/")]
+    samples = list(samples_of_tar(write_tar(tmp_path / "a.tar", files)))
+    assert [text for text, _ in samples] == [caption(0), caption(1)]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")   # more workers than cores

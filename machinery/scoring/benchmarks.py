@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from machinery.images import IGNORE, IMAGE_SUFFIXES, ScoredImages, load_image, read_mask
+from machinery.images import (IGNORE, ScoredImages, is_hidden, list_images, load_image, read_mask,
+                              say)
 from machinery.names import CLASSES, check_classes, normalise_name, read_classes, read_labels
 from machinery.toy import ToyScenes
 
@@ -206,8 +207,8 @@ def open_benchmark(name, root, names=None, without=()):
 def image_stems(benchmark, root, images):
     """Names of a benchmark's images without suffix, folders below `images` included."""
     if not benchmark.split:
-        paths = images.rglob(f"*{benchmark.suffix}")
-        return sorted(str(path.relative_to(images))[:-len(benchmark.suffix)] for path in paths)
+        paths = [path.relative_to(images) for path in images.rglob(f"*{benchmark.suffix}")]
+        return sorted(str(path)[:-len(benchmark.suffix)] for path in paths if not is_hidden(path))
     split = root / benchmark.split
     return split.read_text().split() if split.is_file() else []
 
@@ -255,9 +256,14 @@ def open_folder(folder, names=None, without=(), ignore=(255,)):
     if both:
         raise ValueError(f"{folder}: the value {min(both)} is a class and ignored; name other "
                          "values with --ignore")
-    paths = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = list_images(folder / "images")
     if not paths:
         raise FileNotFoundError(f"no images in {folder / 'images'}")
+    alone = sorted({path.name for path in (folder / "masks").glob("*.png")
+                    if not is_hidden(path.name)} - {f"{path.stem}.png" for path in paths})
+    if alone:
+        say(f"{len(alone)} masks in {folder / 'masks'} have no image and are left out, for example "
+            f"{alone[0]}")
     files = [(path.stem, path, folder / "masks" / f"{path.stem}.png") for path in paths]
     masks = Masks(f"masks by {folder}/classes.txt", "", "", class_numbers(values, ignored=ignore))
     return MaskedImages(str(folder), classes, files, masks, without, names)

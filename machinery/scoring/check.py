@@ -3,6 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from machinery.images import IGNORE, load_image, read_mask
@@ -20,6 +21,10 @@ def inspect(dataset, i):
         if raw.shape != size:
             problem = (f"the mask of {path} has {raw.shape[0]} x {raw.shape[1]} pixels (height x "
                        f"width), the image {size[0]} x {size[1]}; expected the same size")
+            with Image.open(path) as stored:
+                if stored.size == raw.shape[::-1]:
+                    problem += (". The image is turned by its EXIF orientation, and its mask is "
+                                "not: turn the mask, too, or take the EXIF data away")
         return problem, np.bincount(raw.ravel(), minlength=2 ** 16)
     except Exception as error:                      # a file may hold anything
         return f"{path}: {error}", np.zeros(2 ** 16, int)

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 from tqdm import tqdm
 
-from machinery.images import IMAGE_SUFFIXES, load_image, to_pixels
+from machinery.images import is_hidden, list_images, load_image, to_pixels
 from machinery.names import read_labels
 from machinery.parallel import own_indices, rank, sum_counts
 from machinery.training.workers import collate_tuples, start_data_worker
@@ -24,7 +24,7 @@ class LabelledImages:
 
     def __init__(self, folder, names=None, size=224):
         self.size = size
-        folders = sorted(path.name for path in Path(folder).glob("*/"))
+        folders = sorted(path.name for path in Path(folder).glob("*/") if not is_hidden(path.name))
         if not folders:
             raise FileNotFoundError(f"no class folders in {folder}; expected {folder}/CLASS/*.jpg, "
                                     "one folder per class (ImageNet's validation images, sorted "
@@ -41,8 +41,7 @@ class LabelledImages:
                              f"{len(folders)} folders of {folder}, such as {odd}")
         self.classes = classes
         self.files = [(path, i) for i, label in enumerate(labels) if label in set(folders)
-                      for path in sorted((Path(folder) / label).iterdir())
-                      if path.suffix.lower() in IMAGE_SUFFIXES]
+                      for path in list_images(Path(folder) / label)]
         if not self.files:
             raise FileNotFoundError(f"no images in the class folders of {folder}")
 

@@ -64,7 +64,7 @@ def output_path(args, name):
     other = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no result is there
         other = json.loads(path.read_text())["dataset"]
-    if other and full_name(other) != full_name(name):
+    if other and (not isinstance(other, str) or full_name(other) != full_name(name)):
         raise ValueError(f"{path} holds the result of {other}; name another file for that of "
                          f"{name} with --output")
     return path

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from machinery.images import IMAGE_SUFFIXES
+from machinery.images import IMAGE_SUFFIXES, is_hidden
 
 MAX_CAPTION = 2000                                  # characters; a longer text is no caption
 MAX_IMAGE = 100 * 2 ** 20                           # bytes; a header may claim any size
@@ -46,7 +46,11 @@ def bad_line(bad):
 
 def is_tars(source):
     """Whether a data source means tars: a name, perhaps with ranges, or a folder that has some."""
-    return Path(source).suffix == ".tar" or any(Path(source).glob("*.tar"))
+    return Path(source).suffix == ".tar" or bool(tars_in(source))
+
+
+def tars_in(folder):
+    return sorted(path for path in Path(folder).glob("*.tar") if not is_hidden(path.name))
 
 
 def find_tars(source):
@@ -55,7 +59,7 @@ def find_tars(source):
     Missing ones are reported. Raises FileNotFoundError when there is none.
     """
     if Path(source).is_dir():
-        paths = sorted(Path(source).glob("*.tar"))
+        paths = tars_in(source)
     else:
         paths = [Path(name) for name in dict.fromkeys(expand_ranges(str(source)))]
     there = [path for path in paths if path.is_file()]
@@ -150,7 +154,7 @@ def _samples(path):
     with _BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         while member := tar.next():
             tar.members = []                        # tarfile would keep them all
-            if member.isfile():
+            if member.isfile() and not is_hidden(member.name):
                 name, suffix = os.path.splitext(member.name)
                 if name != stem and members:
                     yield tar, members
