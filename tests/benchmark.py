@@ -122,7 +122,8 @@ def step_rows(model, captions, bank, rounds, batch=32, size=224):
     images = [rng.integers(0, 256, (480, 640, 3), np.uint8) for _ in range(batch)]
     annotations = Concepts(bank, "match").of_captions(captions)
     sample = partial(SimZSS.sample, settings=model.settings)
-    settings = argparse.Namespace(batch=batch, micro_batch=None, timeout_minutes=30, epoch_pairs=batch, pairs=None,
+    settings = argparse.Namespace(batch=batch, micro_batch=None, timeout_minutes=30,
+                                  epoch_pairs=batch, pairs=None,
                                   workers=0, seed=0)
     alone = Processes(0, 1, "cpu", "cpu")
     optimizer = optimizer_of(model)
