@@ -291,8 +291,7 @@ class Concepts:
         try:
             save_annotations(path, key, annotations, count_bad([]))
         except OSError as error:
-            print(f"the concepts were not cached, {path}.concepts.npz: {error.strerror}",
-                  file=sys.stderr)
+            print(f"the concepts were not cached: {error}", file=sys.stderr)
         return annotations
 
     def of_tar(self, path):

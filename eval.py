@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from machinery.errors import one_line_errors
+from machinery.files import save_png
 from machinery.images import IGNORE
 from machinery.names import CLASSES, check_classes
 from machinery.networks.checkpoint import newest_model
@@ -180,7 +181,7 @@ def score_dataset(args, name, dataset, model, protocol):
     folder = path.with_name(f"{path.stem}_images")
     for i, row in zip(own_indices(args.save_images), shown):
         folder.mkdir(exist_ok=True)
-        comparison([row], result["classes"], row[0].width).save(folder / f"{i:04d}.png")
+        save_png(folder / f"{i:04d}.png", comparison([row], result["classes"], row[0].width))
     if rank() == 0:
         if not args.sweep_background:
             result.pop("sweep", None)

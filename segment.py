@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from machinery.contract import Protocol
 from machinery.errors import one_line_errors
-from machinery.files import write_text
+from machinery.files import remove_partial, save_png, write_text
 from machinery.images import IMAGE_SUFFIXES, list_images, load_image, to_pixels
 from machinery.names import check_classes, read_classes, split_names
 from machinery.networks.checkpoint import load_model, save_model    # for use from Python
@@ -292,16 +292,17 @@ def segment_file(model, photo, image, classes, names, embeddings, args):
     stem = Path(args.output) / Path(photo).stem
     files = {part: f"{stem}_{part}.png" for part in ("mask", "overlay", *args.view)}
     pictures.save_mask(files["mask"], mask, len(names))
-    pictures.overlay(image, mask, names).save(files["overlay"])
+    save_png(files["overlay"], pictures.overlay(image, mask, names))
     embedded = names[1:] if kind == "threshold" else names
     if "similarity" in args.view:
         maps = score_maps(model, to_pixels(image), embeddings, protocol, args.batch)
         view = pictures.similarity_view(image, embedded, maps.cpu().numpy())
-        view.save(files["similarity"])
+        save_png(files["similarity"], view)
     if "pca" in args.view:
         side = training_run(model).get("image_size", 224)
         photos = [resize(to_pixels(image), side, scale) for scale in PCA_SIZES]
-        pictures.pca_view(model, image, embedded, embeddings, photos).save(files["pca"])
+        view = pictures.pca_view(model, image, embedded, embeddings, photos)
+        save_png(files["pca"], view)
 
     pixels = pictures.count_pixels(mask, len(names))
     total = pictures.count_pixels(mask, len(names), score.numpy())
@@ -325,6 +326,7 @@ def main(argv=None):
         refuse_toy_model(model, photos)
         embeddings = embed(model, classes)
         Path(args.output).mkdir(parents=True, exist_ok=True)
+        remove_partial(args.output)
         unreadable = []
         for photo in tqdm(photos, unit=" photos", disable=len(photos) == 1 or None):
             try:

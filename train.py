@@ -25,6 +25,7 @@ from data import CaptionedTars, load_pairs, open_loader
 from eval import evaluate
 from machinery.contract import Method, Protocol, find_method
 from machinery.errors import one_line_errors
+from machinery.files import save_png
 from machinery.names import read_templates
 from machinery.networks.backbones import warn_if_random
 from machinery.parallel import average_gradients, join_processes, pick_precision
@@ -37,7 +38,7 @@ from machinery.toy import save_scene
 from machinery.training.features import open_cache
 from machinery.training.loading import BatchStream, encode_in_micro_batches, join
 from machinery.training.resume import agree_on, find_state, seed_step, state_files
-from machinery.training.run import Run
+from machinery.training.run import Run, only_run
 from machinery.training.workers import cores_per_process
 
 WARMUP_START = 0.025            # first learning rate / peak of the schedule "cosine-whole"
@@ -345,8 +346,8 @@ def score(settings, method, training, cost, processes):
     if settings.eval_data == "toy":
         save_scene(image, output / "example.png")
     else:
-        image.save(output / "example.png")
-    comparison(shown, result["classes"]).save(output / "predictions.png")
+        save_png(output / "example.png", image)
+    save_png(output / "predictions.png", comparison(shown, result["classes"]))
     print(f"photo, truth, prediction and overlay of {len(shown)} images: "
           f"{output / 'predictions.png'}")
 
@@ -405,9 +406,10 @@ def main(argv=None):
         recipe = read_command_line(argv)
         refuse_misfits(recipe, int(os.environ.get("WORLD_SIZE", 1)))
         processes = join_processes(recipe.run.device, recipe.run.timeout_minutes)
-        method, training, cost = train(recipe, processes)
-        if recipe.run.eval_data != "none":
-            score(recipe.run, method, training, cost, processes)
+        with only_run(recipe.run.output, processes):
+            method, training, cost = train(recipe, processes)
+            if recipe.run.eval_data != "none":
+                score(recipe.run, method, training, cost, processes)
         processes.end_together()
 
 

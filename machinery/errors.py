@@ -8,7 +8,8 @@ MOST = 2000                                         # characters of a message: n
 
 @contextlib.contextmanager
 def one_line_errors(full_memory):
-    """Turn the user's mistakes, full disks and dead processes into one line and exit status 1.
+    """Turn the user's mistakes, full disks and dead processes into one line and exit status 1,
+    Ctrl-C into a word and 130.
 
     full_memory: what to do if the GPU's memory is full.
     """
@@ -18,6 +19,9 @@ def one_line_errors(full_memory):
         sys.exit(f"error: {one_line(error)}")
     except RuntimeError as error:
         sys.exit(f"error: {runtime_line(error, full_memory)}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextlib.contextmanager

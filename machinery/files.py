@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +16,39 @@ import torch
 def whole_file(path):
     """Yield a path to write to; the file takes its place at `path` once the block has succeeded.
 
-    A crash leaves the old file or the new one, never half of one.
+    A crash leaves the old file or the new one, never half of one. Raises OSError, which names the
+    file, if the disk is full, for one.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError):
+            raise OSError(f"{path} could not be written ({error})") from None
         raise
+
+
+def remove_partial(folder, seconds=3600):
+    """Delete what killed processes left half-written in a folder: what is older than that."""
+    for path in Path(folder).glob("*.partial"):
+        with contextlib.suppress(OSError):          # another process was quicker
+            if time.time() - path.stat().st_mtime >= seconds:
+                path.unlink()
 
 
 def write_text(path, text):
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def save_png(path, picture, **options):
+    """A PIL image as PNG, whole or not at all."""
+    with whole_file(path) as partial:
+        picture.save(partial, "PNG", **options)
 
 
 def save_arrays(path, **arrays):
@@ -40,15 +58,16 @@ def save_arrays(path, **arrays):
 
 
 def save_tensors(path, tensors, header=None):
-    """Write tensors by name and a header (JSON) to a safetensors file. Raises OSError."""
+    """Write tensors by name and a header (JSON) to a safetensors file.
+
+    As bytes: safetensors itself would write through a file of a name that nobody knows after a
+    kill.
+    """
     # Each tensor needs memory of its own, which tied ones do not have.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {"simzss": json.dumps(header)} if header else None
-    try:
-        with whole_file(path) as partial:
-            partial.write_bytes(safetensors.torch.save(tensors, metadata))
-    except OSError as error:                        # a full disk, for one
-        raise OSError(f"{path} could not be written ({error})") from None
+    with whole_file(path) as partial:
+        partial.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def read_tensors(path):

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from torch import nn
 
 from machinery.errors import one_line_errors
+from machinery.files import save_png
 from machinery.images import ScoredImages
 
 TOY_SIZE = 128                                      # pixels a side
@@ -165,7 +166,7 @@ def save_scene(image, path):
     """Write a scene as PNG, marked as one."""
     info = PngImagePlugin.PngInfo()
     info.add_text("Description", MARK)
-    image.save(path, pnginfo=info)
+    save_png(path, image, pnginfo=info)
 
 
 def is_scene(path):
@@ -187,7 +188,7 @@ def write_scenes(folder, count, seed=0):
     for i in range(count):
         image, mask, _ = toy_scene(np.random.default_rng((seed, 2, i)))
         save_scene(Image.fromarray(image), folder / "images" / f"scene{i:05d}.png")
-        Image.fromarray(mask).save(folder / "masks" / f"scene{i:05d}.png")
+        save_png(folder / "masks" / f"scene{i:05d}.png", Image.fromarray(mask))
 
 
 # --------------------------------------------------------------------------------------------------

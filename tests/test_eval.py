@@ -314,6 +314,13 @@ def test_results_go_where_they_are_sent(checkpoint, folder, tmp_path, fails):
     assert not Painted.looked
 
 
+def test_a_result_of_an_odd_dataset_is_not_overwritten(checkpoint, folder, tmp_path, fails):
+    """A JSON whose dataset is no name is the result of something else."""
+    (tmp_path / "r.json").write_text('{"dataset": {"name": 3}}')
+    fails(eval.main, ["--dataset", folder, "--checkpoint", checkpoint, "--output",
+                      tmp_path / "r.json"], "r.json holds the result of {'name': 3}")
+
+
 def test_the_result_of_other_data_is_not_overwritten(checkpoint, folder, tmp_path, monkeypatch,
                                                      fails):
     """A file with the result of another dataset is refused before anything is scored, and stays as
@@ -556,6 +563,13 @@ def test_a_full_memory_is_one_line(folder, tmp_path, fails):
     the flags, not with a traceback."""
     fails(eval.main, ["--dataset", folder, "--checkpoint", "full", "--output",
                       tmp_path / "r.json"], "out of memory", "lower --batch, --window")
+
+
+def test_ctrl_c_is_one_word(capsys):
+    """Ctrl-C ends a script with a word and the usual status, wherever it is."""
+    with pytest.raises(SystemExit) as stopped, one_line_errors(""):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_nothing_to_score_is_said(checkpoint, folder, tmp_path, fails):

@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,14 @@ TESTS = Path(__file__).parent
 RECIPES = {"simzss": TESTS / "troubled.toml", "linear": TESTS / "linear.toml"}
 STEPS = 12
 SAVING = ["--set", "run.save_minutes=0"]            # a state after every step
+HOLDER = """                                        # a process that has an output folder's lock
+import sys, time
+from types import SimpleNamespace
+from machinery.training.run import only_run
+with only_run(sys.argv[1], SimpleNamespace(rank=0)):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
 DIED = "error: another process died or answers no more"
 
 
@@ -236,6 +246,23 @@ def test_a_full_disk_leaves_the_last_state(reference, copied, fails):
     assert state_files(copied) == before and not list(copied.glob("*.partial"))
     run(copied, "--resume", "auto")
     assert same(copied, reference["simzss", 1])
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, fails):
+    """A run into a folder that another process trains into ends with one line, and leaves its files
+    alone; once the other has ended, however that was, it begins, and clears what was half-written.
+    """
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE,
+                             env={**os.environ, "PYTHONPATH": str(TESTS.parent)})
+    assert other.stdout.readline() == b"locked\n"
+    partial = tmp_path / "state-00000003.safetensors.1.partial"
+    partial.touch()
+    fails(train.main, command(tmp_path), "another run writes to", "--output")
+    assert partial.exists()
+    other.kill()
+    other.communicate()
+    run(tmp_path)
+    assert not partial.exists() and not (tmp_path / "lock").exists()
 
 
 # --------------------------------------------------------------------------------------------------

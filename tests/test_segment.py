@@ -2,6 +2,8 @@
 files."""
 import dataclasses
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -326,6 +328,25 @@ def test_a_folder_with_its_results_is_segmented_again(checkpoint, tmp_path):
         run(checkpoint, tmp_path, tmp_path, "--classes", NAMES, "--view", "pca")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "a.json", "a.png", "a_mask.png", "a_overlay.png", "a_pca.png"]
+
+
+def test_pictures_are_written_whole_or_not_at_all(checkpoint, tmp_path, fails):
+    """A picture that the disk has no room for ends segment.py with one line that names it, and
+    leaves nothing; what a killed process left half-written goes at the next start."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8))
+    photo.save(tmp_path / "a.png")
+    (tmp_path / "out").mkdir()
+    left = tmp_path / "out" / "b_overlay.png.1.partial"
+    left.touch()
+    os.utime(left, (0, 0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))       # bytes of a file
+    try:
+        fails(segment.main, [tmp_path / "a.png", "--classes", NAMES, "--checkpoint", checkpoint,
+                             "--output", tmp_path / "out"], "a_overlay.png could not be written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a_mask.png"]
 
 
 def test_an_unreadable_photo_leaves_the_others(checkpoint, tmp_path, fails):

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from machinery.files import save_png
+
 NOT_SCORED = (224, 224, 192)                        # pixels without a class: as in Pascal VOC
 
 
@@ -139,7 +141,7 @@ def save_mask(path, mask, count):
     picture = Image.fromarray(mask.astype(np.uint8 if count <= 256 else np.uint16))
     if count <= 256:
         picture.putpalette(palette(count).tobytes())
-    picture.save(path)
+    save_png(path, picture)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import safetensors
 import torch
 
 from machinery.contract import PRETRAINED, Method, Protocol, find_method
-from machinery.files import file_sha256, save_tensors
+from machinery.files import file_sha256, remove_partial, save_tensors
 from machinery.names import read_templates
 from machinery.networks.backbones import warn_if_random
 from machinery.networks.checkpoint import load_model, model_file, newest_model
@@ -126,5 +126,6 @@ def embed(model, classes):
     embeddings = model.embed_classes(classes, templates)
     with contextlib.suppress(OSError):              # a folder where nothing may be written
         path.parent.mkdir(exist_ok=True)
+        remove_partial(path.parent)
         save_tensors(path, {"embeddings": embeddings})
     return embeddings

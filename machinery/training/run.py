@@ -1,4 +1,5 @@
 """What surrounds the steps of a training run: signals, the log, skipped steps, saving, ending."""
+import contextlib
 import json
 import math
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from machinery.files import write_text
+from machinery.files import remove_partial, write_text
 from machinery.networks.checkpoint import save_model
 from machinery.parallel import gather_rows, peak_memory, sum_over_processes
 from machinery.training.resume import save_state, state_files
@@ -18,6 +19,34 @@ from machinery.training.shards import BAD, bad_line
 MAX_SKIPPED = 5                                     # steps in a row that are not finite
 LOOK_AGAIN = 5                                      # seconds, after a signal
 GIVE_UP = 15                                        # seconds without data, after a signal
+
+
+@contextlib.contextmanager
+def only_run(output, processes):
+    """Keep other runs from the output folder, and clear it of what a killed one left half-written.
+
+    The lock is a file there; the system takes it from a process that ends, however that ends.
+    Raises ValueError if another run has it.
+    """
+    if processes.rank > 0 or sys.platform == "win32":
+        yield
+        return
+    import fcntl
+    path = Path(output) / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another run writes to {output}; wait for its end, or name another "
+                             "folder with --output") from None
+        except OSError:                             # a disk without locks
+            pass
+        remove_partial(output, 0)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class Run:
@@ -156,7 +185,10 @@ class Run:
                 "bad_images": sum(self.left_out), "skipped": self.skipped}
         # JSON has no infinity
         finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
-        self.log.write(json.dumps(finite) + "\n")
+        try:
+            self.log.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.log.name} could not be written ({error})") from None
         shown = [*list(values)[:3], "lr", "pairs_per_second", "skipped"]     # loss and its parts
         self.bar.set_postfix({key: f"{line[key]:.3g}" for key in shown})
         done = (step + 1) * batch                   # pairs
@@ -191,16 +223,15 @@ class Run:
         sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
     def write_model(self):
-        """Write the trained model, and delete the states and what a killed process left
-        half-written. Returns what the run cost: seconds, trained_parameters, peak_gib of this
-        process."""
+        """Write the trained model, and delete the states. Returns what the run cost: seconds,
+        trained_parameters, peak_gib of this process."""
         cost = {"seconds": round(time.time() - self.started, 1),
                 "trained_parameters": self.trained_parameters,
                 "peak_gib": round(peak_memory(self.processes.device_type), 2)}
         if self.processes.rank > 0:
             return cost
         save_model(self.path, self.method, {**self.training, "step": self.steps.stop})
-        for left in (*state_files(self.output), *self.output.glob("*.partial")):
+        for left in state_files(self.output):
             left.unlink()
         line = f"trained in {cost['seconds']:.0f} s, {self.path}"
         if sum(self.left_out):
