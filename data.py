@@ -6,6 +6,7 @@
 What training takes of a pair is said by `Method.sample`. Which pairs are in which batch, and the
 random numbers of a pair, follow from the seed and the position in the run alone.
 """
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from machinery.images import IMAGE_SUFFIXES, list_images, load_image, read_segme
 from machinery.tokenizer import forget_words, tokenize
 from machinery.toy import toy_scene
 from machinery.training.captions import Annotations, find_images, read_captions
-from machinery.training.loading import loader_batch_size
+from machinery.training.loading import Paths, Texts, loader_batch_size
 from machinery.training.shards import (BAD, BadSample, bad_line, count_bad, find_tars, is_tars,
                                        samples_of_tar)
 from machinery.training.workers import shared, start_data_worker
@@ -114,8 +115,8 @@ def draw_sample(sample, pair, seed):
 class CaptionedImages(Dataset):
     """Pairs of image and caption with the caption's concepts.
 
-    images: paths or arrays (H, W, 3), one per pair.
-    captions: str, one per pair, or `BadSample`.
+    images: sequence of paths or arrays (H, W, 3), one per pair.
+    captions: sequence of str, one per pair, or `BadSample`.
     sample: `Method.sample`, function (pair, rng) -> dict of tensors.
     size: pixels a side of the crops.
     seed: of the run.
@@ -268,7 +269,8 @@ class CaptionedTars(IterableDataset):
 # --------------------------------------------------------------------------------------------------
 # Pairs by the name of their source
 
-def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=None):
+def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=None,
+               first_alone=nullcontext):
     """`CaptionedImages` or `CaptionedTars`.
 
     source: "toy"; a captions file; tars: a folder, or a name with ranges; or a folder of images.
@@ -279,6 +281,8 @@ def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=N
         (annotations/captions_X.json -> X/), else the file's own folder. Missing ones are left out
         and counted; more than 1 % is an error.
     toy_scenes: how many are drawn; None = TOY_SCENES.
+    first_alone: of several processes, makes a context that the first one enters alone: it finds the
+        concepts of a captions file, the others read what it found.
     Raises FileNotFoundError or ValueError.
     """
     annotations = None
@@ -294,7 +298,7 @@ def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=N
             concepts.check_tars(paths, source)
         return CaptionedTars(paths, sample, size, seed, concepts)
     elif Path(source).is_dir():
-        files = list_images(source, below=True)
+        files = Paths(list_images(source, below=True))
         if not files:
             raise FileNotFoundError(f"no tars and no images in {source}; expected *.tar, or "
                                     f"{', '.join(IMAGE_SUFFIXES)}")
@@ -307,9 +311,10 @@ def load_pairs(source, concepts, sample, size, images=None, seed=0, toy_scenes=N
         there = find_images(Path(source), pairs, images)
         kept = np.array([there[name] is not None for name, _ in pairs])
         if concepts:
-            annotations = concepts.of_file(source, [caption for _, caption in pairs]).only(kept)
-        files = [there[name] for name, _ in pairs if there[name]]
-        captions = [caption for name, caption in pairs if there[name]]
+            with first_alone():
+                annotations = concepts.of_file(source, [caption for _, caption in pairs]).only(kept)
+        files = Paths(there[name] for name, _ in pairs if there[name])
+        captions = Texts(caption for name, caption in pairs if there[name])
     return CaptionedImages(files, captions, sample, size, seed, annotations, bank)
 
 

@@ -179,16 +179,15 @@ def train(recipe, processes):
                          "with --resume auto, or name another folder with --output")
     torch.manual_seed(settings.seed)                # the same initial weights in all processes
 
-    # Data. One process finds the concepts, the others read what it found
+    # Data
     concepts = None
     if recipe.method.NEEDS_CONCEPTS:
         bank = ConceptBank.by_name(settings.bank, settings.exclude_classes)
         concepts = Concepts(bank, settings.parser)
-    with processes.first_process_first():
-        pairs = load_pairs(settings.train_data, concepts,
-                           partial(recipe.method.sample, settings=recipe.model),
-                           settings.image_size, settings.images, settings.seed,
-                           settings.epoch_pairs)
+    pairs = load_pairs(settings.train_data, concepts,
+                       partial(recipe.method.sample, settings=recipe.model), settings.image_size,
+                       settings.images, settings.seed, settings.epoch_pairs,
+                       processes.first_process_first)
     length = length_of_run(settings, pairs)
 
     # Model: built after the data was found, because it may download

@@ -1,5 +1,6 @@
 """The data that training reads: images, crops, pairs, batches and the toy world (data.py,
 machinery/images.py, machinery/toy.py)."""
+import contextlib
 import io
 import json
 import re
@@ -26,6 +27,7 @@ from machinery.scoring.benchmarks import open_dataset
 from machinery.tokenizer import tokenize
 from machinery.toy import PLURALS, STUFF, THINGS, TOY_CLASSES, ToyScenes, is_scene, toy_scene
 from machinery.training.captions import read_captions
+from machinery.training.loading import Paths, Texts
 from machinery.training.shards import BAD
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
@@ -506,7 +508,7 @@ def write_coco(folder, captions, missing=()):
 def check_aligned(pairs):
     """Each pair's concepts are the annotations of its own caption."""
     found = [pairs[0, i]["concepts"].tolist() for i in range(len(pairs))]
-    annotations = annotate(pairs.captions, BANK, "match")
+    annotations = annotate(list(pairs.captions), BANK, "match")
     assert found == [[list(row) for row in rows] for rows in annotations] and any(found)
 
 
@@ -515,12 +517,35 @@ def test_missing_images_are_skipped(tmp_path, capsys):
     own concepts."""
     captions = [CAPTIONS[i % 5] + f", number {i}" for i in range(200)]
     pairs = load(write_coco(tmp_path, captions, missing=(0, 52)))
-    assert pairs.captions == captions[1:52] + captions[53:]
+    assert list(pairs.captions) == captions[1:52] + captions[53:]
     names = [path.name for path in pairs.images]
     assert names == [f"{i:03d}.jpg" for i in range(200) if i not in (0, 52)]
     notice = f"2 of 200 images are missing in {tmp_path / 'val'}; their captions are skipped"
     assert notice in capsys.readouterr().out
     check_aligned(pairs)
+
+
+def test_texts_and_paths_in_arrays():
+    """Texts and paths come out of their arrays as they went in, names that are no UTF-8 too."""
+    texts = ["", "a dog", "\u00e4\u4e2d", "", "caf\udce9"]
+    assert list(Texts(texts)) == texts
+    assert list(Paths(map(Path, texts[1:]))) == [Path(text) for text in texts[1:]]
+
+
+def test_processes_read_together_and_find_concepts_in_turn(tmp_path):
+    """Of several processes the first finds the concepts of a captions file alone; reading the file
+    is not waited for."""
+    source = write_coco(tmp_path, ["a cow", "a sheep"])
+    cache = Path(f"{source}.concepts.npz")
+    found = []
+
+    @contextlib.contextmanager
+    def first_alone():
+        found.append(cache.exists())
+        source.write_text("no longer needed")
+        yield
+        found.append(cache.exists())
+    assert len(load(source, first_alone=first_alone)) == 2 and found == [False, True]
 
 
 def test_too_many_missing_images(tmp_path):
@@ -543,7 +568,7 @@ def test_missing_image_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=message):
         load(path)
     pairs = load(path, images=tmp_path / "elsewhere")
-    assert pairs.images == [tmp_path / "elsewhere" / "000.jpg"]
+    assert list(pairs.images) == [tmp_path / "elsewhere" / "000.jpg"]
 
 
 @pytest.mark.parametrize("name, row", [
@@ -580,7 +605,7 @@ def test_real_captions():
     pairs = load_pairs(source, None, seen, 32, images=PHOTOS / "coco" / "train2017")
     found = list(zip([path.name for path in pairs.images], pairs.captions))
     assert found == read_captions(source) and all(path.is_file() for path in pairs.images)
-    annotations = Concepts(ConceptBank.default(), "match").of_captions(pairs.captions)
+    annotations = Concepts(ConceptBank.default(), "match").of_captions(list(pairs.captions))
     assert (np.diff(annotations.offsets) > 0).mean() > 0.5
 
 

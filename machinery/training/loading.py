@@ -3,13 +3,46 @@
 A process's local batch is loaded in several loader batches, which one data worker each prepares.
 """
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from machinery.training.shards import BAD
 
 LOADER_BATCH = 256                                  # pairs that a data worker loads at a time
+
+
+class Texts(Sequence):
+    """Many texts in two arrays.
+
+    Reading a list of str writes the count of its references beside each, and so copies the list,
+    page by page, into every data worker; arrays stay shared.
+    """
+
+    def __init__(self, texts):
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]     # names: any bytes
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        encoded = self.bytes[self.ends[i]:self.ends[i + 1]].tobytes()
+        return encoded.decode("utf-8", "surrogatepass")
+
+
+class Paths(Texts):
+    """Many paths, likewise."""
+
+    def __init__(self, paths):
+        super().__init__(map(str, paths))
+
+    def __getitem__(self, i):
+        return Path(super().__getitem__(i))
 
 
 class BatchStream:
