@@ -75,7 +75,7 @@ def test_many_patches_are_tied_to_the_most_alike(monkeypatch, block):
         distance = (places[n] - places[most]).norm(dim=-1)
         tied[n, most] = likeness[n, most].clamp(min=0) ** 3 * torch.exp(-0.01 * distance)
         tied[n, n] = 0
-    torch.testing.assert_close(module.neighbour_sums(nearest, weights, scores),
+    torch.testing.assert_close(module.tied_sums(module.both_ways(nearest, weights), scores),
                                (tied + tied.T) / 2 @ scores)
 
 

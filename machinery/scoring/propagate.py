@@ -14,13 +14,14 @@ m, so that a place counts once. With R the root of these shares, this is the sys
 (I - A R S R) R scores' = (1 - A) R scores, symmetric again, and D_n = sum over m of R_m^2 W_nm.
 """
 import torch
+import torch.nn.functional as F
 
 POWER = 3                                           # of a similarity
 DECAY = 0.01                                        # of a weight, per pixel of the resized photo
 DENSE = 2048                                        # patches up to which the system is solved whole
 NEIGHBOURS = 400                                    # beyond: patches most alike that one is tied to
 STEPS = 10                                          # of conjugate gradients, beyond
-BLOCK = 2 ** 24                                     # numbers that are held at a time, beyond
+BLOCK = 2 ** 24                                     # similarities that are held at a time, beyond
 
 
 def propagate(tokens, places, share, scores, strength):
@@ -39,10 +40,10 @@ def propagate(tokens, places, share, scores, strength):
         def tied(values):
             return weights @ values
     else:
-        nearest, weights = nearest_patches(tokens, places)                          # (N, K)
+        ways = both_ways(*nearest_patches(tokens, places))
 
         def tied(values):
-            return neighbour_sums(nearest, weights, values)
+            return tied_sums(ways, values)
 
     degree = tied(share[:, None])                                                   # D, (N, 1)
     root = share.sqrt()[:, None]                                                    # R
@@ -74,18 +75,20 @@ def nearest_patches(tokens, places):
     return nearest, weights
 
 
-def neighbour_sums(nearest, weights, values):
-    """W values, (N, C), with W the mean of the neighbours' weights and their transpose: that n is
+def both_ways(nearest, weights):
+    """W of the nearest patches and its transpose, as two lists of rows for `tied_sums`: that n is
     near m does not say that m is near n."""
     N, K = nearest.shape
-    sums = torch.zeros_like(values)
-    for rows in torch.arange(N, device=values.device).split(
-            max(1, BLOCK // (K * values.shape[1]))):
-        near = nearest[rows].long()                                                 # (rows, K)
-        share = weights[rows, :, None] / 2                                          # (rows, K, 1)
-        sums[rows] += (share * values[near]).sum(dim=1)
-        sums.index_add_(0, near.flatten(), (share * values[rows, None]).flatten(0, 1))
-    return sums
+    order = nearest.flatten().argsort(stable=True)  # by the patch that a row is turned to
+    count = nearest.flatten().bincount(minlength=N)
+    return [(nearest.flatten(), torch.arange(N, device=nearest.device) * K, weights.flatten()),
+            ((order // K).int(), count.cumsum(0) - count, weights.flatten()[order])]
+
+
+def tied_sums(ways, values):
+    """W values, (N, C), W being the mean of `both_ways`."""
+    return sum(F.embedding_bag(ids, values, starts.int(), mode="sum", per_sample_weights=weights)
+               for ids, starts, weights in ways) / len(ways)
 
 
 def conjugate_gradients(system, right):
