@@ -33,8 +33,8 @@ from machinery.networks.layers import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from machinery.parallel import global_mean
 from machinery.settings import as_mapping, differences, setting
 from methods.parts.clustering import assign
-from methods.parts.grouping import (EntityDecoder, ImageEncoder, ImageSettings, Projector, enlarge,
-                                    groups_in_use, patch_logits)
+from methods.parts.grouping import (MIXING, EntityDecoder, ImageEncoder, ImageSettings, Projector,
+                                    enlarge, groups_in_use, patch_logits)
 from methods.parts.sentences import MASK, Bert, ScratchText, SentenceSettings, tokenize
 from methods.parts.views import rand_augment, random_erase
 from model import (MAX_LOGIT_SCALE, BackboneSettings, VisionBackbone, best_synonym, create_trunk,
@@ -61,6 +61,12 @@ class OVSegmentorSettings:
     backbone: BackboneSettings = setting(
         BackboneSettings, "initial values of the image encoder, or the frozen network before it")
     image: ImageSettings = setting(ImageSettings, "the image encoder")
+    blocks_start: str = setting(
+        "random", "start of the blocks that mix patches and groups, where no pretrained values "
+        "are: random, or identity, as the last map of their attention and of their MLP is zero",
+        choices=("random", "identity"), flag=False)
+    blocks_rate: float = setting(
+        1.0, "learning rate of these blocks / that of all else", above=0, flag=False)
     text: SentenceSettings = setting(SentenceSettings, "the text encoder")
     embedding: int = setting(256, "D, width of the shared space", least=1)
     hidden: int = setting(4096, "width inside the projectors", least=1, flag=False)
@@ -268,6 +274,8 @@ class OVSegmentor(Method):
     def begin_stage_1(self):
         """Initial values of a vision transformer, such as DINO's."""
         backbone = self.settings.backbone
+        if self.settings.blocks_start == "identity":
+            self.image.start_as_identity()
         if self.settings.patches == "convolution" and backbone.weights != "random":
             self.image.fill(create_trunk(backbone.name, backbone.weights))
         self.train()                        # a pretrained BERT comes in evaluation mode
@@ -288,10 +296,16 @@ class OVSegmentor(Method):
         self.teacher = copy.deepcopy(self.image).requires_grad_(False)
 
     def parameter_groups(self):
-        """Weight decay on all but vectors: also on theta, the positions and the group tokens."""
-        parameters = list(self.trained().values())
-        return [{"params": [p for p in parameters if p.ndim != 1], "decay": 1.0, "rate": 1.0},
-                {"params": [p for p in parameters if p.ndim == 1], "decay": 0.0, "rate": 1.0}]
+        """Weight decay on all but vectors: also on theta, the positions and the group tokens. The
+        blocks of the image encoder have a rate of their own."""
+        groups = {}
+        for name, parameter in self.trained().items():
+            mixes = name.removeprefix("image.").startswith(MIXING)
+            rate = self.settings.blocks_rate if mixes else 1.0
+            decay = 0.0 if parameter.ndim == 1 else 1.0
+            groups.setdefault((decay, rate), []).append(parameter)
+        return [{"params": parameters, "decay": decay, "rate": rate}
+                for (decay, rate), parameters in groups.items()]
 
     # Training
 

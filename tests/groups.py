@@ -4,8 +4,8 @@
     python tests/groups.py runs/ovsegmentor-1 groups.png --dataset voc
 
 Prints how many groups an image uses, and the oracle's mIoU; see tests/oracle.py. A row of the
-picture: photo, truth, the group of each pixel, and how much each pixel belongs to each group (S),
-black to white.
+picture: photo, truth, prediction, the group of each pixel, and for each group how much each pixel
+belongs to it (S), black to white, under the class that it is given. The legend has the classes.
 """
 import argparse
 import sys
@@ -20,12 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from machinery.images import to_pixels
 from machinery.networks.checkpoint import load_model
 from machinery.scoring.benchmarks import open_dataset
+from machinery.scoring.pictures import add_title, grid, legend, paint, palette
+from machinery.scoring.protocol import embed
 from methods.parts.grouping import patch_logits
 from oracle import oracle_scores
 from segment import resize
 
-ROWS = 8                                            # of the picture
-COLOURS = np.random.default_rng(5).integers(256, size=(256, 3)).astype(np.uint8)
+ROWS = 6                                            # of the picture
+WIDTH = 128                                         # of a panel, in pixels
 
 
 @torch.no_grad()
@@ -36,6 +38,28 @@ def soft_assignment(model, pixels):
     ph, pw = model.patch_size
     padded = F.interpolate(soft, (h * ph, w * pw), mode="bilinear", align_corners=False)[0]
     return padded[:, :pixels.shape[1], :pixels.shape[2]]
+
+
+@torch.no_grad()
+def panels(model, embeddings, names, image, truth):
+    """A row of the picture; see the docstring above."""
+    pixels = resize(to_pixels(image), model.protocol.short_side)
+    soft = soft_assignment(model, pixels)                                           # (K, H, W)
+    owner = soft.argmax(dim=0)
+    scores = model.patch_scores(pixels[None], embeddings)[0][0]                     # (C, H', W')
+    predicted = scores.argmax(dim=0)[:pixels.shape[1], :pixels.shape[2]]
+    K = len(soft)
+    C = len(names)
+    photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    row = [("photo", photo), ("truth", paint(image, np.asarray(truth), C, 1)),
+           ("prediction", paint(photo, predicted.numpy(), C, 1)),
+           (f"{len(owner.unique())} of {K} groups", paint(photo, owner.numpy() + C, C + K, 1))]
+    for k in range(K):
+        called = predicted[owner == k]
+        title = names[called[0]] if len(called) else "(no pixel)"
+        row.append((title, Image.fromarray((255 * soft[k]).byte().numpy()).convert("RGB")))
+    size = (WIDTH, round(WIDTH * photo.height / photo.width))
+    return [add_title(panel.resize(size, Image.NEAREST), title) for title, panel in row]
 
 
 def main(argv=None):
@@ -59,17 +83,12 @@ def main(argv=None):
     found = oracle_scores(dataset, {"groups": groups_of}, short_side, args.images)
     print(f"{np.mean(used):.1f} of {K} groups in use, oracle mIoU {found['groups']['mIoU']:.2%}")
 
-    picture = Image.new("RGB", (128 * (3 + K), 128 * min(ROWS, len(used))))
-    for i in range(min(ROWS, len(used))):
-        _, image, truth = dataset[i]
-        pixels = resize(to_pixels(image), short_side)
-        soft = soft_assignment(model, pixels)
-        grey = (255 * soft).byte().numpy()[..., None].repeat(3, axis=-1)            # (K, H, W, 3)
-        panels = [pixels.permute(1, 2, 0).numpy(), COLOURS[truth], COLOURS[soft.argmax(dim=0)],
-                  *grey]
-        for j, panel in enumerate(panels):
-            picture.paste(Image.fromarray(panel).resize((128, 128)), (128 * j, 128 * i))
-    picture.save(args.picture)
+    names = [synonyms[0] for synonyms in dataset.classes]
+    embeddings = embed(model, dataset.classes)
+    rows = [panels(model, embeddings, names, *dataset[i][1:]) for i in range(min(ROWS, len(used)))]
+    picture = grid(rows, gap=4)
+    lines = list(zip(palette(len(names)), names))
+    grid([[picture, legend(lines, picture.height, 14)]]).save(args.picture)
 
 
 if __name__ == "__main__":

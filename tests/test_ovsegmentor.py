@@ -347,15 +347,37 @@ def test_contrastive_loss_by_hand():
 
 def test_theta():
     """exp(theta) starts at 1 / 0.07 and is at most 100. Theta has weight decay, as have positions
-    and group tokens; vectors have none."""
+    and group tokens; vectors have none. All have one rate."""
     model = tiny()
     decayed, others = model.parameter_groups()
     assert (decayed["decay"], others["decay"]) == (1.0, 0.0)
+    assert decayed["rate"] == others["rate"] == 1.0
     assert {p.ndim for p in others["params"]} == {1}
     assert {p.ndim for p in decayed["params"]} == {0, 2, 3, 4}
     assert model.scale().item() == pytest.approx(1 / 0.07)
     model.theta.data.fill_(9.0)
     assert model.scale().item() == 100
+
+
+def test_blocks_that_start_gently():
+    """With blocks_start = "identity" neither the blocks nor the look at the patches change a vector
+    at first, though they learn; all else starts as before. blocks_rate is the rate of these alone,
+    whatever their weight decay."""
+    usual = tiny()
+    gentle = tiny(blocks_start="identity", blocks_rate=0.1)
+    x = torch.randn(2, 6, 32)
+    for layer in gentle.image.blocks:
+        assert torch.equal(layer(x), x)
+    cross = gentle.image.binding.cross
+    assert torch.equal(cross(x, torch.randn(2, 9, 32)), cross.norm2(x))
+    differ = {name for name, p in gentle.named_parameters()
+              if not torch.equal(p, usual.get_parameter(name))}
+    assert differ <= reached(gentle, losses_of(gentle, batch_of())["loss"])
+    mixing = {id(p) for part in (gentle.image.blocks, cross) for p in part.parameters()}
+    found = gentle.parameter_groups()
+    slow = {id(p) for group in found for p in group["params"] if group["rate"] == 0.1}
+    assert slow == mixing and {group["rate"] for group in found} == {0.1, 1.0}
+    assert sum(len(group["params"]) for group in found) == len(gentle.trained())
 
 
 ONE = torch.tensor([[[0.0, 1, 2, 4]]])                                              # (1, 1, P)
@@ -615,11 +637,12 @@ def test_it_scores_and_segments(stage_1, folder, tmp_path):
 
 
 def test_a_picture_of_groups(stage_1, tmp_path, capsys):
-    """tests/groups.py prints how well groups follow regions and draws them: photo, truth, groups
-    and where each group is."""
+    """tests/groups.py prints how well groups follow regions and draws them: 12 titled panels an
+    image, and a legend of the classes."""
     groups.main([stage_1, str(tmp_path / "groups.png"), "--images", "2"])
     assert re.search(r"of 8 groups in use, oracle mIoU [\d.]+%", capsys.readouterr().out)
-    assert Image.open(tmp_path / "groups.png").size == (11 * 128, 2 * 128)
+    width, height = Image.open(tmp_path / "groups.png").size
+    assert width > 12 * groups.WIDTH and height > 2 * groups.WIDTH
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from machinery.networks.layers import CrossBlock, GlobalBatchNorm, block, mlp
 from machinery.parallel import global_mean, global_rows
 from machinery.settings import setting
 
+MIXING = ("blocks.", "binding.cross.")              # of an `ImageEncoder`: where vectors are mixed
+
 
 # --------------------------------------------------------------------------------------------------
 # Patches to groups (section 3)
@@ -147,6 +149,12 @@ class ImageEncoder(nn.Module):
                 nn.init.trunc_normal_(parameter, std=settings.init_std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def start_as_identity(self):
+        """Let what mixes patches and groups pass them on as they are, until training changes it."""
+        for name, parameter in self.named_parameters():
+            if name.startswith(MIXING) and name.endswith(("proj.weight", "fc2.weight")):
+                nn.init.zeros_(parameter)           # the last map of an attention or MLP
 
     def positions(self, h, w):
         """The position table (1, N, d) for a grid of h x w patches, resized bicubically."""
