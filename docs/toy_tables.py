@@ -1,0 +1,265 @@
+"""Every table and picture of the toy world in the pages, made by the commands that the pages name.
+
+    python docs/toy_tables.py                                       # all: about 100 minutes
+    python docs/toy_tables.py methods --rows simzss ovsegmentor-1 --seeds 0 1       # a piece
+    python docs/toy_tables.py --dry-run                             # print the commands only
+    python docs/toy_tables.py --pictures                            # of what is there
+
+A row is nothing but commands of the project, each on one thread, so that it repeats exactly on one
+machine with one version of torch. Another version or processor moves a seed by several points: so
+both are printed. Everything is kept in runs/tables/; a row that is there is not measured again.
+The tables are Markdown, with seconds of one core. --pictures needs matplotlib.
+"""
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from string import Formatter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+RUNS = Path("runs/tables")
+THREE = (0, 1, 2)
+TWO = (0, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# The rows
+
+class Row(NamedTuple):
+    """title, as in the table. commands: {seed} is the seed, {out} the row's own folder, and the
+    name of another row in braces that row's folder. The figure is the first mIoU that the last
+    command prints. seeds: those that are measured unless --seeds says others."""
+    title: str
+    commands: list
+    seeds: tuple = THREE
+
+
+def trained(recipe):
+    return f"train.py --recipe {recipe} --seed {{seed}} --output {{out}}"
+
+
+def scored(model):
+    return f"eval.py --dataset toy --checkpoint {model} --output {{out}}/result.json"
+
+
+def trained_on(pairs):
+    return trained(f"toy --pairs {pairs} --steps 500")
+
+
+def of_size(pixels):
+    return scored(f"{{simzss}} --short-side {pixels} --window {pixels} --stride {pixels // 2}")
+
+
+GENTLE = "--set model.blocks_start=random --set model.blocks_rate=1"
+ROWS = {
+    "simzss": Row("SimZSS", [trained("toy")]),
+    "simzss-caption": Row("SimZSS, classes by `caption`",
+                          [scored("{simzss} --class-embedding caption")]),
+    "simzss-prompts": Row("SimZSS, prompts trained, too", [trained("simzss-prompts-toy")]),
+    "simzss-prompts-concept": Row("the same, classes by `concept`",
+                                  [scored("{simzss-prompts} --class-embedding concept")]),
+    "lit": Row("SimZSS without its local loss (LiT), classes by `caption`",
+               [trained("toy --lambda 0 --class-embedding caption")]),
+    "dense-clip": Row("dense CLIP: the row above, template \"{}\", 64 x 64 cells",
+                      [scored("clip:{lit} --templates plain")]),
+    "pixelclip": Row("PixelCLIP, from that", [trained("pixelclip-toy --clip-model {lit}")]),
+    "ovsegmentor-1": Row("OVSegmentor, stage 1", [trained("ovsegmentor-1-toy")]),
+    "ovsegmentor-2": Row("OVSegmentor, stages 1 and 2",
+                         [trained("ovsegmentor-2-toy --init {ovsegmentor-1}")]),
+    "sseg": Row("S-Seg", [trained("sseg-toy")]),
+    "sseg-oracle": Row("oracle of its masks",
+                       ["tests/oracle.py --dataset toy --checkpoint {sseg}"], (0,)),
+
+    "ovsegmentor-1-oracle": Row("oracle of the groups, stage 1",
+                                ["tests/groups.py {ovsegmentor-1} {ovsegmentor-1}/groups.png"]),
+    "ovsegmentor-2-oracle": Row("oracle of the groups, stages 1 and 2",
+                                ["tests/groups.py {ovsegmentor-2} {ovsegmentor-2}/groups.png"]),
+    "ovsegmentor-random": Row("blocks start at random, at the full rate",
+                              [trained(f"ovsegmentor-1-toy {GENTLE}")], TWO),
+    "ovsegmentor-entity": Row("without entity completion",
+                              [trained("ovsegmentor-1-toy --entity-weight 0")], TWO),
+    "ovsegmentor-keep": Row("all 18 classes can score, not five",
+                            [scored("{ovsegmentor-1} --set protocol.keep_classes=18")]),
+
+    "lambda-0.01": Row("0.01", [trained("toy --lambda 0.01")], TWO),
+    "lambda-0.2": Row("0.2", [trained("toy --lambda 0.2")], TWO),
+    "lambda-1": Row("1", [trained("toy --lambda 1")], TWO),
+    "pairs-32": Row("32 pairs", [trained_on(32)], TWO),
+    "pairs-125": Row("125 pairs", [trained_on(125)], TWO),
+    "pairs-500": Row("500 pairs", [trained_on(500)], TWO),
+    "target": Row("`--local-target argmax`, the release's", [trained("toy --local-target argmax")],
+                  (0,)),
+    "bank": Row("`--bank`: the names of the 12 things, no ground", [
+        "-c \"from machinery import toy; open('{out}.txt', 'w').write('\\n'.join(toy.THINGS))\"",
+        trained("toy --bank {out}.txt")], (0,)),
+    "pixels-64": Row("64 pixels at test time", [of_size(64)]),
+    "pixels-192": Row("192 pixels at test time", [of_size(192)]),
+    "pixels-256": Row("256 pixels at test time", [of_size(256)]),
+}
+TABLES = {
+    "methods": ["simzss", "simzss-caption", "simzss-prompts", "simzss-prompts-concept", "lit",
+                "dense-clip", "pixelclip", "ovsegmentor-1", "ovsegmentor-2", "sseg",
+                "sseg-oracle"],
+    "ovsegmentor": ["ovsegmentor-1", "ovsegmentor-1-oracle", "ovsegmentor-2",
+                    "ovsegmentor-2-oracle", "ovsegmentor-keep", "ovsegmentor-random",
+                    "ovsegmentor-entity"],
+    "lambda": ["lit", "lambda-0.01", "simzss", "lambda-0.2", "lambda-1"],
+    "pairs": ["pairs-32", "pairs-125", "pairs-500", "simzss"],
+    "switches": ["simzss", "target", "bank", "pixels-64", "pixels-192", "pixels-256"],
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+
+def folder(name, seed):
+    return RUNS / f"{name}-{seed}"
+
+
+def commands(name, seed):
+    """The command lines of a row, ready for a shell."""
+    places = {other: folder(other, seed) for other in ROWS}
+    places |= {"seed": seed, "out": folder(name, seed)}
+    return [f"python {command.format_map(places)}" for command in ROWS[name].commands]
+
+
+def needs(name):
+    """The rows whose models a row takes."""
+    named = {field for command in ROWS[name].commands for _, field, *_ in Formatter().parse(command)}
+    return [other for other in ROWS if other in named]
+
+
+def result_file(name, seed):
+    return folder(name, seed).with_suffix(".json")
+
+
+def processor():
+    """Its name, as far as the system tells."""
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:                                 # no Linux
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def measure(name, seed, before=()):
+    """Run a row's commands and keep its figure. before: futures of the rows that it needs."""
+    for future in before:
+        future.result()
+    seconds = 0.0
+    log = folder(name, seed).with_suffix(".log")
+    log.write_text("")
+    for command in commands(name, seed):
+        print(command, flush=True)
+        with open(log, "a") as file:
+            process = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], cwd=ROOT,
+                                       env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                       stdout=file, stderr=file)
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"{command} failed; see {log}")
+        seconds += used.ru_utime + used.ru_stime
+    miou = float(re.findall(r"mIoU ([\d.]+)%", log.read_text())[0])
+    result_file(name, seed).write_text(json.dumps({
+        "mIoU": miou, "seconds": round(seconds), "torch": torch.__version__,
+        "processor": processor()}))
+
+
+def measure_all(wanted, jobs):
+    """Measure the rows (name, seed) that are not there, and those that they need, jobs at a time.
+    Returns the errors of those that failed."""
+    found = {}
+
+    def start(name, seed):
+        if (name, seed) not in found and not result_file(name, seed).exists():
+            before = [start(other, seed) for other in needs(name)]
+            found[name, seed] = pool.submit(measure, name, seed, [one for one in before if one])
+        return found.get((name, seed))
+
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        for name, seed in wanted:
+            start(name, seed)
+    return {str(future.exception()) for future in found.values() if future.exception()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables and pictures
+
+def table(title, rows, seeds):
+    """A Markdown table of what is there."""
+    lines = [f"\n### {title}\n", "| | mIoU of each seed | mean | seconds | command |",
+             "|---|---|---|---|---|"]
+    made = set()
+    for name in rows:
+        there = [json.loads(result_file(name, seed).read_text())
+                 for seed in seeds or ROWS[name].seeds if result_file(name, seed).exists()]
+        if not there:
+            continue
+        mious = [result["mIoU"] for result in there]
+        spread = f" ± {np.std(mious, ddof=1):.1f}" if len(mious) > 1 else ""
+        seconds = np.mean([result["seconds"] for result in there])
+        made |= {f"torch {result['torch']}, {result['processor']}" for result in there}
+        last = re.sub(r" --output \S+", "", commands(name, "S")[-1]).replace(f"{RUNS}/", "")
+        lines.append(f"| {ROWS[name].title} | {' '.join(f'{miou:.1f}' for miou in mious)} "
+                     f"| {np.mean(mious):.1f}{spread} | {seconds:.0f} | `{last}` |")
+    return "\n".join([*lines, "", *(f"One thread, {machine}." for machine in sorted(made))])
+
+
+def draw_pictures():
+    """The pictures of the pages, from the rows of seed 0 and the tables lambda and pairs."""
+    from plots import plot
+    for name, setting in (("lambda", "model.local_weight"), ("pairs", "run.pairs")):
+        files = [folder(row, seed) / "result.json" for row in TABLES[name] if row != "lit"
+                 for seed in THREE]
+        plot(setting, f"docs/{name}.png", [file for file in files if file.exists()])
+    shutil.copy(folder("simzss", 0) / "predictions.png", "docs/toy.png")
+    shutil.copy(folder("ovsegmentor-1", 0) / "groups.png", "docs/ovsegmentor.png")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("tables", nargs="*", help=f"of {', '.join(TABLES)} (default: all)")
+    add("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"only these: {', '.join(ROWS)}")
+    add("--seeds", nargs="+", type=int, help="(default: two or three, one for a large effect)")
+    add("--jobs", type=int, default=1, help="commands at a time, one core each (default: 1)")
+    add("--dry-run", action="store_true", help="print the commands, run none")
+    add("--pictures", action="store_true", help="draw the pictures of docs/ from what is there")
+    args = parser.parse_args(argv)
+    if unknown := set(args.tables) - set(TABLES):
+        parser.error(f"no table {', '.join(unknown)}; choose from {', '.join(TABLES)}")
+    os.chdir(ROOT)
+    if args.pictures:
+        return draw_pictures()
+
+    tables = {title: [name for name in TABLES[title] if not args.rows or name in args.rows]
+              for title in args.tables or TABLES}
+    wanted = dict.fromkeys((name, seed) for rows in tables.values() for name in rows
+                           for seed in args.seeds or ROWS[name].seeds)
+    if args.dry_run:
+        for name, seed in wanted:
+            print(*commands(name, seed), sep="\n")
+        return
+    errors = measure_all(wanted, args.jobs)
+    for title, rows in tables.items():
+        if rows:
+            print(table(title, rows, args.seeds))
+    if errors:
+        sys.exit("error: " + "\nerror: ".join(sorted(errors)))
+
+
+if __name__ == "__main__":
+    main()

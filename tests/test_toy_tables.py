@@ -1,0 +1,67 @@
+"""The script that prints the toy tables of the pages (docs/toy_tables.py)."""
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval
+import train
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+import toy_tables
+from toy_tables import ROWS, TABLES, Row, commands
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_command_is_one(name):
+    """The commands of a row are accepted by their scripts, which are there, and its model is one
+    that is scored; each row stands in a table."""
+    for command in commands(name, 0):
+        script, *arguments = shlex.split(command)[1:]
+        if script == "train.py":
+            assert train.read_command_line(arguments).run.eval_data == "toy"
+        elif script == "eval.py":
+            assert eval.parse_args(arguments).dataset == "toy"
+        else:
+            assert script == "-c" or (toy_tables.ROOT / script).exists()
+    assert any(name in rows for rows in TABLES.values())
+    assert set(TABLES["methods"]) <= set(ROWS)
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """Three small rows: a figure, one that needs it, and one that fails."""
+    monkeypatch.chdir(tmp_path)                     # the script changes the folder
+    monkeypatch.setattr(toy_tables, "RUNS", tmp_path / "tables")
+    monkeypatch.setattr(toy_tables, "ROWS", {
+        "first": Row("First", ["-c \"import os; print('mIoU 1' + os.environ['OMP_NUM_THREADS'] + "
+                               "'.{seed}0%')\""], (0, 2)),
+        "second": Row("Second", ["-c \"open('{first}.json'); print('mIoU 50.00%')\""], (0,)),
+        "broken": Row("Broken", ["-c \"raise SystemExit(3)\""], (0,))})
+    monkeypatch.setattr(toy_tables, "TABLES", {"one": ["second"], "two": ["first"],
+                                               "three": ["broken"]})
+
+
+def test_tables_are_measured_once(rows, capsys):
+    """Rows run on one thread, those that others need before them, and are kept: the second call
+    runs nothing and prints the same table, with mean, seconds, torch and processor."""
+    toy_tables.main(["one", "two"])
+    first = capsys.readouterr().out
+    assert first.count("python -c") == 2 + 3 and "| Second | 50.0 | 50.0 | 0 |" in first
+    assert "| First | 11.0 11.2 | 11.1 ± 0.1 | 0 |" in first and "One thread, torch " in first
+    toy_tables.main(["one", "two"])
+    assert first.endswith(capsys.readouterr().out)
+
+
+def test_a_row_that_fails(rows, capsys):
+    """The others are measured, and the message names the command and its log."""
+    with pytest.raises(SystemExit, match="broken-0.log"):
+        toy_tables.main(["--jobs", "2"])
+    assert "| First |" in capsys.readouterr().out
+
+
+def test_a_piece_and_a_dry_run(rows, capsys, tmp_path):
+    """--rows and --seeds choose; --dry-run prints commands and runs none."""
+    toy_tables.main(["--dry-run", "--rows", "first", "--seeds", "5"])
+    assert capsys.readouterr().out.count("python") == 1 and not (tmp_path / "tables").exists()
