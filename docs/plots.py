@@ -3,7 +3,7 @@
     python docs/plots.py model.local_weight docs/lambda.png runs/lambda-*/result.json
     python docs/plots.py run.pairs docs/pairs.png runs/pairs-*/result.json
 
-needs matplotlib (pip install matplotlib).
+needs matplotlib (pip install matplotlib). `docs/toy_tables.py --pictures` draws both for the pages.
 """
 import sys
 from pathlib import Path
@@ -20,7 +20,10 @@ def plot(setting, picture, paths):
     points = {}                                     # value of the setting -> mIoUs, in %
     for path in paths:
         settings, miou, _ = read_result(path)
-        points.setdefault(settings[setting], []).append(miou)
+        value = settings[setting]
+        if value is None:                           # run.pairs = none: all pairs of a pass
+            value = settings["run.epoch_pairs"]
+        points.setdefault(value, []).append(miou)
     x = sorted(points)
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()

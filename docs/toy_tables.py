@@ -26,11 +26,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from machinery.networks.checkpoint import load_model
+from machinery.scoring.pictures import add_title, comparison, grid, legend, paint, palette
+from machinery.scoring.protocol import embed
+from machinery.toy import TOY_CLASSES, ToyScenes
+from segment import segment_image, window_settings
+
 RUNS = Path("runs/tables")
 THREE = (0, 1, 2)
 TWO = (0, 1)
+SHOWN = (5, 14, 46)                                 # of the scored scenes: these have several things
 
 
 # --------------------------------------------------------------------------------------------------
@@ -103,6 +112,8 @@ ROWS = {
     "bank": Row("`--bank`: the names of the 12 things, no ground", [
         "-c \"from machinery import toy; open('{out}.txt', 'w').write('\\n'.join(toy.THINGS))\"",
         trained("toy --bank {out}.txt")], (0,)),
+    "scales": Row("`--scales 1 1.5`", [scored("{simzss} --scales 1 1.5")]),
+    "refine": Row("`--refine-steps 10`", [scored("{simzss} --refine-steps 10")]),
     "pixels-64": Row("64 pixels at test time", [of_size(64)]),
     "pixels-192": Row("192 pixels at test time", [of_size(192)]),
     "pixels-256": Row("256 pixels at test time", [of_size(256)]),
@@ -116,7 +127,8 @@ TABLES = {
                     "ovsegmentor-entity"],
     "lambda": ["lit", "lambda-0.01", "simzss", "lambda-0.2", "lambda-1"],
     "pairs": ["pairs-32", "pairs-125", "pairs-500", "simzss"],
-    "switches": ["simzss", "target", "bank", "pixels-64", "pixels-192", "pixels-256"],
+    "switches": ["simzss", "target", "bank"],
+    "test-time": ["simzss", "scales", "refine", "pixels-64", "pixels-192", "pixels-256"],
 }
 
 
@@ -218,6 +230,30 @@ def table(title, rows, seeds):
     return "\n".join([*lines, "", *(f"One thread, {machine}." for machine in sorted(made))])
 
 
+def masks_of(name):
+    """What the model of a row, seed 0, predicts for the scenes SHOWN, (H, W) each."""
+    model = load_model(folder(name, 0))
+    embeddings = embed(model, TOY_CLASSES)
+    return [segment_image(model, ToyScenes()[i][1], embeddings, **window_settings(model.protocol))[0]
+            for i in SHOWN]
+
+
+def draw_methods(names):
+    """A row for each scene SHOWN: photo, truth, and the prediction of each row of that name."""
+    classes = [name for [name] in TOY_CLASSES]
+    scenes = [ToyScenes()[i] for i in SHOWN]
+    masks = {"truth": [truth for _, _, truth in scenes]}
+    masks |= {ROWS[name].title: masks_of(name) for name in names}
+    rows = []
+    for i, (_, image, _) in enumerate(scenes):
+        panels = {"photo": image, **{title: paint(image, np.asarray(column[i]), len(classes), 1)
+                                     for title, column in masks.items()}}
+        rows.append([add_title(panel.resize((192, 192), Image.NEAREST), title)
+                     for title, panel in panels.items()])
+    picture = grid(rows, gap=4)
+    return grid([[picture, legend(list(zip(palette(len(classes)), classes)), picture.height, 14)]])
+
+
 def draw_pictures():
     """The pictures of the pages, from the rows of seed 0 and the tables lambda and pairs."""
     from plots import plot
@@ -225,7 +261,10 @@ def draw_pictures():
         files = [folder(row, seed) / "result.json" for row in TABLES[name] if row != "lit"
                  for seed in THREE]
         plot(setting, f"docs/{name}.png", [file for file in files if file.exists()])
-    shutil.copy(folder("simzss", 0) / "predictions.png", "docs/toy.png")
+    classes = [name for [name] in TOY_CLASSES]
+    rows = [(*ToyScenes()[i][1:], mask) for i, mask in zip(SHOWN, masks_of("simzss"))]
+    comparison(rows, classes).save("docs/toy.png")
+    draw_methods(["simzss", "ovsegmentor-1", "pixelclip", "sseg"]).save("docs/methods.png")
     shutil.copy(folder("ovsegmentor-1", 0) / "groups.png", "docs/ovsegmentor.png")
 
 
