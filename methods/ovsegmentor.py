@@ -3,7 +3,7 @@
 Paper: "Learning Open-vocabulary Semantic Segmentation Models From Natural Language Supervision",
 CVPR 2023, arXiv 2301.09121. "Section n" below is a section of docs/ovsegmentor.md.
 
-    python train.py --recipe ovsegmentor-1-toy          # on the toy world, two minutes ...
+    python train.py --recipe ovsegmentor-1-toy          # on the toy world, three minutes ...
     python train.py --recipe ovsegmentor-2-toy          # ... and stage 2, from its model
 
 The letters of model.py, and:

@@ -65,3 +65,10 @@ def test_a_piece_and_a_dry_run(rows, capsys, tmp_path):
     """--rows and --seeds choose; --dry-run prints commands and runs none."""
     toy_tables.main(["--dry-run", "--rows", "first", "--seeds", "5"])
     assert capsys.readouterr().out.count("python") == 1 and not (tmp_path / "tables").exists()
+
+
+def test_a_picture_of_methods(checkpoint, monkeypatch):
+    """Photo, truth and a column of each model, for each scene SHOWN, with a legend."""
+    monkeypatch.setattr(toy_tables, "folder", lambda name, seed: checkpoint)
+    width, height = toy_tables.draw_methods(["simzss", "sseg"]).size
+    assert width > 4 * 192 and height > len(toy_tables.SHOWN) * 192
