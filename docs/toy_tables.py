@@ -39,7 +39,7 @@ from segment import segment_image, window_settings
 RUNS = Path("runs/tables")
 THREE = (0, 1, 2)
 TWO = (0, 1)
-SHOWN = (5, 14, 46)                                 # of the scored scenes: these have several things
+SHOWN = (5, 14, 46)                                 # scored scenes that have several things
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,9 +104,9 @@ ROWS = {
     "lambda-0.01": Row("0.01", [trained("toy --lambda 0.01")], TWO),
     "lambda-0.2": Row("0.2", [trained("toy --lambda 0.2")], TWO),
     "lambda-1": Row("1", [trained("toy --lambda 1")], TWO),
-    "pairs-32": Row("32 pairs", [trained_on(32)], TWO),
-    "pairs-125": Row("125 pairs", [trained_on(125)], TWO),
-    "pairs-500": Row("500 pairs", [trained_on(500)], TWO),
+    "pairs-32": Row("32 pairs", [trained_on(32)], (0,)),
+    "pairs-125": Row("125 pairs", [trained_on(125)], (0,)),
+    "pairs-500": Row("500 pairs", [trained_on(500)], (0,)),
     "target": Row("`--local-target argmax`, the release's", [trained("toy --local-target argmax")],
                   (0,)),
     "bank": Row("`--bank`: the names of the 12 things, no ground", [
@@ -148,7 +148,8 @@ def commands(name, seed):
 
 def needs(name):
     """The rows whose models a row takes."""
-    named = {field for command in ROWS[name].commands for _, field, *_ in Formatter().parse(command)}
+    named = {field for command in ROWS[name].commands
+             for _, field, *_ in Formatter().parse(command)}
     return [other for other in ROWS if other in named]
 
 
@@ -234,8 +235,8 @@ def masks_of(name):
     """What the model of a row, seed 0, predicts for the scenes SHOWN, (H, W) each."""
     model = load_model(folder(name, 0))
     embeddings = embed(model, TOY_CLASSES)
-    return [segment_image(model, ToyScenes()[i][1], embeddings, **window_settings(model.protocol))[0]
-            for i in SHOWN]
+    settings = window_settings(model.protocol)
+    return [segment_image(model, ToyScenes()[i][1], embeddings, **settings)[0] for i in SHOWN]
 
 
 def draw_methods(names):

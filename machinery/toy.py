@@ -43,7 +43,7 @@ THINGS = {"boat": ((130, 60, 30), "stripes", [(-1, .1), (-.2, .1), (-.2, -.95), 
                                                     (.65, -.3), (1, .05), (.7, .35), (.25, .35),
                                                     (-.15, .8), (-.6, .8), (-.3, .35),
                                                     (-.85, .3)])}
-RADIUS = (20, 40)                                   # of things, in pixels; smaller ones are harder
+RADIUS = (20, 40)                                   # of things; an exercise: docs/ablations.md
 VISIBLE = 160                                       # pixels, 1 % of a scene: less is not named
 PLURALS = {"sheep": "sheep", "bus": "buses"}
 TOY_CLASSES = [[name] for name in (*STUFF, *THINGS)]

@@ -639,7 +639,7 @@ def test_toy_captions_are_weak_labels(scenes):
 
 
 def test_toy_things_are_anywhere(scenes):
-    """Every thing is seen without every ground somewhere, so that no pair of classes must be one."""
+    """No thing is always seen with one ground, so that no pair of classes must be one."""
     shown = [set(np.unique(mask)) for _, mask, _ in scenes]
     for thing in range(len(STUFF), len(NAMES)):
         assert not set.intersection(*(some for some in shown if thing in some)) - {thing}
