@@ -87,6 +87,15 @@ ROWS = {
     "ovsegmentor-2": Row("OVSegmentor, stages 1 and 2",
                          [trained("ovsegmentor-2-toy --init {ovsegmentor-1}")]),
     "sseg": Row("S-Seg", [trained("sseg-toy")]),
+    "sseg-plus": Row("S-Seg+, from the labels of the row above", [
+        "-m machinery.toy {out}/scenes --count 150",
+        "segment.py {out}/scenes/images --classes {out}/scenes/classes.txt --checkpoint {sseg} "
+        "--output {out}/labels",
+        trained("sseg-plus --train-data {out}/scenes/images --labels {out}/labels --backbone toy "
+                "--image-size 128 --batch 16 --steps 200 --base-rate 0.016 --workers 0 "
+                "--set protocol.short_side=128 --set protocol.window=128 "
+                "--set protocol.stride=64"),
+        scored("{out}")]),
     "sseg-oracle": Row("oracle of its masks",
                        ["tests/oracle.py --dataset toy --checkpoint {sseg}"], (0,)),
 
@@ -121,7 +130,7 @@ ROWS = {
 TABLES = {
     "methods": ["simzss", "simzss-caption", "simzss-prompts", "simzss-prompts-concept", "lit",
                 "dense-clip", "pixelclip", "ovsegmentor-1", "ovsegmentor-2", "sseg",
-                "sseg-oracle"],
+                "sseg-plus", "sseg-oracle"],
     "ovsegmentor": ["ovsegmentor-1", "ovsegmentor-1-oracle", "ovsegmentor-2",
                     "ovsegmentor-2-oracle", "ovsegmentor-keep", "ovsegmentor-random",
                     "ovsegmentor-entity"],
@@ -171,6 +180,7 @@ def measure(name, seed, before=()):
     for future in before:
         future.result()
     seconds = 0.0
+    shutil.rmtree(folder(name, seed), ignore_errors=True)       # of a row that was broken off
     log = folder(name, seed).with_suffix(".log")
     log.write_text("")
     for command in commands(name, seed):
