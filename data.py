@@ -91,7 +91,8 @@ class Pair:
         return tokenize(self.caption)
 
     def masks(self):
-        """(H, W) bool arrays of the whole image, from the JSON in SA-1B's format beside it."""
+        """(H, W) bool arrays of the whole image, one after another, from the JSON in SA-1B's format
+        beside it."""
         return read_segments(self.path.with_suffix(".json"))
 
     def partner(self, rng):

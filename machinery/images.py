@@ -1,5 +1,6 @@
 """Images and masks from files of all kinds."""
 import json
+import math
 import sys
 import warnings
 from collections import Counter
@@ -16,6 +17,8 @@ BESIDE_IMAGES = (".json", ".txt", ".partial")       # what lies beside images an
 RESULTS = ("mask", "overlay", "similarity", "pca")  # segment.py writes NAME_mask.png and so on
 Image.MAX_IMAGE_PIXELS = None                       # Pillow's bound; ours is `most_pixels`
 IGNORE = -1                                         # value of a mask where nothing is scored
+MAX_PIXELS = 2 ** 26                                # of a mask in run-length code: 67 megapixels
+MAX_MASKS = 2 ** 32                                 # pixels of all masks of an image
 
 
 class ScoredImages:
@@ -135,25 +138,54 @@ def read_mask(mask):
 
 
 def read_segments(path):
-    """Masks of one image, (H, W) bool arrays, from a JSON in the format of SA-1B.
+    """Masks of one image, (H, W) bool arrays, one after another, from a JSON in SA-1B's format.
 
-    {"annotations": [{"segmentation": {"size": [H, W], "counts": run-length code}}, ...]}
+    {"annotations": [{"segmentation": {"size": [H, W], "counts": run-length code}}, ...]}, or the
+    inner list alone, which Segment Anything's amg.py writes.
     """
     try:
         content = json.loads(path.read_text())
-        codes = [annotation["segmentation"] for annotation in content["annotations"]]
-        return [decode_runs(code["size"], code["counts"]) for code in codes]
+        annotations = content if isinstance(content, list) else content["annotations"]
+        codes = [annotation["segmentation"] for annotation in annotations]
+        if sum(math.prod(code["size"]) for code in codes) > MAX_MASKS:
+            raise ValueError(f"more than {MAX_MASKS:,} pixels")
+        for code in codes:
+            yield decode_runs(code["size"], code["counts"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} holds no masks in SA-1B's format ({error!r})") from None
+        raise ValueError(f"{path} holds no masks in SA-1B's format, expected a JSON with "
+                         f"annotations of run-length codes ({error!r})") from None
+
+
+def refuse_other_shape(path, mask, image):
+    """Raise ValueError unless a mask (H, W) of a file has the shape of its PIL image. Only the
+    ratio counts: a JPEG may come reduced."""
+    h, w = mask.shape
+    if abs(image.width * h - image.height * w) > 2 * max(h, w):
+        raise ValueError(f"{path} is {w} x {h}, its image {image.width} x {image.height}: not of "
+                         "the same shape")
 
 
 def decode_runs(size, counts):
-    """COCO's compressed run-length code -> bool mask of size (H, W).
+    """COCO's run-length code -> bool mask of size (H, W).
 
-    Runs of 0 and 1 alternate, column by column. A run is written five bits a character, lowest
-    first, with bit 32 for "another character follows"; from the fourth run on it is the difference
-    from the run two before.
+    counts: runs of 0 and 1, which alternate, column by column; or their compressed form, a text.
     """
+    H, W = size
+    if type(H) is not int or type(W) is not int or not (0 < H and 0 < W and H * W <= MAX_PIXELS):
+        raise ValueError(f"a mask of {H} x {W} pixels, expected 1 to {MAX_PIXELS:,}")
+    if len(counts) > 8 * (H * W + 1):               # characters: a run has fewer
+        raise ValueError(f"a run-length code of length {len(counts)} for {H} x {W} pixels")
+    runs = decompress(counts) if isinstance(counts, str) else counts
+    if not all(type(run) is int and run >= 0 for run in runs) or sum(runs) != H * W:
+        raise ValueError(f"a run-length code does not cover the pixels, expected {H} x {W}")
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return flat.reshape(W, H).T
+
+
+def decompress(counts):
+    """Runs of a compressed run-length code. A run is written five bits a character, lowest first,
+    with bit 32 for "another character follows"; from the fourth run on it is the difference from
+    the run two before."""
     runs = []
     number = 0
     shift = 0
@@ -166,8 +198,6 @@ def decode_runs(size, counts):
             runs.append(number + (runs[-2] if len(runs) > 2 else 0))
             number = 0
             shift = 0
-    H, W = size
-    if sum(runs) != H * W or min(runs, default=0) < 0:
-        raise ValueError(f"a run-length code covers {sum(runs)} pixels, expected {H} x {W}")
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return flat.reshape(W, H).T
+        if shift > 60:
+            raise ValueError("a run-length code with a run beyond all bounds")
+    return runs

@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import Mask
 
 from machinery.contract import Method, Protocol, moving_average
-from machinery.images import to_pixels
+from machinery.images import refuse_other_shape, to_pixels
 from machinery.networks import backbones
 from machinery.networks.checkpoint import load_model, model_file
 from machinery.networks.layers import Normalise
@@ -35,7 +35,7 @@ from machinery.settings import setting
 from machinery.tokenizer import tokenize
 from methods.parts.clustering import kmeans
 from methods.parts.dense_clip import DenseToy, DenseViT, create_clip
-from methods.parts.views import (masks_at, random_rectangle, random_square, strong_colours,
+from methods.parts.views import (mask_at, random_rectangle, random_square, strong_colours,
                                  weak_colours)
 from model import TextEncoder, best_synonym, create_trunk, patch_tokens, prompt_ensemble
 
@@ -383,9 +383,12 @@ class PixelCLIP(Method):
                                  "each")
             G = settings.mask_grid
             middle = (np.arange(G) + 0.5) / G                               # of the cells, 0 to 1
-            masks = masks_at(pair.masks(), (left + middle * side) / image.width,
-                             (top + middle * side) / image.height)
-            masks = Mask(masks)                                             # (M, G, G)
+            masks = []
+            for mask in pair.masks():               # one at a time: a photo may have hundreds
+                refuse_other_shape(f"a mask of {pair.path}", mask, image)
+                masks.append(mask_at(mask, (left + middle * side) / image.width,
+                                     (top + middle * side) / image.height))
+            masks = Mask(np.array(masks, bool).reshape(-1, G, G))           # (M, G, G)
         weak, masks = v2.RandomHorizontalFlip()(weak, masks)        # both or none
         weak = weak_colours(settings.colours)(weak)
         strong = to_pixels(strong_colours(settings.colours)(weak))

@@ -21,12 +21,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from machinery.contract import Method, Protocol
-from machinery.images import read_mask, to_pixels
+from machinery.images import read_mask, refuse_other_shape, to_pixels
 from machinery.names import normalise_name, split_names
 from machinery.networks import backbones
 from machinery.networks.layers import Normalise
 from machinery.parallel import sum_over_processes
-from machinery.settings import MISSING, setting
+from machinery.settings import MISSING, check_value, setting
 from model import BackboneSettings, best_synonym, create_trunk, patch_tokens
 
 # Brightness, contrast and saturation change by up to these fractions
@@ -79,16 +79,30 @@ def read_class_list(folder):
     if not maps:
         raise FileNotFoundError(f"no label maps in {folder}; expected NAME_mask.png and NAME.json, "
                                 "as segment.py writes them")
-    lists = set()
-    for path in maps:
-        content = json.loads(path.with_name(path.name.replace("_mask.png", ".json")).read_text())
-        lists.add(json.dumps([content["names"], content["classes"]]))
+    lists = {read_class_names(path.with_name(path.name.replace("_mask.png", ".json")))
+             for path in maps}
     if len(lists) > 1:
         raise ValueError(f"{folder} holds label maps of {len(lists)} different lists of classes; "
                          "expected one, label all images with the same --classes and --background")
-    names, classes = json.loads(lists.pop())
+    names, classes = lists.pop()
     synonyms = {known[0]: ", ".join(known) for known in classes}
     return [synonyms.get(name, name) for name in names]         # the background has no synonyms
+
+
+def read_class_names(path):
+    """(names of a map's values, (names of each class)) of a JSON beside a map. Raises ValueError.
+    """
+    try:
+        content = json.loads(path.read_text())
+        names = check_value(content["names"], tuple[str, ...], {}, "names")
+        classes = tuple(check_value(known, tuple[str, ...], {}, "classes")
+                        for known in content["classes"])
+        if not names or not all(classes):
+            raise ValueError("a class without a name")
+        return names, classes
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} does not say the classes of its label map, as segment.py writes "
+                         f"it ({error!r})") from None
 
 
 @lru_cache(maxsize=None)
@@ -164,13 +178,11 @@ class SSegPlus(Method):
         path = Path(settings.labels) / f"{pair.path.stem}_mask.png"
         labels = torch.from_numpy(read_mask(path)).long()                           # (H, W)
         classes = count_classes(settings.labels)
-        if labels.max() >= classes:
-            raise ValueError(f"{path} holds {labels.max()}; expected 0 to {classes - 1}")
-        image = pair.image()                        # a JPEG may come reduced: the ratio counts
-        h, w = labels.shape
-        if abs(image.width * h - image.height * w) > 2 * max(h, w):
-            raise ValueError(f"{path} is {w} x {h}, its image {image.width} x {image.height}: not "
-                             "of the same shape")
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"{path} holds {labels.min()} to {labels.max()}; expected 0 to "
+                             f"{classes - 1}")
+        image = pair.image()
+        refuse_other_shape(path, labels, image)
         labels = F.interpolate(labels[None, None].float(), (image.height, image.width))[0, 0].long()
         image, labels = cut_out(image, labels, pair.size)
         return {"pixels": to_pixels(CHANGE_COLOURS(image)), "labels": labels}

@@ -304,8 +304,19 @@ def test_run_length_codes(width):
         assert np.array_equal(decode_runs((40, width), encode_runs(mask)), mask)
     # 1, 3, 2: column by column
     assert decode_runs((2, 3), "132").tolist() == [[False, True, False], [True, True, False]]
-    with pytest.raises(ValueError, match="covers 6 pixels, expected 3 x 3"):
-        decode_runs((3, 3), "132")
+    assert decode_runs((2, 3), [1, 3, 2]).tolist() == decode_runs((2, 3), "132").tolist()
+
+
+@pytest.mark.parametrize("size, counts", [
+    ((3, 3), "132"), ((3, 3), [1, 3, 2]), ((0, 0), ""), ((2 ** 40, 2 ** 40), ""), ((-2, -3), "132"),
+    ((10 ** 6, 10 ** 6), [10 ** 12]), (("2", 3), "132"), ((2.0, 3.0), "132"), ((True, 6), "132"),
+    ((2, 3), [-1, 7]), ((2, 3), [1.0, 5.0]), ((2, 3), ["1", 5]), ((2, 3), "0" * 10 ** 7),
+    ((2000, 3000), "o" * 10 ** 6)])
+def test_run_length_codes_that_are_refused(size, counts):
+    """A size that is none or beyond bounds, a code that is longer than it can be, and runs that do
+    not cover the mask are refused at once."""
+    with pytest.raises(ValueError, match="expected|length|beyond"):
+        decode_runs(size, counts)
 
 
 def test_original_annotations_come_first(tmp_path):

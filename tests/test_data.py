@@ -401,12 +401,19 @@ def test_a_folder_of_images(tmp_path):
 
 
 def test_masks_beside_an_image(tmp_path):
-    """The masks of a pair are those of the JSON in SA-1B's format beside its image."""
+    """The masks of a pair are those of the JSON beside its image, in SA-1B's format or as amg.py
+    writes them."""
     Image.fromarray(noise(0, 2, 3)).save(tmp_path / "sa_1.png")
     content = {"annotations": [{"segmentation": {"size": [2, 3], "counts": "231"}}]}
-    (tmp_path / "sa_1.json").write_text(json.dumps(content))
-    [mask] = Pair(tmp_path / "sa_1.png", 8).masks()             # 2 x no, 3 x yes, no; by column
-    assert mask.tolist() == [[False, True, True], [False, True, False]]
+    for written in (content, content["annotations"]):
+        (tmp_path / "sa_1.json").write_text(json.dumps(written))
+        [mask] = Pair(tmp_path / "sa_1.png", 8).masks()         # 2 x no, 3 x yes, no; by column
+        assert mask.tolist() == [[False, True, True], [False, True, False]]
+    for other in (None, [3], {}, {"annotations": [{"segmentation": [[1, 2]]}]}, [
+            {"segmentation": {"size": [8000, 8000], "counts": ""}}] * 100):
+        (tmp_path / "sa_1.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match="sa_1.json holds no masks in SA-1B's format"):
+            list(Pair(tmp_path / "sa_1.png", 8).masks())
 
 
 def test_workers_do_not_matter():

@@ -324,6 +324,9 @@ def test_masks_from_files_lie_where_they_are_seen():
         flipped.add(bool(red[:, :8].float().mean() > red[:, -8:].float().mean()))
         assert 0.005 < black.float().mean() < 0.27
     assert flipped == {True, False}
+    pair.masks = lambda: [mask[:, :100]]
+    with pytest.raises(ValueError, match="a mask of photo.png is 100 x 200, its image 240 x 200"):
+        PixelCLIP.sample(pair, np.random.default_rng(0), settings_of(masks="files"))
     pair.path = None                                # a pair from memory has no file beside it
     with pytest.raises(ValueError, match="--masks files needs image files"):
         PixelCLIP.sample(pair, np.random.default_rng(0), settings_of(masks="files"))

@@ -83,6 +83,20 @@ def test_the_list_of_classes_is_that_of_the_label_maps(scenes, labels, checkpoin
         read_class_list(other)
 
 
+@pytest.mark.parametrize("content", [
+    None, "", "{", "[]", "3", "{}", '{"names": ["cow"]}', '{"names": "cow", "classes": []}',
+    '{"names": [1], "classes": []}', '{"names": ["cow"], "classes": [[]]}',
+    '{"names": ["cow"], "classes": 3}', '{"names": [], "classes": []}', "[" * 100_000])
+def test_a_label_map_says_its_classes(tmp_path, content):
+    """A label map beside which there is no JSON, or one that segment.py does not write, is named.
+    """
+    (tmp_path / "a_mask.png").touch()
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match="a.json does not say the classes of its label map"):
+        read_class_list(tmp_path)
+
+
 def test_image_and_labels_are_cut_out_together():
     """In a picture whose colours are its labels they still are after the crop, away from the edges
     that resizing mixes; beyond the picture it is black and not labelled; scales vary, and half of
@@ -114,6 +128,10 @@ def sample(tmp_path):
         content = {"names": ["cow", "sea"], "classes": []}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         Image.fromarray(np.full((30, 40), label, np.uint8)).save(tmp_path / f"{name}_mask.png")
+    below = np.zeros((30, 40), np.int32)
+    below[0] = -1
+    Image.fromarray(below).save(tmp_path / "d_mask.tiff")
+    (tmp_path / "d_mask.tiff").rename(tmp_path / "d_mask.png")
     settings = read(SSegPlus.Settings, {"labels": str(tmp_path)}, "test")
 
     def sample(name, size):
@@ -134,8 +152,10 @@ def test_a_label_map_belongs_to_its_image(sample):
 
 def test_bad_label_maps_are_refused(sample):
     """An index that is no class, a missing map, one of another image, an image without a file."""
-    with pytest.raises(ValueError, match="holds 3; expected 0 to 1"):
+    with pytest.raises(ValueError, match="holds 3 to 3; expected 0 to 1"):
         sample("b", (40, 30))
+    with pytest.raises(ValueError, match="holds -1 to 0; expected 0 to 1"):
+        sample("d", (40, 30))
     with pytest.raises(FileNotFoundError, match="no mask"):
         sample("c", (40, 30))
     with pytest.raises(ValueError, match="is 40 x 30, its image 30 x 40: not of the same shape"):

@@ -9,7 +9,7 @@ from machinery.contract import find_method
 from machinery.files import fill, read_tensors, save_tensors, tensors_sha256
 from machinery.networks import release
 from machinery.networks.backbones import at_most
-from machinery.settings import as_mapping, check_value, merge, nested, read
+from machinery.settings import abbreviate, as_mapping, check_value, merge, nested, read
 
 FORMAT = "simzss-3"
 
@@ -65,7 +65,7 @@ def read_header(header, path):
     protocol, bank). Raises ValueError."""
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of format {FORMAT!r}, found "
-                         f"{header.get('format')!r}; one of an earlier version has to be trained "
+                         f"{abbreviate(header.get('format'))}; one of an earlier version has to be trained "
                          "again")
     if not isinstance(header.get("training"), dict):
         raise ValueError(f"{path}: training is no table of settings")

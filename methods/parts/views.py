@@ -34,14 +34,12 @@ def random_rectangle(size, rng):
     return [slice(start, start + side) for start, side in zip(starts, sides)]
 
 
-def masks_at(masks, x, y):
-    """Masks of a whole photo at some of its columns and rows: (M, G, G) bool.
+def mask_at(mask, x, y):
+    """A mask (H, W) of a whole photo at some of its columns and rows: (G, G).
 
-    masks: (H, W) bool, of any sizes. x, y: (G,) positions, 0 to 1 across the photo and down.
+    x, y: (G,) positions, 0 to 1 across the photo and down.
     """
-    found = [mask[np.ix_((y * mask.shape[0]).astype(int), (x * mask.shape[1]).astype(int))]
-             for mask in masks]
-    return np.stack(found) if found else np.zeros((0, len(y), len(x)), bool)
+    return mask[np.ix_((y * mask.shape[0]).astype(int), (x * mask.shape[1]).astype(int))]
 
 
 def weak_colours(strength=1.0):
