@@ -122,9 +122,9 @@ def test_image_and_labels_are_cut_out_together():
 
 @pytest.fixture
 def sample(tmp_path):
-    """sample(name, size): what S-Seg+ needs of an image of that name and size, beside which "a" and
-    "b" have label maps of 40 x 30, those of "b" beyond its two classes."""
-    for name, label in (("a", 1), ("b", 3)):
+    """sample(name, size): what S-Seg+ needs of an image of that name and size, beside which "a", "b"
+    and "d" have label maps of 40 x 30, those of "b" and "d" beyond their two classes."""
+    for name, label in (("a", 1), ("b", 3), ("d", 0)):
         content = {"names": ["cow", "sea"], "classes": []}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         Image.fromarray(np.full((30, 40), label, np.uint8)).save(tmp_path / f"{name}_mask.png")

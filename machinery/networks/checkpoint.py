@@ -65,8 +65,8 @@ def read_header(header, path):
     protocol, bank). Raises ValueError."""
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of format {FORMAT!r}, found "
-                         f"{abbreviate(header.get('format'))}; one of an earlier version has to be trained "
-                         "again")
+                         f"{abbreviate(header.get('format'))}; one of an earlier version has to be "
+                         "trained again")
     if not isinstance(header.get("training"), dict):
         raise ValueError(f"{path}: training is no table of settings")
     training = {"run": {}, **header["training"]}
