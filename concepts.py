@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from machinery.errors import one_line_errors
 from machinery.names import (BENCHMARK_NAMES, CLASSES, check_classes, merge_equal_names, named_file,
-                             normalise_name, plural, read_classes, read_lines, split_names)
+                             normalise_name, plural, read_classes, read_labels)
 from machinery.tokenizer import CONTEXT_LENGTH, clean, forget_words, tokenizer
 from machinery.training.captions import (Annotations, read_annotations, read_captions,
                                          save_annotations)
@@ -74,7 +75,11 @@ def parse(captions, pipeline):
     cleaned = ((clean(caption), caption) for caption in captions)
     for doc, caption in pipeline.pipe(cleaned, as_tuples=True):
         if doc.has_annotation("DEP"):
-            concepts = noun_concepts(doc)
+            try:
+                concepts = noun_concepts(doc)
+            except NotImplementedError:
+                raise ValueError(f"spaCy finds no noun phrases in the language {doc.lang_!r} of "
+                                 "the pipeline; expected one like en_core_web_sm") from None
         elif doc.has_annotation("ENT_IOB"):
             concepts = [(found.ent_id_, found.start_char, found.end_char) for found in doc.ents]
         else:
@@ -136,16 +141,25 @@ class ConceptBank:
 
     names: strings, or lists of synonyms; equal names count once.
     excluded: names that stay out, with their plurals and all synonyms that the bank has for them.
+        Those that the bank does not have are counted in one line.
     source: of the names, for errors.
+    A note in a name, as in "bat (animal)", is left out: no caption has it.
     `names[i]` is concept i's first name, `ids` has the id of every name. Raises ValueError where a
     name is empty or none is left.
     """
 
     def __init__(self, names, excluded=(), source="concept bank"):
         lists = [[name] if isinstance(name, str) else list(name) for name in names]
+        lists = [list(map(without_note, synonyms)) for synonyms in lists]
         lists = [list(map(normalise_name, synonyms))
                  for synonyms in check_classes(merge_equal_names(lists), source)]
-        excluded = {form for name in map(normalise_name, excluded) for form in (name, plural(name))}
+        excluded = [normalise_name(without_note(name)) for name in excluded]
+        known = {form for synonyms in lists for name in synonyms for form in (name, plural(name))}
+        unknown = [name for name in excluded if known.isdisjoint((name, plural(name)))]
+        if unknown:
+            print(f"concept bank: {len(unknown)} of the {len(excluded)} names to exclude are not "
+                  f"in it, such as {unknown[0]!r}", file=sys.stderr)
+        excluded = {form for name in excluded for form in (name, plural(name))}
         lists = [synonyms for synonyms in lists
                  if excluded.isdisjoint([*synonyms, *map(plural, synonyms)])]
         check_classes(lists, "concept bank")        # all of them may be excluded
@@ -154,8 +168,8 @@ class ConceptBank:
 
     @classmethod
     def from_file(cls, path, excluded=()):
-        """A file with one concept per line, synonyms after commas."""
-        return cls([split_names(line) for line in read_lines(path)], excluded, path)
+        """A class file: one concept per line, synonyms after commas."""
+        return cls(read_labels(path)[1], excluded, path)
 
     @classmethod
     def default(cls, excluded=()):
@@ -179,6 +193,11 @@ class ConceptBank:
     def find(self, name):
         """Bank id of a name, -1 if it is not in the bank."""
         return self.ids.get(normalise_name(name), -1)
+
+
+def without_note(name):
+    """"bat (animal)" -> "bat"."""
+    return re.sub(r"\s*\(.*?\)", "", name)
 
 
 def class_names(path):
@@ -454,7 +473,7 @@ def print_nouns(pieces, concepts):
                       disable=None):
         total.update(found)
     for name, _ in total.most_common():
-        if name and "," not in name:                # a comma would part it into synonyms
+        if name and not set(name) & set(",:;(_"):   # these mean something in a bank
             print(name)
 
 

@@ -27,7 +27,7 @@ from machinery.contract import Protocol
 from machinery.errors import one_line_errors
 from machinery.files import remove_partial, save_png, write_text
 from machinery.images import IMAGE_SUFFIXES, list_images, load_image, to_pixels
-from machinery.names import check_classes, read_classes, split_names
+from machinery.names import check_classes, name_classes, split_names
 from machinery.networks.checkpoint import load_model, save_model    # for use from Python
 from machinery.scoring import pictures
 from machinery.scoring.protocol import (add_model_flags, embed, open_model, refuse_toy_model,
@@ -263,10 +263,7 @@ def find_photos(names):
 
 def find_classes(text, background):
     """(classes to embed, names of the mask's values) of --classes and --background."""
-    if text.endswith(".txt") or os.path.isfile(text):
-        classes = read_classes(text)
-    else:
-        classes = check_classes([[name] for name in split_names(text)], "--classes")
+    classes = name_classes(text)
     names = [synonyms[0] for synonyms in classes]
     kind, words = parse_background(background)
     if kind == "none":

@@ -1,5 +1,8 @@
 """Class files and prompt templates: the names that one trains on, segments and scores."""
+import os
+import re
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -28,20 +31,26 @@ def read_lines(path):
 
 
 def split_names(text):
-    return [name.strip() for name in text.split(",")]
+    """Names with commas between. "_" is a space, and what cannot be seen is no part of a name.
+    Raises ValueError for semicolons."""
+    if ";" in text:
+        raise ValueError(f"{text!r} has semicolons; expected names with commas between")
+    return [" ".join(visible(name).replace("_", " ").split()) for name in text.split(",")]
 
 
 def read_classes(path):
-    """Read a class file: one class per line, synonyms after commas. Returns lists of names."""
-    return check_classes([split_names(line) for line in read_lines(path)], path)
+    """The classes of `read_labels`, checked: lists of names."""
+    return check_classes(read_labels(path)[1], path)
 
 
 def read_labels(path):
-    """A class file whose lines may begin with "label: ". Returns (labels or None, classes)."""
+    """A class file: one class per line, synonyms after commas; all lines may begin with a label, as
+    in "7: road, street". Returns (labels or None, classes). Raises FileNotFoundError, ValueError.
+    """
     lines = read_lines(path)
     bare = [line for line in lines if ":" not in line]
     if len(bare) == len(lines):
-        return None, read_classes(path)
+        return None, [split_names(line) for line in lines]
     if bare:
         raise ValueError(f'{path}: some lines begin with a label, as in "7: road", and some, such '
                          f"as {bare[0]!r}, do not")
@@ -50,6 +59,11 @@ def read_labels(path):
     if twice:
         raise ValueError(f"{path}: the label {twice[0]!r} is there twice")
     return labels, [split_names(line.partition(":")[2]) for line in lines]
+
+
+def visible(text):
+    """A text without characters that cannot be seen, such as zero-width spaces."""
+    return "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
 
 
 def check_classes(classes, source):
@@ -64,6 +78,21 @@ def check_classes(classes, source):
         raise ValueError(f"{source}: duplicate class name {twice[0]!r}; every class needs a name "
                          "of its own")
     return classes
+
+
+def name_classes(text):
+    """Lists of names of --classes: names with commas between, or a class file. Raises ValueError,
+    FileNotFoundError."""
+    if os.path.isfile(text) or looks_like_file(text):
+        return read_classes(text)
+    if ":" in text:
+        raise ValueError(f"--classes {text!r} has a colon; labels are for class files")
+    return check_classes([[name] for name in split_names(text)], "--classes")
+
+
+def looks_like_file(text):
+    """Whether a text is a file's name, "classes.csv" or "lists/classes", and no list of names."""
+    return "," not in text and (os.sep in text or bool(re.fullmatch(r"\S+\.[a-z]{2,5}", text)))
 
 
 def merge_equal_names(lists):

@@ -1,5 +1,8 @@
 """CLIP's byte-pair tokenizer, of open_clip."""
+import re
 from functools import lru_cache
+
+from machinery.names import visible
 
 CONTEXT_LENGTH = 77                                 # CLIP's: tokens, start and end included
 
@@ -7,12 +10,22 @@ CONTEXT_LENGTH = 77                                 # CLIP's: tokens, start and 
 @lru_cache(maxsize=None)
 def tokenizer():
     from open_clip.tokenizer import SimpleTokenizer     # slow to import
-    return SimpleTokenizer()
+    made = SimpleTokenizer()
+    clean_with_clip = made.clean_fn
+    made.clean_fn = lambda text: without_specials(clean_with_clip(text))
+    return made
+
+
+def without_specials(text):
+    """A text without characters that cannot be seen, and with the names of the start and end token
+    as plain words: as tokens they would end the text."""
+    text = re.sub("<(start|end)_of_text>", r"\1 of text", visible(text))
+    return " ".join(text.split())
 
 
 def clean(caption):
     """The caption as the tokenizer sees it: repaired Unicode, HTML entities resolved, single
-    spaces, lower case."""
+    spaces, lower case, `without_specials`."""
     return tokenizer().clean_fn(caption)
 
 

@@ -12,11 +12,12 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from spacy.tokens import Doc
 
-from concepts import (ConceptBank, Concepts, annotate, load_parser, main, noun_concepts,
-                      token_spans)
+from concepts import (ConceptBank, Concepts, annotate, class_names, load_parser, main,
+                      noun_concepts, token_spans)
 from conftest import parser_of_cats
-from machinery.names import BENCHMARK_NAMES, CLASSES, plural, read_classes
-from machinery.tokenizer import clean, tokenize
+from machinery.names import (BENCHMARK_NAMES, CLASSES, name_classes, plural, read_classes,
+                             read_labels)
+from machinery.tokenizer import clean, tokenize, tokenizer
 from machinery.training.captions import Annotations, read_captions
 
 TOKENIZER = SimpleTokenizer()
@@ -114,7 +115,7 @@ def assert_aligned(text):
     """The tokenizer's own tokens, one after another, cover the bytes of the text: each token covers
     the characters of its span."""
     cleaned = clean(text)
-    tokens = TOKENIZER.encode(text)
+    tokens = tokenizer().encode(text)
     spans = token_spans(text)
     owner = [i for i, letter in enumerate(cleaned) if letter != " "
              for _ in letter.encode()]                                  # byte -> character
@@ -203,6 +204,18 @@ def test_word_inside_a_token():
 def test_tokens_decode_to_the_word(caption):
     """With any text around it, the tokens of an occurrence decode to the word itself."""
     assert named(caption, ConceptBank(["dog"])) == [("dog", "dog")]
+
+
+@pytest.mark.parametrize("caption, plain", [
+    ("dog\u200b", "dog"), ("a do\u00adg", "a dog"), ("a &#8203; dog", "a dog"),
+    ("a \ufeffdog\u202e", "a dog"), ("a <end_of_text> dog", "a end of text dog"),
+    ("&lt;START_of_text&gt;dog", "start of textdog"), ("<<end_of_text>end_of_text>", None)])
+def test_a_caption_holds_plain_text_only(caption, plain):
+    """What cannot be seen is no part of a caption, and the names of special tokens are words: a
+    caption has one end token, its last."""
+    tokens = tokenize(caption).tolist()
+    assert plain is None or tokens == TOKENIZER(plain)[0].tolist()
+    assert tokens.count(TOKENIZER.eot_token_id) == tokens.count(TOKENIZER.sot_token_id) == 1
 
 
 def test_truncation():
@@ -296,6 +309,14 @@ def test_match_synonyms():
     """Each synonym of a concept is found and counts as the concept."""
     bank = ConceptBank(["dog", ["sofa", "couch"]])
     assert named("a couch by two sofas", bank) == [("sofa", "couch"), ("sofa", "sofas")]
+
+
+def test_a_language_without_noun_phrases():
+    """A pipeline whose language has no noun chunks in spaCy is refused in one line."""
+    doc = Doc(spacy.blank("pl").vocab, words=["dog"], spaces=[False], heads=[0], deps=["ROOT"],
+              pos=["NOUN"])
+    with pytest.raises(ValueError, match="no noun phrases in the language 'pl'"):
+        named("dog", BANK, ByHand(doc))
 
 
 def test_missing_parser():
@@ -404,6 +425,47 @@ def test_bad_class_file(tmp_path, content, message):
         read_classes(tmp_path / "bank.txt")
 
 
+@pytest.mark.parametrize("content, classes, ids", [
+    ("7: road, street\n8: sky\n", [["road", "street"], ["sky"]], ["road", "street", "sky"]),
+    ("potted_plant\n sea_lion ,seal\n", [["potted plant"], ["sea lion", "seal"]],
+     ["potted plant", "sea lion", "seal"]),
+    ("dog_(animal)\nmouse (computer)\n", [["dog (animal)"], ["mouse (computer)"]],
+     ["dog", "mouse"]),
+    ("do\u200bg\ufeff\n", [["dog"]], ["dog"])])
+def test_a_names_file_means_one_thing_everywhere(tmp_path, capsys, content, classes, ids):
+    """--classes, --names, --bank and --exclude-classes read the same names: without labels, "_" a
+    space, nothing that cannot be seen. A bank leaves notes in parentheses out."""
+    path = tmp_path / "names.txt"
+    path.write_text(content)
+    assert read_classes(path) == name_classes(str(path)) == read_labels(path)[1] == classes
+    assert list(ConceptBank.by_name(path).ids) == ids
+    assert ConceptBank([*ids, "cow"], class_names(path)).names == ["cow"]
+    assert capsys.readouterr().err == ""
+    ConceptBank(["cow"], class_names(path))
+    assert (f"{len(ids)} of the {len(ids)} names to exclude are not in it, such as '{ids[0]}'"
+            in capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text, kind, words", [
+    ("cat; dog", ValueError, "'cat; dog' has semicolons; expected names with commas between"),
+    ("missing.csv", FileNotFoundError, "no class file missing.csv"),
+    ("missing.txt", FileNotFoundError, "no class file missing.txt"),
+    ("lists/missing", FileNotFoundError, "no class file lists/missing"),
+    ("7: road", ValueError, "--classes '7: road' has a colon")])
+def test_classes_that_are_a_mistake(tmp_path, monkeypatch, text, kind, words):
+    """--classes that looks like a file and is none, or that has other signs between names, is
+    refused."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=words):
+        name_classes(text)
+
+
+def test_classes_that_only_look_like_a_mistake():
+    """Names with dots, slashes and parentheses are names."""
+    text = "St. Bernard, car/truck, dog_(animal), No.1"
+    assert name_classes(text) == [["St. Bernard"], ["car/truck"], ["dog (animal)"], ["No.1"]]
+
+
 def test_missing_class_file(tmp_path):
     """The error for a missing class file names it and what it should hold."""
     message = "bank.txt: expected a text file with one class name per line"
@@ -459,7 +521,10 @@ JSONL = "".join(json.dumps({"image": image, "caption": caption}) + "\n"
     ("c.tsv", "\ufeffimage\tcaption\n" + TSV), ("c.tsv", "\ufeff" + TSV),
     ("c.json", "\ufeff" + json.dumps(COCO)), ("c.jsonl", JSONL),
     ("c.jsonl", JSONL.replace("\n", "\n\n")),
-    ("c.jsonl", JSONL + '{"image": "c.jpg", "caption": ""}')])
+    ("c.jsonl", JSONL + '{"image": "c.jpg", "caption": ""}'),
+    ("c.jsonl", JSONL + '{"image": "c.jpg", "caption": null}'),
+    ("c.tsv", TSV.replace("\n", "\r")), ("c.tsv", TSV.replace("a dog", '"a dog"')),
+    ("c.tsv", "filepath\ttitle\n" + TSV.replace("b.jpg", '"b.jpg"'))])
 def test_caption_formats(tmp_path, name, content):
     """COCO JSON, JSONL and TSV with or without a header give the same pairs. Empty captions, blank
     lines and a byte order mark do not count."""
@@ -477,6 +542,37 @@ def test_only_a_new_line_ends_a_row(tmp_path, name, row, separator):
     assert read_captions(tmp_path / name) == [("a.jpg", f"a dog{separator}here")]
 
 
+@pytest.mark.parametrize("rows, captions", [
+    ('a\t"a ""big"" dog"\nb\t"two\nlines"\n', ['a "big" dog', "two\nlines"]),      # as pandas
+    ('a\t"a tab\tin it"\nb\tcat\n', ["a tab\tin it", "cat"]),
+    ('a\t"Nice" dog\nb\tcat\n', ['"Nice" dog', "cat"]),                            # plain quotes
+    ('a\t"Nice dog\nb\tcat\nc\tthe "end"\n', ['"Nice dog', "cat", 'the "end"']),
+    ('a\t"Nice dog\nb\tcat\nc\tend"\n', ['"Nice dog', "cat", 'end"']),
+    ("a\ta dog\rhere\nb\tcat\n", ["a dog here", "cat"]),                          # a lone CR
+    ("a\ta dog\there\nb\tcat\n", ["a dog here", "cat"]),                          # a tab
+    ("a\ta dog\there\tx\nb\tcat\tx\n", ["a dog here", "cat"]),                   # more columns
+    ("a\t" + "dog " * 250_000 + "\nb\tcat\n", ["cat"])])
+def test_tsv_as_tools_write_it(tmp_path, rows, captions):
+    """Quotes, line breaks and tabs are read as open_clip's tools write them; quotes that are part
+    of a caption, carriage returns and tabs without quotes break no row."""
+    (tmp_path / "c.tsv").write_bytes(rows.encode())
+    assert [caption for _, caption in read_captions(tmp_path / "c.tsv")] == captions
+
+
+def test_captions_of_no_use_are_counted(tmp_path, capsys):
+    """Null, empty, endless and half captions, and those of images that are not listed, are left out
+    and counted by their reason."""
+    annotations = [{"image_id": 3, "caption": caption}
+                   for caption in (None, " ", "d" * 10 ** 6, "\ud83d", "a dog")]
+    annotations.append({"image_id": 5, "caption": "a cat"})
+    content = {"images": COCO["images"], "annotations": annotations}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert read_captions(tmp_path / "c.json") == [("a.jpg", "a dog")]
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/c.json: captions left out: no image 1, empty caption 2, long caption 1, "
+        "caption not UTF-8 1\n")
+
+
 @pytest.mark.parametrize("name, content, found", [
     ("c.txt", TSV, r"its name must end in \.json \(COCO\), \.jsonl or \.tsv"),
     ("c.json", "", "Expecting value"), ("c.json", json.dumps(COCO)[:-1], "JSONDecodeError"),
@@ -484,15 +580,12 @@ def test_only_a_new_line_ends_a_row(tmp_path, name, row, separator):
     ("c.json", '{"images": {}}', "KeyError: 'annotations'"),
     ("c.json", '{"images": [], "annotations": 3}', "TypeError"),
     ("c.json", "[" * 100_000, "RecursionError"),
-    ("c.json", '{"images": [], "annotations": [{"image_id": 5, "caption": "a dog"}]}',
-     "KeyError: 5"),
     ("c.json", '{"images": [{"id": 5, "file_name": "a"}], '
                '"annotations": [{"image_id": 5, "caption": 1}]}', "no text"),
     ("c.jsonl", '{"image": "a.jpg"}', "KeyError: 'caption'"),
     ("c.jsonl", '{"image": 1, "caption": "a dog"}', "that is no text"),
-    ("c.jsonl", '{"image": "a.jpg", "caption": null}', "that is no text"),
     ("c.jsonl", "{", "JSONDecodeError"),
-    ("c.tsv", "a.jpg\ta dog\nb.jpg a cat\n", "IndexError"),
+    ("c.tsv", "a.jpg\ta dog\nb.jpg a cat\n", "a row without a tab"),
     ("c.tsv", "a.jpg\tcaf\xe9\n".encode("latin-1"), "UnicodeDecodeError"),
 ])
 def test_file_that_is_no_captions_file(tmp_path, name, content, found):
@@ -507,7 +600,8 @@ def test_file_that_is_no_captions_file(tmp_path, name, content, found):
 
 @pytest.mark.parametrize("name, content", [
     ("c.tsv", ""), ("c.tsv", "\n\n"), ("c.tsv", "image\tcaption\n"), ("c.tsv", "a.jpg\t\n"),
-    ("c.jsonl", ""), ("c.json", '{"images": [], "annotations": []}')])
+    ("c.jsonl", ""), ("c.json", '{"images": [], "annotations": []}'),
+    ("c.json", '{"images": [], "annotations": [{"image_id": 5, "caption": "a dog"}]}')])
 def test_empty_captions_file(tmp_path, name, content):
     """A captions file without a caption is refused, and the error says so."""
     (tmp_path / name).write_text(content)

@@ -1,5 +1,8 @@
 """Captions files, and the concepts found in captions with their cache beside the source."""
+import csv
+import io
 import json
+import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import numpy as np
 import torch
 
 from machinery.files import save_arrays
+from machinery.training.shards import BadSample, bad_line, count_bad, usable_caption
 
 MAX_MISSING = 0.01                                  # fraction of missing images that is no mistake
 
@@ -14,8 +18,10 @@ MAX_MISSING = 0.01                                  # fraction of missing images
 def read_captions(path):
     """Read COCO's captions JSON, or TSV / JSONL of (image, caption).
 
-    A TSV may begin with a line "image<tab>caption" (or open_clip's "filepath<tab>title"); lines of
-    JSONL are {"image": ..., "caption": ...}. Returns [(image file name, caption)].
+    A TSV may begin with a line "image<tab>caption" (or open_clip's "filepath<tab>title"), and have
+    quotes as pandas writes them; lines of JSONL are {"image": ..., "caption": ...}. Returns [(image
+    file name, caption)]. Captions that are no use are left out and counted, by the rules of tars,
+    as are COCO's captions of images that it does not list.
     Raises FileNotFoundError; ValueError for a file that is none of these, or is empty.
     """
     path = Path(path)
@@ -29,14 +35,21 @@ def read_captions(path):
     try:
         if path.suffix not in readers:
             raise ValueError("its name must end in .json (COCO), .jsonl or .tsv")
-        pairs = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
-        if not all(isinstance(cell, str) for pair in pairs for cell in pair):
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        # A carriage return alone ends a line only where nothing else does
+        pairs = readers[path.suffix](text.replace("\r", " " if "\n" in text else "\n"))
+        if not all(isinstance(cell, str | None) for pair in pairs for cell in pair):
             raise TypeError("an image name or caption that is no text")
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is no captions file ({type(error).__name__}: {error}). Expected "
                          "COCO's JSON with 'images' and 'annotations', or rows of image and "
                          "caption") from None
-    pairs = [(image, caption) for image, caption in pairs if caption.strip()]
+    checked = [(image, usable_caption(caption) if image else BadSample("no image"))
+               for image, caption in pairs]
+    pairs = [(image, caption) for image, caption in checked if isinstance(caption, str)]
+    if len(pairs) < len(checked):
+        bad = count_bad([caption for _, caption in checked if not isinstance(caption, str)])
+        print(f"{path}: captions left out: {bad_line(bad)}", file=sys.stderr)
     if not pairs:
         raise ValueError(f"{path} holds no captions; expected at least one pair of image and "
                          "caption")
@@ -46,7 +59,7 @@ def read_captions(path):
 def read_coco(text):
     content = json.loads(text)
     names = {image["id"]: image["file_name"] for image in content["images"]}
-    return [(names[a["image_id"]], a["caption"]) for a in content["annotations"]]
+    return [(names.get(a["image_id"]), a["caption"]) for a in content["annotations"]]
 
 
 def read_jsonl(text):
@@ -55,9 +68,27 @@ def read_jsonl(text):
 
 
 def read_tsv(text):
-    rows = [line.split("\t") for line in text.split("\n") if line.strip()]
-    pairs = [(row[0], row[1].strip()) for row in rows]
+    rows = quoted_rows(text) if '"' in text else None
+    rows = rows or [line.split("\t") for line in text.split("\n") if line.strip()]
+    columns = min(map(len, rows), default=2)        # more cells in a row: tabs in its caption
+    pairs = [(row[0], " ".join(row[1:len(row) - columns + 2]).strip()) for row in rows]
+    if columns < 2:
+        raise ValueError("a row without a tab between image and caption")
     return pairs[pairs[:1] in ([("image", "caption")], [("filepath", "title")]):]
+
+
+def quoted_rows(text):
+    """Rows of a TSV in which cells with quotes or line breaks stand in quotes; None where quotes
+    are characters like others."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, ""), "excel-tab", strict=True)
+                if "".join(row).strip()]
+    except csv.Error:
+        return None
+    # A quote left open runs over rows, tabs included, to the next one
+    is_open = any("\n" in cell and "\t" in cell for row in rows for cell in row)
+    return None if is_open else rows
 
 
 def find_images(path, pairs, images=None):

@@ -117,12 +117,21 @@ def _caption(tar, members):
                 return BadSample("long caption")
             caption = _content(tar, members[".txt"]).decode("utf-8-sig")
         else:
-            caption = json.loads(_content(tar, members[".json"]))["caption"] or ""
-            caption.encode()                        # JSON can hold half characters
+            caption = json.loads(_content(tar, members[".json"]))["caption"]
+        return usable_caption(caption)
     except UnicodeError:
         return BadSample("caption not UTF-8")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return BadSample("no caption")              # no file, or another content
+
+
+def usable_caption(caption):
+    """A caption, a text or None, or `BadSample`. Raises AttributeError for anything else."""
+    caption = caption or ""
+    try:
+        caption.encode()                            # JSON can hold half characters
+    except UnicodeError:
+        return BadSample("caption not UTF-8")
     if caption.strip() in ("", "None"):             # Python's None, as text
         return BadSample("empty caption")
     return caption if len(caption) <= MAX_CAPTION else BadSample("long caption")
