@@ -93,7 +93,10 @@ class Pair:
     def masks(self):
         """(H, W) bool arrays of the whole image, one after another, from the JSON in SA-1B's format
         beside it."""
-        return read_segments(self.path.with_suffix(".json"))
+        path = self.path.with_suffix(".json")
+        if not path.is_file():
+            raise BadSample("no mask")
+        return read_segments(path)
 
     def partner(self, rng):
         """(another `Pair` with a concept in common, that concept's id); None if there is none, and

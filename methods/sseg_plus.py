@@ -27,6 +27,7 @@ from machinery.networks import backbones
 from machinery.networks.layers import Normalise
 from machinery.parallel import sum_over_processes
 from machinery.settings import MISSING, check_value, setting
+from machinery.training.shards import BadSample
 from model import BackboneSettings, best_synonym, create_trunk, patch_tokens
 
 # Brightness, contrast and saturation change by up to these fractions
@@ -176,6 +177,8 @@ class SSegPlus(Method):
             raise ValueError("sseg-plus needs image files, whose names find their label maps: "
                              "--train-data FOLDER; not tars, nor the toy world")
         path = Path(settings.labels) / f"{pair.path.stem}_mask.png"
+        if not path.is_file():
+            raise BadSample("no mask")
         labels = torch.from_numpy(read_mask(path)).long()                           # (H, W)
         classes = count_classes(settings.labels)
         if labels.min() < 0 or labels.max() >= classes:

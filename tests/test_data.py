@@ -28,7 +28,7 @@ from machinery.tokenizer import tokenize
 from machinery.toy import PLURALS, STUFF, THINGS, TOY_CLASSES, ToyScenes, is_scene, toy_scene
 from machinery.training.captions import read_captions
 from machinery.training.loading import Paths, Texts
-from machinery.training.shards import BAD
+from machinery.training.shards import BAD, BadSample
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
 needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photographs in {PHOTOS}")
@@ -409,6 +409,8 @@ def test_masks_beside_an_image(tmp_path):
         (tmp_path / "sa_1.json").write_text(json.dumps(written))
         [mask] = Pair(tmp_path / "sa_1.png", 8).masks()         # 2 x no, 3 x yes, no; by column
         assert mask.tolist() == [[False, True, True], [False, True, False]]
+    with pytest.raises(BadSample, match="no mask"):
+        Pair(tmp_path / "sa_2.png", 8).masks()
     for other in (None, [3], {}, {"annotations": [{"segmentation": [[1, 2]]}]}, [
             {"segmentation": {"size": [8000, 8000], "counts": ""}}] * 100):
         (tmp_path / "sa_1.json").write_text(json.dumps(other))

@@ -357,7 +357,9 @@ def test_broken_states_are_left_out(reference, copied, capsys):
 @pytest.mark.parametrize("place, value", [
     ("training.step", "3"), ("training.step", None), ("training.step", -1), ("training", []),
     ("settings.backbone", 3), ("left_out", [0]), ("left_out", "none"), ("skipped", "0"),
-    ("method", None), ("training.steps", None), ("training.step", 1e300), ("format", "simzss-2")])
+    ("method", None), ("training.steps", None), ("training.step", 1e300), ("format", "simzss-2"),
+    ("training.step", 10 ** 9), ("left_out", [10 ** 30] * 8), ("skipped", 10 ** 40), ("scaler", 3),
+    ("scaler", {"x": 1}), ("scaler", {"scale": "x"})])
 def test_states_with_wrong_settings_are_left_out(copied, capsys, place, value):
     """--resume auto takes the state before one whose settings are missing or of another type, with
     the usual warning (test_checkpoint.py has more of them)."""
@@ -374,6 +376,17 @@ def test_states_with_wrong_settings_are_left_out(copied, capsys, place, value):
     write_state(newest, header, tensors)
     assert find_state("auto", copied).step == 5
     assert f"{newest} cannot be read and is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("positions", [
+    torch.zeros(0, 0, dtype=torch.int64), torch.zeros(1, 1), torch.full((1, 1), -5),
+    torch.full((1, 1), 2 ** 62), torch.zeros(3, dtype=torch.int64)])
+def test_states_with_wrong_positions_are_left_out(copied, positions):
+    """Positions in tars that are no table of whole numbers, or beyond all bounds, are no state."""
+    newest = state_files(copied)[0]
+    header, tensors = read_tensors(newest)
+    write_state(newest, header, {**tensors, "positions": positions})
+    assert find_state("auto", copied).step == 5
 
 
 def test_only_broken_states_end_the_run(tmp_path, fails):

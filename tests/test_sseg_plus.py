@@ -19,6 +19,7 @@ from data import Pair
 from machinery import toy
 from machinery.networks.checkpoint import load_model
 from machinery.settings import read
+from machinery.training.shards import BadSample
 from methods.sseg_plus import SSegPlus, cut_out, read_class_list
 from processes import check_two_processes
 
@@ -156,7 +157,7 @@ def test_bad_label_maps_are_refused(sample):
         sample("b", (40, 30))
     with pytest.raises(ValueError, match="holds -1 to 0; expected 0 to 1"):
         sample("d", (40, 30))
-    with pytest.raises(FileNotFoundError, match="no mask"):
+    with pytest.raises(BadSample, match="no mask"):
         sample("c", (40, 30))
     with pytest.raises(ValueError, match="is 40 x 30, its image 30 x 40: not of the same shape"):
         sample("a", (30, 40))

@@ -12,7 +12,7 @@ import torch
 from machinery.files import fill, read_tensors, save_tensors
 from machinery.networks.checkpoint import frozen_sha256, header_of, read_header
 from machinery.parallel import sum_over_processes
-from machinery.settings import as_mapping, differences
+from machinery.settings import abbreviate, as_mapping, check_value, differences
 from machinery.training.shards import BAD
 
 
@@ -60,14 +60,27 @@ class State:
         self.header, self.tensors = read_tensors(path)
         read_header(self.header, path)              # checked here, compared in `check`
         self.training = self.header["training"]
-        self.step = self.training.get("step")
-        self.left_out = self.header.get("left_out", [0] * len(BAD))
-        self.skipped = self.header.get("skipped", 0)
-        self.is_finished = self.step == self.training.get("steps")
-        numbers = [self.step, self.training.get("steps"), self.skipped, *self.left_out]
-        if not all(type(number) is int and number >= 0 for number in numbers) \
-                or len(self.left_out) != len(BAD):
-            raise ValueError("step, steps, skipped or left_out are no whole numbers")
+        number = {"least": 0, "most": 2 ** 50}
+        self.step = check_value(self.training.get("step"), int, number, "step")
+        steps = check_value(self.training.get("steps"), int, number, "steps")
+        self.skipped = check_value(self.header.get("skipped", 0), int, number, "skipped")
+        left_out = self.header.get("left_out", [0] * len(BAD))
+        self.left_out = list(check_value(left_out, tuple[int, ...], number, "left_out"))
+        self.left_out += [0] * (len(self.left_out) == len(BAD) - 1)     # before "no mask"
+        self.is_finished = self.step == steps
+        if self.step > steps or len(self.left_out) != len(BAD):
+            raise ValueError(f"it is at step {self.step} of {steps}, with {len(self.left_out)} "
+                             "reasons to leave pairs out")
+        scaler = self.header.get("scaler") or {}
+        check_value(scaler, dict, {}, "scaler")
+        check_value(list(scaler.values()), tuple[float, ...], number, "scaler")
+        if scaler and scaler.keys() != torch.amp.GradScaler("cpu").state_dict().keys():
+            raise ValueError(f"scaler has {abbreviate(list(scaler))}")
+        positions = self.positions
+        if positions is not None and (positions.dtype != torch.int64 or positions.ndim != 2
+                                      or not len(positions.flatten()) or positions.min() < 0
+                                      or positions.max() > 2 ** 50):
+            raise ValueError("its positions in tars are no table of whole numbers")
         if "scaler" not in self.header and not self.is_finished:
             raise ValueError("it is the checkpoint of an unfinished run, no state")
 

@@ -18,8 +18,9 @@ from machinery.images import IMAGE_SUFFIXES, is_hidden
 
 MAX_CAPTION = 2000                                  # characters; a longer text is no caption
 MAX_IMAGE = 100 * 2 ** 20                           # bytes; a header may claim any size
+# Why samples are left out, in the order of their counts
 BAD = ("cut tar", "no concepts", "no image", "bad image", "no caption", "empty caption",
-       "long caption", "caption not UTF-8")         # why samples are left out; the order of counts
+       "long caption", "caption not UTF-8", "no mask")
 BROKEN = (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError, RecursionError)
 
 
