@@ -9,11 +9,12 @@ from pathlib import Path
 CLASSES = Path(__file__).parents[1] / "classes"
 BENCHMARK_NAMES = ("voc", "voc20", "context", "context59", "coco-object", "coco-stuff",
                    "cityscapes", "ade20k")
+MAX_FILE = 16 * 2 ** 20                             # bytes of a text file of names
 
 
 def normalise_name(name):
-    """Lower case, hyphens and white space as single spaces: names are compared in this form."""
-    return " ".join(name.lower().replace("-", " ").split())
+    """Lower case, "-", "_" and white space as single spaces: names are compared in this form."""
+    return " ".join(re.sub("[-_]", " ", name.lower()).split())
 
 
 def read_lines(path):
@@ -22,6 +23,9 @@ def read_lines(path):
     if not path.is_file():
         raise FileNotFoundError(f"no class file {path}: expected a text file with one class name "
                                 "per line")
+    if path.stat().st_size > MAX_FILE:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; expected one class name per "
+                         "line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -30,11 +34,11 @@ def read_lines(path):
     return [line for line in lines if line.strip()]
 
 
-def split_names(text):
+def split_names(text, source="names"):
     """Names with commas between. "_" is a space, and what cannot be seen is no part of a name.
-    Raises ValueError for semicolons."""
+    Raises ValueError, which names the source, for semicolons."""
     if ";" in text:
-        raise ValueError(f"{text!r} has semicolons; expected names with commas between")
+        raise ValueError(f"{source}: {text!r} has semicolons; expected names with commas between")
     return [" ".join(visible(name).replace("_", " ").split()) for name in text.split(",")]
 
 
@@ -50,7 +54,7 @@ def read_labels(path):
     lines = read_lines(path)
     bare = [line for line in lines if ":" not in line]
     if len(bare) == len(lines):
-        return None, [split_names(line) for line in lines]
+        return None, [split_names(line, path) for line in lines]
     if bare:
         raise ValueError(f'{path}: some lines begin with a label, as in "7: road", and some, such '
                          f"as {bare[0]!r}, do not")
@@ -58,7 +62,7 @@ def read_labels(path):
     twice = [label for label, times in Counter(labels).items() if times > 1]
     if twice:
         raise ValueError(f"{path}: the label {twice[0]!r} is there twice")
-    return labels, [split_names(line.partition(":")[2]) for line in lines]
+    return labels, [split_names(line.partition(":")[2], path) for line in lines]
 
 
 def visible(text):
@@ -87,7 +91,7 @@ def name_classes(text):
         return read_classes(text)
     if ":" in text:
         raise ValueError(f"--classes {text!r} has a colon; labels are for class files")
-    return check_classes([[name] for name in split_names(text)], "--classes")
+    return check_classes([[name] for name in split_names(text, "--classes")], "--classes")
 
 
 def looks_like_file(text):

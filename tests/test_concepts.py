@@ -417,7 +417,8 @@ def test_bank_by_name(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b"", "no class names found, expected at least one"), (b"\n \n", "no class names found"),
     (b"dog\ncat,\n", "an empty class name"), (b"dog\ncat\nDOG\n", "duplicate class name 'dog'"),
-    (b"caf\xe9\n", "")])
+    (b"caf\xe9\n", ""), (b"7: road\nsky\n", "some lines begin with a label"),
+    (b"cat; dog\n", "expected names with commas"), (b"a\n" * 2 ** 24, "has 33,554,432 bytes")])
 def test_bad_class_file(tmp_path, content, message):
     """The error for a class file without usable names names the file and what is wrong with it."""
     (tmp_path / "bank.txt").write_bytes(content)
