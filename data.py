@@ -326,8 +326,8 @@ def asks_for_caption(sample, pair):
     """Whether a method takes the caption of a pair, which has none; if its image is readable."""
     try:
         draw_sample(sample, pair, 0)
-    except BadSample:
-        return True
+    except BadSample as error:
+        return str(error) == "no caption"           # not "no mask"
     except (ValueError, OSError):
         pass
     return False
