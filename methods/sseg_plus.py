@@ -181,9 +181,8 @@ class SSegPlus(Method):
             raise BadSample("no mask")
         labels = torch.from_numpy(read_mask(path)).long()                           # (H, W)
         classes = count_classes(settings.labels)
-        if labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"{path} holds {labels.min()} to {labels.max()}; expected 0 to "
-                             f"{classes - 1}")
+        if labels.max() >= classes:
+            raise ValueError(f"{path} holds {labels.max()}; expected 0 to {classes - 1}")
         image = pair.image()
         refuse_other_shape(path, labels, image)
         labels = F.interpolate(labels[None, None].float(), (image.height, image.width))[0, 0].long()

@@ -153,9 +153,9 @@ def test_a_label_map_belongs_to_its_image(sample):
 
 def test_bad_label_maps_are_refused(sample):
     """An index that is no class, a missing map, one of another image, an image without a file."""
-    with pytest.raises(ValueError, match="holds 3 to 3; expected 0 to 1"):
+    with pytest.raises(ValueError, match="holds 3; expected 0 to 1"):
         sample("b", (40, 30))
-    with pytest.raises(ValueError, match="holds -1 to 0; expected 0 to 1"):
+    with pytest.raises(ValueError, match="is a TIFF.*expected a PNG"):    # a PNG has none below 0
         sample("d", (40, 30))
     with pytest.raises(BadSample, match="no mask"):
         sample("c", (40, 30))
