@@ -37,8 +37,8 @@ from machinery.tokenizer import CONTEXT_LENGTH, tokenize
 TEXT_TOWERS = {384: (384, 6), 1024: (768, 12)}      # D -> (width, heads) of CLIP's tower
 DEFAULT_TEXT_TOWER = (512, 8)                       # for ViT-B's D, 768, and any other
 MAX_LOGIT_SCALE = 100.0                             # CLIP's bound on the learned 1 / temperature
-GROUP = 16                                          # captions of like length encoded together;
-GPU_GROUP = 256                                     # a GPU needs more to be busy
+LONGER = 1.2                                        # longest / shortest of captions that are encoded
+GROUP = 4096                                        # together, and how many of them, at most
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,7 +143,10 @@ def prompt_ensemble(classes, templates, embed, normalise_each=True, batch=256):
     names = [name for synonyms in classes for name in synonyms]
     around = [template.split("{}", 1) for template in templates]
     prompts = [(before, name, after) for name in names for before, after in around]
-    embedded = torch.cat([embed(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
+    order = sorted(range(len(prompts)), key=lambda i: len("".join(prompts[i])))
+    by_length = [prompts[i] for i in order]         # of like length together: less padding
+    embedded = torch.cat([embed(by_length[i:i + batch]) for i in range(0, len(prompts), batch)])
+    embedded = embedded[torch.tensor(order).argsort()]
     if normalise_each:
         embedded = F.normalize(embedded, dim=-1)
     mean = embedded.view(len(names), len(templates), -1).mean(dim=1)                # (names, D)
@@ -283,6 +286,21 @@ class TextSettings:
         12, "layers of the text encoder; few for few captions", least=1, flag="text-layers")
 
 
+def groups_of_like_length(lengths):
+    """[(size, longest length)] of groups of captions, by their lengths in rising order.
+
+    Padding costs time, and so do many small groups on a GPU: lengths in a group are alike, up to
+    the ratio LONGER.
+    """
+    groups = []
+    for length in lengths:
+        if not groups or length > LONGER * shortest or groups[-1][0] == GROUP:
+            shortest = length
+            groups.append((0, length))
+        groups[-1] = (groups[-1][0] + 1, length)
+    return groups
+
+
 class TextEncoder(nn.Module):
     """CLIP's causal text transformer from random initial weights (section 4).
 
@@ -310,14 +328,15 @@ class TextEncoder(nn.Module):
     def states(self, tokens, embedded=None):
         """Hidden states after the final LayerNorm (B, T, width), and end positions (B,).
 
-        tokens: (B, 77) int64. embedded: (B, at least T, width), the tokens' embeddings, if known.
+        tokens: (B, 77) int64. embedded: (B, T, width), embeddings of the first T tokens, if known.
         Captions are cut to the longest, T: attention is causal, so no state depends on padding.
         """
         end = self.ends(tokens)                                                     # (B,)
-        T = max(end.tolist(), default=0) + 1
         if embedded is None:
-            embedded = self.tower.token_embedding(tokens[:, :T])
-        x = embedded[:, :T] + self.tower.positional_embedding[:T]                   # (B, T, width)
+            longest = max(end.tolist(), default=0) + 1              # waits for the device
+            embedded = self.tower.token_embedding(tokens[:, :longest])
+        T = embedded.shape[1]
+        x = embedded + self.tower.positional_embedding[:T]                          # (B, T, width)
         x = self.tower.transformer(x, attn_mask=self.tower.attn_mask[:T, :T])
         return self.tower.ln_final(x), end
 
@@ -404,16 +423,16 @@ class SimZSS(Method):
     def encode(self, batch):
         """Returns caption (B, D) and concepts, the occurrences' embeddings (B, M, D). Captions of
         like length are computed together: that saves padding."""
-        order = self.text.ends(batch["tokens"]).argsort(stable=True)
+        ends, order = self.text.ends(batch["tokens"]).sort(stable=True)             # (B,)
+        sizes, longest = zip(*groups_of_like_length((ends + 1).tolist()))   # waits for the device
         tokens = batch["tokens"][order]                                             # (B, 77)
         spans = batch["concepts"][order, :, 1:]                                     # (B, M, 2)
-        size = GPU_GROUP if tokens.is_cuda else GROUP
         with self.autocast():
             # Looked up once: the gradient of the embedding table is as large as the vocabulary
-            T = int(self.text.ends(tokens[-1])) + 1
-            embedded = self.text.tower.token_embedding(tokens[:, :T])               # (B, T, width)
-            groups = zip(tokens.split(size), spans.split(size), embedded.split(size))
-            captions, concepts = zip(*[self.encode_texts(*group) for group in groups])
+            embedded = self.text.tower.token_embedding(tokens[:, :longest[-1]])     # (B, T, width)
+            groups = zip(tokens.split(sizes), spans.split(sizes), embedded.split(sizes), longest)
+            captions, concepts = zip(*[self.encode_texts(tokens, spans, embedded[:, :T])
+                                       for tokens, spans, embedded, T in groups])
         back = order.argsort()
         return {"caption": torch.cat(captions)[back], "concepts": torch.cat(concepts)[back]}
 

@@ -217,7 +217,8 @@ class Prompts(nn.Module):
         if len(free) < count or tokens[-1] != 0:
             raise ValueError(f"--prompt with --free-tokens {count} is longer than the context of "
                              f"{len(tokens)} tokens")
-        self.register_buffer("tokens", tokens, persistent=False)            # (77,)
+        tokens = tokens[:text.ends(tokens) + 1]
+        self.register_buffer("tokens", tokens, persistent=False)            # (T,)
         self.register_buffer("free", free, persistent=False)                # (J,)
         table = text.tower.token_embedding.weight                           # (vocabulary, width)
         words = torch.randint(len(table) - 10, (settings.pseudo_classes, count))
@@ -226,7 +227,7 @@ class Prompts(nn.Module):
     def forward(self, text):
         """Unit-norm text embeddings (C, D)."""
         C = len(self.words)
-        embedded = text.tower.token_embedding(self.tokens).expand(C, -1, -1)        # (C, 77, width)
+        embedded = text.tower.token_embedding(self.tokens).expand(C, -1, -1)        # (C, T, width)
         embedded = embedded.index_copy(1, self.free, self.words)
         return text(self.tokens.expand(C, -1), embedded)[0]
 

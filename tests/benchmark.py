@@ -9,6 +9,7 @@ ViT-B/14 with random weights, which are as fast as any. About eight minutes on t
 """
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
@@ -86,32 +88,77 @@ def optimizer_of(model):
 # --------------------------------------------------------------------------------------------------
 # The rows
 
-def text_rows(model, captions, rounds, batch=256):
-    """The text encoder there and back: padded to the context, cut to the longest of the batch, in
-    groups of like length."""
-    tokens = torch.stack([tokenize(caption) for caption in captions[:batch]])
-    padded = tokens.clone()
-    padded[0, 1:-1] = 320                           # one caption as long as the context: no cut
-    padded[0, -1] = tokens.max()
-    concepts = torch.tensor([0, 1, 2]).expand(batch, 1, 3)
-    usual = model_file.GROUP
+class Operations(TorchDispatchMode):
+    """Counts torch's operations in a with block; on a GPU each is a kernel, or a few."""
+    count = 0
 
-    def encode(tokens, group):
+    def __torch_dispatch__(self, operation, types, args=(), options=None):
+        self.count += not operation.is_view
+        return operation(*args, **(options or {}))
+
+
+def text_rows(model, captions, rounds, batch=128):
+    """The text encoder there and back: padded to the context, cut to the longest caption, in groups
+    of like length. How many operations that takes, and how much padding."""
+    usual = model_file.LONGER, model_file.GROUP
+
+    def load(batch):
+        tokens = torch.stack([tokenize(captions[i % len(captions)]) for i in range(batch)])
+        return {"tokens": tokens, "concepts": torch.tensor([0, 1, 2]).expand(batch, 1, 3)}
+
+    def encode(model, loaded, longer, group):
+        """longer, group: of model.py."""
+        model_file.LONGER, model_file.GROUP = longer, group
         model.zero_grad()
-        model_file.GROUP = group
-        encoded = model.encode({"tokens": tokens, "concepts": concepts})
-        model_file.GROUP = usual
+        encoded = model.encode(loaded)
         (encoded["caption"].sum() + encoded["concepts"].sum()).backward()
+        model_file.LONGER, model_file.GROUP = usual
 
-    full, cut, in_groups = interleaved(rounds, lambda: encode(padded, batch),
-                                       lambda: encode(tokens, batch),
-                                       lambda: encode(tokens, usual))
-    lengths = tokens.argmax(dim=-1) + 1
-    print(f"# {batch} captions of {lengths.float().mean():.1f} tokens on average, "
-          f"{int(lengths.max())} at most")
-    print_row("text: padded -> cut to the longest", full, cut)
-    print_row("text: cut -> also in groups by length", cut, in_groups)
-    print_row("text: padded -> cut and in groups by length", full, in_groups, "at least 3.5")
+    few = load(32)                                  # more of them, padded, need more than 4 GB
+    padded = {**few, "tokens": few["tokens"].clone()}
+    padded["tokens"][0, 1:-1] = 320                 # one caption as long as the context: no cut
+    padded["tokens"][0, -1] = few["tokens"].max()
+    print_row("text of 32: padded -> cut, in groups of like length", *interleaved(
+        rounds, lambda: encode(model, padded, math.inf, 32), lambda: encode(model, few, *usual),
+        clock=time.process_time), "at least 3.5")
+    loaded = load(batch)
+    cut, by_16, by_length = interleaved(
+        rounds, lambda: encode(model, loaded, math.inf, batch),
+        lambda: encode(model, loaded, math.inf, 16), lambda: encode(model, loaded, *usual),
+        clock=time.process_time)
+    print_row(f"text of {batch}: cut to the longest -> in groups", cut, by_length)
+    print_row(f"text of {batch}: groups of 16 -> of like length", by_16, by_length)
+
+    loaded = load(1024)
+    lengths = sorted((loaded["tokens"].argmax(dim=-1) + 1).tolist())
+    small = build(model.bank, backbone={"name": "toy"}, text={"width": 32, "heads": 2})
+    for name, longer, group in (("of 16", math.inf, 16), ("of 256", math.inf, 256),
+                                ("of like length", *usual)):
+        with Operations() as operations:
+            encode(small, loaded, longer, group)
+        model_file.LONGER, model_file.GROUP = longer, group
+        groups = model_file.groups_of_like_length(lengths)
+        model_file.LONGER, model_file.GROUP = usual
+        padding = sum(size * longest for size, longest in groups) / sum(lengths)
+        print(f"# text of 1,024 in groups {name}: {len(groups)} groups, {operations.count:,} "
+              f"operations, {padding:.2f} x the tokens")
+
+
+def lookup_rows(rounds):
+    """The backward pass of the embedding look-up: a part at a time by index, and by split."""
+    table = torch.nn.Embedding(49408, 512)
+
+    def backward(tokens, parts_of):
+        table.zero_grad()
+        sum(part.square().sum() for part in parts_of(table(tokens))).backward()
+
+    for rows in (512, 1024, 2048):
+        tokens = torch.randint(49408, (rows, 16))
+        index = torch.arange(rows).split(16)
+        print_row(f"embeddings of {rows:4} captions: by index -> split", *interleaved(
+            rounds, lambda: backward(tokens, lambda embedded: [embedded[part] for part in index]),
+            lambda: backward(tokens, lambda embedded: embedded.split(16)),
+            clock=time.process_time))
 
 
 def step_rows(model, captions, bank, rounds, batch=32, size=224):
@@ -331,6 +378,7 @@ def main(argv=None):
         window_rows(args.rounds, args.device)
     if "text" in args.rows:
         text_rows(model, captions, args.rounds)
+        lookup_rows(args.rounds)
     if "step" in args.rows:
         step_rows(model, captions, bank, args.rounds)
     if args.device == "cuda":

@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from concepts import token_spans
 from conftest import tiny
 from machinery.tokenizer import tokenize
 from machinery.training.loading import encode_in_micro_batches
-from model import (TextEncoder, best_synonym, class_weights, concept_embeddings,
-                   concept_loss, global_loss, prompt_ensemble, similarity_pool)
+from model import (TextEncoder, best_synonym, class_weights, concept_embeddings, concept_loss,
+                   global_loss, groups_of_like_length, prompt_ensemble, similarity_pool)
 from reference import CAPTIONS, losses_of, same, training_batch
 
 
@@ -274,6 +275,34 @@ def test_captions_in_order_of_length_are_the_captions_one_by_one(model):
     for name, expected in one_by_one(batch).items():
         same(found[name], expected, rtol=1e-5, atol=1e-6)
     assert_close(gradients(model, model.encode, batch), gradients(model, one_by_one, batch))
+
+
+def test_groups_are_of_like_length(monkeypatch):
+    """A group ends where a caption is more than 1.2 times as long as its first, or where it is
+    full."""
+    lengths = [5, 6, 6, 7, 8, 9, 20, 20, 20]
+    assert groups_of_like_length(lengths) == [(3, 6), (2, 8), (1, 9), (3, 20)]
+    monkeypatch.setattr("model.GROUP", 2)
+    assert groups_of_like_length(lengths) == [(2, 6), (2, 7), (2, 9), (2, 20), (1, 20)]
+
+
+class Called(TorchDispatchMode):
+    """Names of torch's operations in a with block."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operation, types, args=(), options=None):
+        self.names.append(operation.name())
+        return operation(*args, **(options or {}))
+
+
+def test_embeddings_are_looked_up_once(model):
+    """The gradient of the table of embeddings is made once, not for each group of captions."""
+    with Called() as called:
+        gradients(model, model.encode, many_captions())
+    assert called.names.count("aten::embedding_dense_backward") == 1
 
 
 @pytest.mark.parametrize("size", [1, 7, 40])
