@@ -293,8 +293,9 @@ def groups_of_like_length(lengths):
     the ratio LONGER.
     """
     groups = []
+    shortest = 0                                    # of the last group
     for length in lengths:
-        if not groups or length > LONGER * shortest or groups[-1][0] == GROUP:
+        if length > LONGER * shortest or groups[-1][0] == GROUP:
             shortest = length
             groups.append((0, length))
         groups[-1] = (groups[-1][0] + 1, length)

@@ -21,6 +21,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torchvision.transforms import InterpolationMode
 
@@ -32,7 +33,6 @@ from machinery.networks.checkpoint import load_model
 from machinery.networks.layers import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from machinery.parallel import global_mean
 from machinery.settings import as_mapping, differences, setting
-from methods.parts.clustering import assign
 from methods.parts.grouping import (MIXING, EntityDecoder, ImageEncoder, ImageSettings, Projector,
                                     enlarge, groups_in_use, patch_logits)
 from methods.parts.sentences import MASK, Bert, ScratchText, SentenceSettings, tokenize
@@ -156,7 +156,7 @@ def match_groups(student, teacher):
     a = F.normalize(student.detach(), dim=-1)
     b = F.normalize(teacher, dim=-1)
     cost = (2 - 2 * a @ b.transpose(1, 2)).clamp(min=0).sqrt().nan_to_num()         # (B, K, K)
-    found = [torch.from_numpy(assign(one)) for one in cost.cpu().numpy()]
+    found = [torch.from_numpy(linear_sum_assignment(one)[1]) for one in cost.cpu().numpy()]
     return torch.stack(found).to(student.device)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from machinery.contract import Method, Protocol
@@ -26,7 +27,7 @@ from machinery.networks.layers import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from machinery.parallel import sum_over_processes
 from machinery.settings import setting
 from machinery.tokenizer import tokenize
-from methods.parts.clustering import assign, kmeans
+from methods.parts.clustering import kmeans
 from methods.parts.maskformer import (STRIDE, PixelDecoder, SwinMaps, ToyMaps, TransformerDecoder,
                                       mlp)
 from model import (MAX_LOGIT_SCALE, BackboneSettings, TextEncoder, TextSettings, VisionBackbone,
@@ -144,7 +145,7 @@ def match(costs, present):
     pairs = []
     for image, there in enumerate(present.cpu().numpy()):
         targets = there.nonzero()[0]
-        queries = assign(costs[image][:, targets].T)
+        _, queries = linear_sum_assignment(costs[image][:, targets].T)
         pairs += [(image, query, target) for query, target in zip(queries, targets)]
     return torch.tensor(pairs, device=present.device).unbind(dim=1)
 

@@ -1,5 +1,4 @@
-"""K-means over the tokens of each image, and exact one-to-one assignment."""
-import numpy as np
+"""K-means over the tokens of each image."""
 import torch
 
 
@@ -30,7 +29,7 @@ def kmeans(tokens, clusters, steps=10, first=None, tolerance=None):
             shift = (moved - centres).square().sum(dim=(1, 2), keepdim=True)
             moving = moving & (shift > tolerance)
         centres = moved
-        if not moving.any():
+        if tolerance is not None and not moving.any():      # waits for the device
             break
     return nearest(tokens, centres)
 
@@ -54,44 +53,3 @@ def farthest_tokens(tokens, count):
         to_nearest = to_nearest.minimum((tokens - centre).square().sum(dim=-1))
         chosen.append(to_nearest.argmax(dim=1))
     return torch.stack(chosen, dim=1)
-
-
-def assign(cost):
-    """The one-to-one assignment of rows to columns with the least total cost.
-
-    cost: (rows, columns) array, rows <= columns, finite. Returns the column of each row, (rows,).
-    Shortest augmenting paths with potentials: each row in turn takes the cheapest path of
-    reassignments to a free column. Raises ValueError for a cost that is not finite.
-    """
-    cost = np.asarray(cost, float)
-    if not np.isfinite(cost).all():
-        raise ValueError("the costs of an assignment are not finite")
-    rows, columns = cost.shape
-    row_potential = np.zeros(rows)
-    column_potential = np.zeros(columns + 1)
-    owner = np.full(columns + 1, -1)                # row that has the column
-    for new_row in range(rows):
-        owner[-1] = new_row                         # one more column, where its path begins
-        column = columns
-        least = np.full(columns, np.inf)            # cost of the cheapest path to each column
-        came_from = np.full(columns, -1)            # column before it on that path
-        done = np.zeros(columns + 1, bool)
-        while owner[column] >= 0:
-            done[column] = True
-            row = owner[column]
-            reduced = cost[row] - row_potential[row] - column_potential[:-1]
-            better = ~done[:-1] & (reduced < least)
-            least[better] = reduced[better]
-            came_from[better] = column
-            column = int(np.where(done[:-1], np.inf, least).argmin())
-            step = least[column]
-            row_potential[owner[done]] += step
-            column_potential[done] -= step
-            least -= step
-        while column != columns:                    # hand the columns on along the path
-            owner[column] = owner[came_from[column]]
-            column = came_from[column]
-    taken = np.flatnonzero(owner[:-1] >= 0)
-    result = np.empty(rows, int)
-    result[owner[taken]] = taken
-    return result
