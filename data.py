@@ -40,7 +40,7 @@ class Pair:
     caption: str.
     concepts: (M, 3) int64, rows of (bank id, first token, end token), or None.
     bank: the `ConceptBank` of these ids, or None.
-    features: what `Method.features` made of the image, with --cache-features, else None.
+    features: with --cache-features, what stands for the image's features in an item, else None.
     find_partner: function rng -> see `partner`, or None.
     In place of image or caption there may be a `BadSample`, which is raised when it is asked for.
     """
@@ -127,8 +127,8 @@ class CaptionedImages(Dataset):
     annotations, bank: `Annotations` of the captions with ids of this bank; None = no concepts.
     `cache`, a `FeatureCache`, may be set later.
 
-    An item is asked for by (position in the run, number of the pair). The position seeds its random
-    numbers. A pair that cannot be used is replaced by the next one.
+    An item is asked for by (position in the run, its place among the pairs in use). The position
+    seeds its random numbers. A pair that cannot be used is replaced by the next one.
     """
     positions = None                                # only readers of tars have some
 
@@ -141,9 +141,15 @@ class CaptionedImages(Dataset):
         self.annotations = annotations
         self.bank = bank
         self.cache = None
+        self.used = np.arange(len(images))          # numbers of the pairs in use
 
     def __len__(self):
-        return len(self.images)
+        return len(self.used)
+
+    def use(self, count):
+        """Use so many of the pairs only, drawn by the seed; with a larger count these stay."""
+        drawn = np.random.default_rng(self.seed).permutation(len(self.images))[:count]
+        self.used = np.sort(drawn)
 
     def pair(self, i):
         concepts = None
@@ -151,7 +157,8 @@ class CaptionedImages(Dataset):
         if self.annotations is not None:
             concepts = self.annotations.of(i)
             find_partner = partial(self.partner, i)
-        features = self.cache.read(i) if self.cache else None
+        # A row of the cache, for which `BatchStream` puts the features
+        features = {"row": torch.tensor(self.cache.row_of(i))} if self.cache else None
         return Pair(self.images[i], self.size, self.captions[i], concepts, self.bank, features,
                     find_partner)
 
@@ -163,7 +170,7 @@ class CaptionedImages(Dataset):
         position, wanted = place
         bad = np.zeros(len(BAD), np.int64)
         while bad.sum() < 10:
-            i = int(wanted + bad.sum()) % len(self)
+            i = int(self.used[(wanted + bad.sum()) % len(self)])
             try:
                 item = draw_sample(self.sample, self.pair(i), (self.seed, position))
                 return {**item, "key": torch.tensor(i), "bad": torch.from_numpy(bad)}
@@ -191,6 +198,7 @@ class CaptionedTars(IterableDataset):
     sample, size, seed: see `CaptionedImages`.
     concepts: `Concepts`; None = pairs need none.
     """
+    cache = None                                    # of features: only single images have one
 
     def __init__(self, paths, sample, size, seed=0, concepts=None):
         self.paths = paths
@@ -344,19 +352,17 @@ class GlobalBatches(Sampler):
     follow one another without a gap: a batch may hold the end of one and the start of the next.
 
     length: pairs of the data.
-    settings: of the run: batch, epoch_pairs, seed, and pairs: so many of the data are used, drawn
-        by the seed; with a larger number these stay, and others are added.
+    settings: of the run: batch, epoch_pairs, seed.
     steps: range of the steps to come.
     rank, world: this process among all.
     loader_batch: pairs that are loaded at a time, a divisor of the local batch; None: all.
-    Yields lists of (position in the run, number of the pair).
+    Yields lists of (position in the run, place among the pairs in use).
     """
 
     def __init__(self, length, settings, steps, rank=0, world=1, loader_batch=None):
-        chosen = np.random.default_rng(settings.seed).permutation(length)[:settings.pairs]
-        self.data = np.sort(chosen)
+        self.length = length
         self.batch = settings.batch
-        self.epoch_pairs = min(settings.epoch_pairs or len(self.data), len(self.data))
+        self.epoch_pairs = min(settings.epoch_pairs or length, length)
         self.seed = settings.seed
         self.steps = steps
         self.rank = rank
@@ -369,7 +375,7 @@ class GlobalBatches(Sampler):
     def __iter__(self):
         @lru_cache(maxsize=1)
         def order(epoch):
-            return np.random.default_rng((self.seed, epoch)).permutation(self.data)
+            return np.random.default_rng((self.seed, epoch)).permutation(self.length)
 
         for step in self.steps:
             first = step * self.batch + self.rank * self.local_batch

@@ -189,6 +189,8 @@ def train(recipe, processes):
                        settings.images, settings.seed, settings.epoch_pairs,
                        processes.first_process_first)
     length = length_of_run(settings, pairs)
+    if settings.pairs:
+        pairs.use(settings.pairs)
 
     # Model: built after the data was found, because it may download
     method = recipe.method(recipe.model, concepts.bank.names if concepts else (), training=True)

@@ -108,13 +108,13 @@ class Method(nn.Module):
 
     @staticmethod
     def sample(pair, rng, settings):
-        """What training needs of a `data.Pair`: dict of tensors; "key", "bad" and "position" are
-        names of the loader. Runs in data workers.
+        """What training needs of a `data.Pair`: dict of tensors; "key", "bad", "position" and "row"
+        are names of the loader. Runs in data workers.
 
         rng: NumPy generator, seeded by the position in the run, as is torch's global generator,
-        which torchvision uses. With --cache-features `pair.features` holds what `features` made of
-        {"pixels": ...}, in float16. Tensors of one name may differ in their first dimension; they
-        are padded with -1.
+        which torchvision uses. With --cache-features `pair.features` is a dict to be returned in
+        place of {"pixels": ...}; the batch then has what `features` made of these, in float16.
+        Tensors of one name may differ in their first dimension; they are padded with -1.
         """
         raise NotImplementedError
 

@@ -355,17 +355,17 @@ def test_unreadable_image_is_replaced(tmp_path):
         assert item["concepts"].tolist() == same["concepts"].tolist() == [[2, 2, 3]]
         assert item["bad"].sum() == item["bad"][BAD.index("bad image")] == bad
     assert collate([pairs[7, 0], pairs[8, 2], pairs[9, 1]])["bad"].sum() == 3
-    pairs.cache = SimpleNamespace(read=lambda i: {"mean": torch.tensor(images[i].mean())})
+    pairs.cache = SimpleNamespace(row_of=lambda i: images[i].mean())
     pairs.sample = lambda pair, rng: pair.features
     with pytest.raises(AttributeError):             # a fault of the program is no bad pair
         pairs[7, 0]
 
-    def read(i):
+    def row_of(i):
         if i != 2:
             raise ValueError("it was unreadable when the features were computed")
-        return {"mean": torch.tensor(i)}
-    pairs.cache = SimpleNamespace(read=read)
-    assert pairs[7, 1]["mean"] == 2 and pairs[7, 1]["bad"].sum() == 1
+        return i
+    pairs.cache = SimpleNamespace(row_of=row_of)
+    assert pairs[7, 1]["row"] == 2 and pairs[7, 1]["bad"].sum() == 1
 
 
 def test_only_unreadable_images(tmp_path):
@@ -430,10 +430,10 @@ def test_workers_do_not_matter():
             assert torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key]))
 
 
-def batches(length, batch, steps, epoch_pairs, rank=0, world=1, seed=0, pairs=None, start=0,
+def batches(length, batch, steps, epoch_pairs, rank=0, world=1, seed=0, start=0,
             loader_batch=None):
     """`GlobalBatches` of a run with these settings."""
-    settings = SimpleNamespace(batch=batch, epoch_pairs=epoch_pairs, pairs=pairs, seed=seed)
+    settings = SimpleNamespace(batch=batch, epoch_pairs=epoch_pairs, seed=seed)
     return GlobalBatches(length, settings, range(start, steps), rank, world, loader_batch)
 
 
@@ -484,16 +484,27 @@ def test_a_run_goes_on_in_loader_batches():
 
 
 def test_only_some_of_the_pairs():
-    """pairs=4 uses the same 4 of 10 pairs in every epoch, each once. pairs=6 adds two to them.
-    Another seed uses others."""
-    four = numbers_of(10, 4, 30, 99, pairs=4)
-    epochs = [four[i:i + 4] for i in range(0, 120, 4)]
-    assert len(four) == 120 and len(set(four)) == 4
-    assert all(set(epoch) == set(four) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) > 10                    # each epoch in another order
-    six = set(numbers_of(10, 4, 30, 99, pairs=6))
-    assert set(four) < six and len(six) == 6
-    assert len({frozenset(numbers_of(10, 4, 30, 99, pairs=4, seed=i)) for i in range(9)}) > 3
+    """Of 10 pairs use(4) takes the same 4 each time, and those alone replace an unreadable one.
+    use(6) adds two to them. Another seed uses others."""
+    def used(count, seed=0):
+        pairs = CaptionedImages([noise(i) for i in range(10)], [""] * 10, None, 8, seed)
+        pairs.use(count)
+        assert len(pairs) == len(set(pairs.used)) == count
+        return pairs
+    four = used(4)
+    four.sample = lambda pair, rng: {}
+    assert [four[0, place]["key"] for place in range(4)] == four.used.tolist()
+    for i in four.used[1:]:
+        four.images[i] = None
+
+    def readable(pair, rng):
+        if pair._image is None:
+            raise ValueError
+        return {}
+    four.sample = readable
+    assert [four[0, place]["key"] for place in range(4)] == [four.used[0]] * 4
+    assert set(four.used) == set(used(4).used) < set(used(6).used)
+    assert len({frozenset(used(4, seed).used) for seed in range(9)}) > 3
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,13 +11,14 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 import train
 from conftest import ROOT, noise, read_log, tiny
 from data import CaptionedImages
 from machinery.images import to_pixels
 from machinery.parallel import Processes
-from machinery.training.features import BATCH, FeatureCache, open_cache
+from machinery.training.features import BATCH, CachedFeatures, FeatureCache, open_cache
 from model import create_trunk
 
 ALONE = Processes(0, 1, "cpu", "cpu")
@@ -68,12 +69,16 @@ def opened(folder, pairs, size=4, key="means", layout=COUNTS):
                         layout)
 
 
+def read(cache, numbers):
+    """Features of some pairs, as a batch has them."""
+    return CachedFeatures(cache, "cpu").of(torch.tensor([cache.row_of(i) for i in numbers]))
+
+
 def check_means(cache, numbers):
-    for i in numbers:
-        found = cache.read(i)
-        mean = torch.tensor([i % 256 / 256])
-        assert torch.equal(found["mean"], mean.half())
-        assert torch.equal(found["ramp"], (mean * torch.arange(1, 512)).half())
+    found = read(cache, numbers)
+    means = torch.tensor(numbers)[:, None] % 256 / 256
+    assert torch.equal(found["mean"], means.half())
+    assert torch.equal(found["ramp"], (means * torch.arange(1, 512)).half())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,14 +90,14 @@ def test_cached_features_are_those_of_the_whole_image(tmp_path):
     method = tiny()
     pairs = pairs_of([noise(i) for i in range(5)])
     cache = cache_of(tmp_path / "cache", pairs, method, SIZE)
-    for i in range(5):
-        image = pairs.pair(i).image().resize((SIZE, SIZE), Image.BICUBIC)
-        live = method.features({"pixels": to_pixels(image)[None]})
-        found = cache.read(i)
-        assert found.keys() == live.keys() == {"class_token", "patch_tokens"}
-        for name, value in found.items():
-            assert value.dtype == torch.float16 and value.shape == live[name].shape[1:]
-            torch.testing.assert_close(value.float(), live[name][0], atol=1e-3, rtol=0)
+    resize = v2.Resize((SIZE, SIZE), v2.InterpolationMode.BICUBIC)
+    pixels = torch.stack([resize(to_pixels(pairs.pair(i).image())) for i in (3, 0, 3)])
+    live = method.features({"pixels": pixels})
+    found = read(cache, [3, 0, 3])
+    assert found.keys() == live.keys() == {"class_token", "patch_tokens"}
+    for name, value in found.items():
+        assert value.dtype == torch.float16 and value.shape == live[name].shape
+        torch.testing.assert_close(value.float(), live[name], atol=1e-3, rtol=0)
 
 
 def test_training_from_cached_features(tmp_path, fails):
@@ -122,24 +127,32 @@ def test_pairs_share_their_image(tmp_path):
     method = Means()
     cache = cache_of(tmp_path / "cache", pairs, method)
     assert method.calls == [3]
-    assert torch.equal(cache.read(0)["ramp"], cache.read(2)["ramp"])
-    assert not torch.equal(cache.read(0)["ramp"], cache.read(3)["ramp"])
+    shared = read(cache, [0, 2, 3])["ramp"]
+    assert torch.equal(shared[0], shared[1]) and not torch.equal(shared[0], shared[2])
     for i in (1, 4):
         with pytest.raises(ValueError, match="1.png was unreadable when the features were"):
-            cache.read(i)
+            cache.row_of(i)
+
+
+def test_only_the_pairs_in_use(tmp_path):
+    """Features of the pairs in use are computed and stored, no others."""
+    pairs = plain(20)
+    pairs.use(6)
+    method = Means()
+    cache = cache_of(tmp_path, pairs, method)
+    assert method.calls == [6] and cache.file.stat().st_size == 6 * 1024
+    check_means(cache, pairs.used.tolist())
 
 
 def test_features_are_not_sent_to_workers(tmp_path):
-    """A worker that is not forked is told where the features are. None of them is sent to it, and
-    it reads the same."""
+    """A worker that is not forked is told the rows only: none of the features is sent to it."""
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for i, path in enumerate(paths):
         Image.fromarray(noise(i)).save(path)
     cache = cache_of(tmp_path / "cache", pairs_of(paths), Means())
-    cache.read(0)
     sent = pickle.dumps(cache)
     assert len(sent) < cache.file.stat().st_size
-    assert torch.equal(pickle.loads(sent).read(1)["ramp"], cache.read(1)["ramp"])
+    assert pickle.loads(sent).row_of(1) == cache.row_of(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,7 +169,7 @@ def test_processes_compute_each_row_once(tmp_path):
         cache.compute(lambda pixels: method.features({"pixels": pixels}), rank, world=3)
     assert [method.calls for method in methods] == [[BATCH, BATCH, 2]] * 3
     assert all(cache.finished() for cache in every)
-    check_means(every[0], range(6 * BATCH + 6))
+    check_means(every[0], list(range(6 * BATCH + 6)))
 
 
 def test_an_interrupted_computation_goes_on(tmp_path):
@@ -172,7 +185,7 @@ def test_an_interrupted_computation_goes_on(tmp_path):
         method = Means()
         cache.compute(lambda pixels: method.features({"pixels": pixels}), *processes)
         assert method.calls == calls
-    check_means(cache, range(4 * BATCH))
+    check_means(cache, list(range(4 * BATCH)))
 
 
 def contents(folder):
@@ -206,7 +219,7 @@ def test_rows_without_their_description(tmp_path):
     cache_of(tmp_path, plain(3), Means())
     (tmp_path / "features.json").unlink()
     method = Means()
-    check_means(cache_of(tmp_path, plain(3), method), range(3))
+    check_means(cache_of(tmp_path, plain(3), method), [0, 1, 2])
     assert method.calls == [3]
 
 

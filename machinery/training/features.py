@@ -11,12 +11,13 @@ import json
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from machinery.files import write_text
@@ -24,15 +25,16 @@ from machinery.images import to_pixels
 from machinery.training.workers import collate_tuples, start_data_worker
 
 MISSING, DONE, UNREADABLE = range(3)                # marks of a row
-TRANSFORM = "whole image, JPEG draft of twice the size, bicubic"
+TRANSFORM = "whole image, JPEG draft of twice the size, torch's bicubic"
 BATCH = 64                                          # images that are computed at a time
+GPU_PART = 0.5                                      # of a GPU's free memory that rows may fill
 
 
 class FeatureCache:
     """Features of images that are seen whole, squeezed to a square: fast, but no random crops.
 
     folder: where they are or will be, on a disk that all processes share.
-    pairs: `data.CaptionedImages`; several pairs may share an image.
+    pairs: `data.CaptionedImages`, of which those in use count; several may share an image.
     size: pixels of the square.
     key: JSON values that the features depend on.
     layout: {name: shape}, the tensors of one image, in the order of a row.
@@ -46,10 +48,14 @@ class FeatureCache:
         self.size = size
         self.layout = {name: list(shape) for name, shape in layout.items()}
         first = {}                                  # image -> its first pair
-        first_pair = [first.setdefault(i if isinstance(image, np.ndarray) else image, i)
-                      for i, image in enumerate(pairs.images)]
+        first_pair = []                             # of the image of each pair in use
+        for i in pairs.used.tolist():
+            image = pairs.images[i]
+            first_pair.append(first.setdefault(i if isinstance(image, np.ndarray) else image, i))
         # the first pair of each row's image; the row of each pair
-        self.first_pair, self.row = np.unique(first_pair, return_inverse=True)
+        self.first_pair, row = np.unique(first_pair, return_inverse=True)
+        self.row = np.full(len(pairs.images), -1)
+        self.row[pairs.used] = row
         self.shape = (len(self.first_pair), sum(map(math.prod, self.layout.values())))
         names = b"\n".join(identity(pairs.images[i]) for i in self.first_pair)
         self.prepare(json.dumps({
@@ -109,16 +115,24 @@ class FeatureCache:
         loader = DataLoader(WholeImages(self.pairs, self.size, self.first_pair[mine]), BATCH,
                             num_workers=workers, collate_fn=collate_tuples,
                             worker_init_fn=start_data_worker)
+
+        def write(rows, computed, readable):
+            values[rows] = computed
+            values.flush()
+            marks[rows] = np.where(readable, DONE, UNREADABLE)
+            marks.flush()
+            bar.update(len(rows))
+
         with tqdm(total=len(mine), desc=f"features, process {rank + 1} of {world}", unit=" images",
-                  disable=None if rank == 0 else True) as bar:
+                  disable=None if rank == 0 else True) as bar, ThreadPoolExecutor(1) as writer:
+            written = writer.submit(int)            # one batch is written while the next is computed
             for rows, (pixels, readable) in zip(batches, loader):
                 computed = features(pixels)
-                values[rows] = torch.cat([computed[name].flatten(1).half().cpu()
-                                          for name in self.layout], dim=1)
-                values.flush()
-                marks[rows] = np.where(readable, DONE, UNREADABLE)
-                marks.flush()
-                bar.update(len(rows))
+                computed = torch.cat([computed[name].flatten(1).half() for name in self.layout],
+                                     dim=1).cpu()
+                written.result()                    # raises what went wrong
+                written = writer.submit(write, rows, computed.numpy(), readable)
+            written.result()
 
     def read_marks(self):
         """Marks of all rows (images,), from the files of all processes."""
@@ -133,19 +147,41 @@ class FeatureCache:
         self.marks = self.read_marks()
         return bool(self.marks.all())
 
-    def read(self, i):
-        """Features of pair i: dict of float16 tensors. Raises ValueError for an unreadable image.
-
-        The file is opened for each read: a data worker that is not forked gets no rows sent.
-        """
+    def row_of(self, i):
+        """Row of pair i, which is in use. Raises ValueError for an unreadable image."""
         row = self.row[i]
         if self.marks[row] == UNREADABLE:
             raise ValueError(f"{self.pairs.images[i]} was unreadable when the features were "
                              "computed")
-        values = np.array(np.memmap(self.file, np.float16, "r", shape=self.shape)[row])
-        tensors = torch.from_numpy(values).split([math.prod(shape)
-                                                  for shape in self.layout.values()])
-        return {name: value.view(self.layout[name]) for name, value in zip(self.layout, tensors)}
+        return int(row)
+
+
+class CachedFeatures:
+    """The rows of a complete `FeatureCache`, for batches on a device: on a GPU where they fill at
+    most GPU_PART of its free memory, else read from the disk (in practice from the disk's cache in
+    memory), by all cores."""
+
+    def __init__(self, cache, device):
+        self.layout = cache.layout
+        self.device = torch.device(device)
+        self.values = torch.from_numpy(np.memmap(cache.file, np.float16, "r+", shape=cache.shape))
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if self.values.nbytes <= GPU_PART * free:
+                self.values = self.values.to(self.device)
+
+    def of(self, rows):
+        """Features of some rows (n,): dict of float16 tensors (n, ...) on the device."""
+        if self.values.device == self.device:
+            found = self.values.index_select(0, rows.to(self.device))
+        else:
+            found = torch.empty(len(rows), self.values.shape[1], dtype=torch.float16,
+                                pin_memory=self.device.type == "cuda")
+            torch.index_select(self.values, 0, rows, out=found)
+            found = found.to(self.device, non_blocking=True)
+        parts = found.split([math.prod(shape) for shape in self.layout.values()], dim=1)
+        return {name: part.reshape(len(rows), *shape)
+                for (name, shape), part in zip(self.layout.items(), parts)}
 
 
 def open_cache(folder, pairs, method, size, precision, processes, workers):
@@ -198,7 +234,8 @@ class WholeImages(Dataset):
 
     def __getitem__(self, place):
         try:
-            image = self.pairs.pair(self.numbers[place]).image()
-            return to_pixels(image.resize((self.size, self.size), Image.BICUBIC)), True
+            pixels = to_pixels(self.pairs.pair(self.numbers[place]).image())
+            size = [self.size, self.size]
+            return v2.functional.resize(pixels, size, v2.InterpolationMode.BICUBIC), True
         except (ValueError, OSError):
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from machinery.training.features import CachedFeatures
 from machinery.training.shards import BAD
 
 LOADER_BATCH = 256                                  # pairs that a data worker loads at a time
@@ -57,6 +58,7 @@ class BatchStream:
     def __init__(self, pairs, loader, local_batch, device):
         self.pairs = pairs
         self.loader = iter(loader)
+        self.cached = pairs.cache and CachedFeatures(pairs.cache, device)
         self.local_batch = local_batch
         self.device = device
         self.positions = pairs.positions            # of the readers of tars, else None
@@ -79,8 +81,9 @@ class BatchStream:
                 reader, position = loaded.pop("position")
                 self.positions[reader] = position
             self.keys.extend(loaded.pop("key"))
-            yield {name: value.to(self.device, non_blocking=True)
-                   for name, value in loaded.items()}
+            features = self.cached.of(loaded.pop("row")) if self.cached else {}
+            yield features | {name: value.to(self.device, non_blocking=True)
+                              for name, value in loaded.items()}
 
 
 def loader_batch_size(local_batch, micro_batch=None):
