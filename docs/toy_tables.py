@@ -62,6 +62,10 @@ def scored(model):
     return f"eval.py --dataset toy --checkpoint {model} --output {{out}}/result.json"
 
 
+def grouped(model):
+    return f"tests/groups.py {model} {model}/groups.png --show {' '.join(map(str, SHOWN))}"
+
+
 def trained_on(pairs):
     return trained(f"toy --pairs {pairs} --steps 500")
 
@@ -100,9 +104,9 @@ ROWS = {
                        ["tests/oracle.py --dataset toy --checkpoint {sseg}"], (0,)),
 
     "ovsegmentor-1-oracle": Row("oracle of the groups, stage 1",
-                                ["tests/groups.py {ovsegmentor-1} {ovsegmentor-1}/groups.png"]),
+                                [grouped("{ovsegmentor-1}")]),
     "ovsegmentor-2-oracle": Row("oracle of the groups, stages 1 and 2",
-                                ["tests/groups.py {ovsegmentor-2} {ovsegmentor-2}/groups.png"]),
+                                [grouped("{ovsegmentor-2}")]),
     "ovsegmentor-random": Row("blocks start at random, at the full rate",
                               [trained(f"ovsegmentor-1-toy {GENTLE}")], TWO),
     "ovsegmentor-entity": Row("without entity completion",

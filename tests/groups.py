@@ -26,7 +26,6 @@ from methods.parts.grouping import patch_logits
 from oracle import oracle_scores
 from segment import resize
 
-ROWS = 6                                            # of the picture
 WIDTH = 128                                         # of a panel, in pixels
 
 
@@ -68,6 +67,8 @@ def main(argv=None):
     parser.add_argument("picture")
     parser.add_argument("--dataset", default="toy")
     parser.add_argument("--images", type=int, default=100, help="so many (default: %(default)s)")
+    parser.add_argument("--show", type=int, nargs="+", default=[0, 1, 2, 3],
+                        help="numbers of the images in the picture (default: 0 1 2 3)")
     args = parser.parse_args(argv)
     model = load_model(args.checkpoint)
     short_side = model.protocol.short_side
@@ -85,7 +86,7 @@ def main(argv=None):
 
     names = [synonyms[0] for synonyms in dataset.classes]
     embeddings = embed(model, dataset.classes)
-    rows = [panels(model, embeddings, names, *dataset[i][1:]) for i in range(min(ROWS, len(used)))]
+    rows = [panels(model, embeddings, names, *dataset[i][1:]) for i in args.show]
     picture = grid(rows, gap=4)
     lines = list(zip(palette(len(names)), names))
     grid([[picture, legend(lines, picture.height, 14)]]).save(args.picture)
