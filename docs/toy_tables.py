@@ -74,7 +74,7 @@ def of_size(pixels):
     return scored(f"{{simzss}} --short-side {pixels} --window {pixels} --stride {pixels // 2}")
 
 
-GENTLE = "--set model.blocks_start=random --set model.blocks_rate=1"
+FULL_RATE = "--set model.blocks_start=random --set model.blocks_rate=1"
 ROWS = {
     "simzss": Row("SimZSS", [trained("toy")]),
     "simzss-caption": Row("SimZSS, classes by `caption`",
@@ -108,10 +108,10 @@ ROWS = {
     "ovsegmentor-2-oracle": Row("oracle of the groups, stages 1 and 2",
                                 [grouped("{ovsegmentor-2}")]),
     "ovsegmentor-random": Row("blocks start at random, at the full rate",
-                              [trained(f"ovsegmentor-1-toy {GENTLE}")], TWO),
+                              [trained(f"ovsegmentor-1-toy {FULL_RATE}")], TWO),
     "ovsegmentor-entity": Row("without entity completion",
                               [trained("ovsegmentor-1-toy --entity-weight 0")], TWO),
-    "ovsegmentor-keep": Row("five classes of a scene can score, as in the release",
+    "ovsegmentor-five": Row("five classes of a scene can score, as in the release",
                             [scored("{ovsegmentor-1} --set protocol.keep_classes=5")]),
 
     "lambda-0.01": Row("0.01", [trained("toy --lambda 0.01")], TWO),
@@ -136,7 +136,7 @@ TABLES = {
                 "dense-clip", "pixelclip", "ovsegmentor-1", "ovsegmentor-2", "sseg",
                 "sseg-plus", "sseg-oracle"],
     "ovsegmentor": ["ovsegmentor-1", "ovsegmentor-1-oracle", "ovsegmentor-2",
-                    "ovsegmentor-2-oracle", "ovsegmentor-keep", "ovsegmentor-random",
+                    "ovsegmentor-2-oracle", "ovsegmentor-five", "ovsegmentor-random",
                     "ovsegmentor-entity"],
     "lambda": ["lit", "lambda-0.01", "simzss", "lambda-0.2", "lambda-1"],
     "pairs": ["pairs-32", "pairs-125", "pairs-500", "simzss"],
@@ -167,7 +167,7 @@ def needs(name):
 
 
 def result_file(name, seed):
-    return folder(name, seed).with_suffix(".json")
+    return RUNS / f"{name}-{seed}.json"
 
 
 def processor():
@@ -185,7 +185,7 @@ def measure(name, seed, before=()):
         future.result()
     seconds = 0.0
     shutil.rmtree(folder(name, seed), ignore_errors=True)       # of a row that was broken off
-    log = folder(name, seed).with_suffix(".log")
+    log = RUNS / f"{name}-{seed}.log"
     log.write_text("")
     for command in commands(name, seed):
         print(command, flush=True)

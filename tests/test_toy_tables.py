@@ -32,6 +32,12 @@ def test_every_command_is_one(name):
     assert {row for rows in TABLES.values() for row in rows} <= set(ROWS)
 
 
+def test_every_row_has_a_file_of_its_own():
+    """No two rows or seeds keep their results in one place."""
+    places = {toy_tables.result_file(name, seed) for name in ROWS for seed in range(3)}
+    assert len(places) == 3 * len(ROWS)
+
+
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
     """Three small rows: a figure, one that needs it, and one that fails."""
