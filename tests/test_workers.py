@@ -1,7 +1,6 @@
 """Processes that work for another one: none is left behind, however that one ends, and none is
 stopped by a signal that was meant for it (machinery/training/workers.py)."""
 import contextlib
-import multiprocessing
 import os
 import resource
 import signal
@@ -181,8 +180,7 @@ def test_a_signal_ends_a_run_without_data(tmp_path, monkeypatch):
     """SIGTERM ends a run whose data worker hangs, though no step ends any more."""
     monkeypatch.setattr(training_run, "LOOK_AGAIN", 0.1)
     monkeypatch.setattr(training_run, "GIVE_UP", 0.2)
-    test_ends = multiprocessing.Event()
-    loader = DataLoader(range(2), collate_fn=lambda items: test_ends.wait(), num_workers=1,
+    loader = DataLoader(range(2), collate_fn=lambda items: time.sleep(PATIENCE), num_workers=1,
                         worker_init_fn=start_data_worker, timeout=PATIENCE)
     stream = BatchStream(SimpleNamespace(positions=None), loader, 1, "cpu")
     begun = training_run.Run(SimpleNamespace(output=tmp_path), {"step": 0, "steps": 2},
@@ -191,7 +189,6 @@ def test_a_signal_ends_a_run_without_data(tmp_path, monkeypatch):
     with pytest.raises(TimeoutError, match="no data came"), begun:
         os.kill(os.getpid(), signal.SIGTERM)
         next(stream.loader_batches())
-    test_ends.set()
 
 
 # --------------------------------------------------------------------------------------------------

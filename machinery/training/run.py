@@ -2,6 +2,7 @@
 import contextlib
 import json
 import math
+import multiprocessing
 import signal
 import sys
 import time
@@ -94,6 +95,11 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         self.set_timer(0)
+        if isinstance(error, TimeoutError):
+            for worker in multiprocessing.active_children():    # Python would wait for its end
+                with contextlib.suppress(RuntimeError):         # torch's, for a dead worker
+                    worker.kill()
+                    worker.join(1)
         if error and state_files(self.output):
             error.add_note("go on with --resume auto")      # see machinery/errors.py
         self.bar.close()
