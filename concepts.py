@@ -10,7 +10,6 @@ bat"). It is kept if it is in the concept bank, with the positions of its byte-p
 command prints captions per second, the part of the captions that have a concept, the most frequent
 concepts, and how many class names of the benchmarks are in the bank and in the captions.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -24,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from machinery.errors import one_line_errors
+from machinery.errors import CommandLine, one_line_errors
 from machinery.names import (BENCHMARK_NAMES, CLASSES, check_classes, merge_equal_names, named_file,
                              normalise_name, plural, read_classes, read_labels)
+from machinery.parallel import progress
 from machinery.tokenizer import CONTEXT_LENGTH, clean, forget_words, tokenizer
 from machinery.training.captions import (Annotations, read_annotations, read_captions,
                                          save_annotations)
@@ -294,8 +293,8 @@ class Concepts:
     def of_captions(self, captions):
         """`Annotations` of captions in memory."""
         pieces = in_pieces(captions)
-        found = tqdm(self.in_processes(self.in_captions, pieces), "concepts", len(pieces),
-                     unit=f" x {PIECE} captions", leave=False, disable=None)
+        found = progress(self.in_processes(self.in_captions, pieces), desc="concepts",
+                         total=len(pieces), unit=f" x {PIECE} captions")
         return Annotations.of_lists([rows for piece in found for rows in piece])
 
     def of_file(self, path, captions):
@@ -382,7 +381,7 @@ def print_speed(captions, seconds):
 # The command
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Find the concepts of captions and cache them "
+    parser = CommandLine(description="Find the concepts of captions and cache them "
                                                  "beside their source.")
     add = parser.add_argument
     add("source", help="COCO captions JSON, TSV / JSONL of (image, caption), or tars: a folder, or "
@@ -426,8 +425,9 @@ def cache_tars(paths, concepts):
     new = 0
     bad = count_bad([])
     start = time.time()
-    for annotations, bad_here, parsed in tqdm(concepts.in_processes(concepts.cache_tar, paths),
-                                              "concepts", len(paths), unit=" tars", disable=None):
+    for annotations, bad_here, parsed in progress(
+            concepts.in_processes(concepts.cache_tar, paths), desc="concepts", total=len(paths),
+            unit=" tars"):
         yield annotations, bad_here
         captions += len(annotations) - bad_here.sum()
         new += parsed
@@ -469,8 +469,8 @@ def print_nouns(pieces, concepts):
         raise ValueError("--all-nouns: the built-in matcher looks for the names of a bank; name a "
                          "spaCy pipeline with --parser")
     total = Counter()
-    for found in tqdm(concepts.in_processes(concepts.nouns, pieces), "nouns", len(pieces),
-                      disable=None):
+    for found in progress(concepts.in_processes(concepts.nouns, pieces), desc="nouns",
+                          total=len(pieces), unit=" pieces"):
         total.update(found)
     for name, _ in total.most_common():
         if name and not set(name) & set(",:;(_"):   # these mean something in a bank

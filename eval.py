@@ -9,7 +9,6 @@ prints the IoU of each class and their mean, and writes them with the whole prot
 the checkpoint. Pixels are counted over the whole dataset in one confusion matrix, rows = truth,
 columns = prediction. Masks are checked before anything is scored.
 """
-import argparse
 import dataclasses
 import os
 import time
@@ -19,20 +18,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
-from machinery.errors import one_line_errors
-from machinery.files import save_png
+from machinery.errors import CommandLine, one_line_errors
 from machinery.images import IGNORE
 from machinery.names import CLASSES, check_classes
 from machinery.networks.checkpoint import newest_model
-from machinery.parallel import own_indices, pick_device, rank, sum_counts, world_size
+from machinery.parallel import (own_indices, pick_device, progress, rank, sum_counts,
+                                world_size)
 from machinery.scoring.benchmarks import BENCHMARKS, THRESHOLD
-from machinery.scoring.check import verified_datasets
+from machinery.scoring.check import open_datasets, verified_datasets
 from machinery.scoring.classify import LabelledImages, classify
-from machinery.scoring.pictures import comparison
+from machinery.scoring.pictures import comparison, save_picture
 from machinery.scoring.protocol import (add_model_flags, embed, open_model, positive,
-                                        refuse_toy_model, training_run)
+                                        refuse_photo_model, refuse_toy_model, training_run)
 from machinery.scoring.results import (ThresholdSweep, compare, full_name, made_with, output_path,
                                        print_result, print_sweep, write_result)
 from machinery.settings import as_mapping
@@ -112,7 +110,8 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     dataset: `ScoredImages`.
     protocol: the method's `Protocol`; without a background of its own, the dataset's holds.
     batch: windows at a time.
-    pictures: number of images of which `shown` has (photo, truth, prediction).
+    pictures: of how many images `shown` has (number, photo, truth, prediction): of as many equal
+        parts of the dataset those with the most pixels that are scored.
     limit: score the first images only.
     workers: processes that load images.
 
@@ -131,13 +130,15 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     mine = own_indices(total)
     matrix = torch.zeros(C, C, dtype=torch.int64)
     sweep = ThresholdSweep(C, background) if kind == "threshold" else None
-    shown = []
+    wanted = len(own_indices(min(pictures, total)))
+    shown = {}                                      # part of the dataset -> its image
+    most = torch.zeros(wanted)                      # pixels that are scored in it
     start = time.time()
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers,
                         collate_fn=list,            # as they are: not through shared memory
                         worker_init_fn=start_data_worker)
-    bar = tqdm(loader, desc="scoring", unit=" images", disable=None if rank() == 0 else True)
-    for i, (_, image, truth) in zip(mine, bar):
+    loaded = progress(loader, desc="scoring", unit=" images")
+    for i, (_, image, truth) in zip(mine, loaded):
         mask, score = segment_image(model, image, embeddings, batch=batch,
                                     **window_settings(protocol))
         truth = torch.as_tensor(truth)
@@ -145,8 +146,11 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
             sweep.count(mask, score, truth)
             mask = put_background(mask, score, threshold, background)
         matrix += confusion_matrix(mask, truth, C, IGNORE)
-        if i < pictures:
-            shown.append((image, truth, mask))
+        part = i * wanted // total
+        scored = (truth != IGNORE).sum()
+        if wanted and (part not in shown or scored > most[part]):
+            shown[part] = i, image, truth, mask
+            most[part] = scored
     if not sum_counts(matrix).any():
         raise ValueError(f"{dataset.name} has no pixel to score: all are ignored")
 
@@ -154,7 +158,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     if sweep:
         sum_counts(sweep.pixels)
         result["sweep"] = sweep.curve(scores)
-    return result, shown
+    return result, [*shown.values()]
 
 
 def describe(model, dataset, total, start):
@@ -179,9 +183,10 @@ def score_dataset(args, name, dataset, model, protocol):
     result, shown = evaluate(model, dataset, protocol, args.batch, args.save_images, args.limit,
                              args.workers)
     folder = path.with_name(f"{path.stem}_images")
-    for i, row in zip(own_indices(args.save_images), shown):
+    for i, image, *masks in shown:
         folder.mkdir(exist_ok=True)
-        save_png(folder / f"{i:04d}.png", comparison([row], result["classes"], row[0].width))
+        picture = comparison([(image, *masks)], result["classes"], image.width)
+        save_picture(folder / f"{i:04d}.png", picture)
     if rank() == 0:
         if not args.sweep_background:
             result.pop("sweep", None)
@@ -196,10 +201,13 @@ def score_dataset(args, name, dataset, model, protocol):
 # --------------------------------------------------------------------------------------------------
 # The command
 
-def score_segmentation(args, model):
-    """Score the datasets asked for; of all eight, print a table. Raises ValueError, at the end,
-    when some could not be scored."""
-    datasets, failed = verified_datasets(args)
+def score_segmentation(args, model, opened, failed):
+    """Score the datasets asked for; of all eight, print a table. opened, failed: of
+    `open_datasets`. Raises ValueError, at the end, when some could not be scored."""
+    if args.dataset == "toy":
+        refuse_photo_model(model)
+    datasets, wrong = verified_datasets(args, opened)
+    failed = [*failed, *wrong]
     for dataset in datasets.values():
         refuse_toy_model(model, [path for _, path, _ in dataset.files[:1]])
     protocol = model.protocol
@@ -240,15 +248,16 @@ def score_classification(args, model):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Score a trained model on a dataset with masks, "
-                                                 "or on an image folder.")
+    parser = CommandLine(description="Score a trained model on a dataset with masks, or on an "
+                                     "image folder.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--dataset",
                       help=f"{', '.join(BENCHMARKS)}, all of these, toy, or a folder with images/, "
                            "masks/ and classes.txt; with --task classification imagenet or a "
                            "folder of class folders")
     what.add_argument("--compare", nargs="+", metavar="JSON",
-                      help="results of runs to tabulate: mean and spread over seeds")
+                      help="results of runs, or their folders, to tabulate: mean and spread over "
+                           "seeds")
     add = parser.add_argument
     add("--task", choices=["segmentation", "classification"], default="segmentation",
         help="what to score (default: %(default)s)")
@@ -269,7 +278,8 @@ def parse_args(argv=None):
     add("--limit", type=positive, metavar="N",
         help="score the first N images only; the result is marked as partial")
     add("--save-images", type=int, default=0, metavar="N",
-        help="of the first N images, save photo, truth, prediction and overlay side by side")
+        help="of N images, spread over the dataset, save photo, truth, prediction and overlay side "
+             "by side")
     add("--output", help="JSON file to write, or folder for eval_DATASET.json (default: beside the "
                          "checkpoint)")
     add("--workers", type=int, default=min(4, cores_per_process() - 1),
@@ -281,6 +291,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for_masks = [args.check, "protocol.background" in vars(args), args.sweep_background,
                  args.without, args.save_images]
+    if args.task == "segmentation" and args.dataset == "imagenet":
+        parser.error("--dataset imagenet has no masks; it is for --task classification")
     if args.task == "classification" and any(for_masks):
         parser.error("--check, --background, --sweep-background, --without and --save-images are "
                      "for segmentation")
@@ -297,10 +309,12 @@ def main(argv=None):
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 end_with_torchrun()
                 dist.init_process_group("gloo")     # only counts travel
+            if args.task == "segmentation":         # missing data: before a model is made
+                datasets, failed = open_datasets(args)
             if args.check:
-                _, failed = verified_datasets(args)
-                if failed:
-                    raise ValueError("; ".join(failed))
+                _, wrong = verified_datasets(args, datasets)
+                if failed or wrong:
+                    raise ValueError("; ".join([*failed, *wrong]))
                 return
             if pick_device(args.device) == "cuda":  # one GPU per process
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -309,7 +323,7 @@ def main(argv=None):
             if args.task == "classification":
                 score_classification(args, model)
             else:
-                score_segmentation(args, model)
+                score_segmentation(args, model, datasets, failed)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

@@ -139,6 +139,8 @@ def prompt_ensemble(classes, templates, embed, normalise_each=True, batch=256):
     batch: prompts at a time.
     A class with fewer than S names repeats its first, which changes no maximum.
     """
+    if isinstance(classes, str):
+        raise ValueError(f"expected a list of class names, found the text {classes!r}")
     classes = [[names] if isinstance(names, str) else list(names) for names in classes]
     names = [name for synonyms in classes for name in synonyms]
     around = [template.split("{}", 1) for template in templates]
@@ -206,7 +208,7 @@ def create_trunk(name, weights="pretrained", options=None, flag="--backbone-weig
     options = {**backbones.any_size(name), **(options or {})}
     # Weights in a checkpoint count among its own
     bound = nullcontext() if weights in backbones.STORED else backbones.at_most(*backbones.LARGEST)
-    with backbones.one_line_refusals(name, flag), bound:
+    with backbones.one_line_refusals(name, flag, weights == "pretrained"), bound:
         trunk = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0,
                                   **options)
     if weights not in ("pretrained", *backbones.STORED):

@@ -4,7 +4,12 @@
     python segment.py photos/ --classes classes.txt --output masks
 
 writes photo_mask.png (a class index per pixel, at the photo's own size), photo_overlay.png (with a
-legend of the classes found) and photo.json. `segment_image` is the one way from a photo to a mask,
+legend of the classes found) and photo.json. From Python, the same mask:
+
+    from segment import segment
+    mask, names, score = segment("photo.jpg", ["cat", "sofa", "potted plant"], "runs/simzss")
+
+From another folder: PYTHONPATH=/where/this/is python yours.py. `segment_image` is the one way from a photo to a mask,
 here and in eval.py: the photo is resized to a short side of 448; a window of 448 pixels slides over
 it in steps of 224; in each window the method scores its patches for every class; the scores are
 enlarged to pixels, averaged where windows overlap, and enlarged to the photo's size; the class with
@@ -12,28 +17,32 @@ the highest score wins.
 
 (H, W) is the photo, (h, w) the resized photo; in other files (h, w) is the grid of patches.
 """
-import argparse
 import contextlib
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from machinery.contract import Protocol
-from machinery.errors import one_line_errors
-from machinery.files import remove_partial, save_png, write_text
-from machinery.images import IMAGE_SUFFIXES, list_images, load_image, to_pixels
+from machinery.errors import CommandLine, one_line_errors
+from machinery.files import remove_partial, write_text
+from machinery.images import IMAGE_SUFFIXES, list_images, load_image, to_image, to_pixels
 from machinery.names import check_classes, name_classes, split_names
 from machinery.networks.checkpoint import load_model, save_model    # for use from Python
+from machinery.parallel import progress
 from machinery.scoring import pictures
-from machinery.scoring.protocol import (add_model_flags, embed, open_model, refuse_toy_model,
-                                        training_run)
+from machinery.scoring.protocol import (add_model_flags, embed, open_model, prepare_model,
+                                        refuse_toy_model, training_run)
 from machinery.scoring.propagate import propagate_windows
 from machinery.scoring.refine import refine
+from machinery.scoring.results import made_with
 from machinery.settings import as_mapping, read
 from model import best_synonym
 
@@ -172,7 +181,7 @@ def segment_image(model, image, class_embeddings, window=448, stride=224, short_
     """Name every pixel of one photo.
 
     model: anything with `patch_scores`, like SimZSS.
-    image: RGB PIL image or uint8 (H, W, 3) array.
+    image: what `to_image` takes.
     class_embeddings: (C, D) or (C, S, D).
     window, stride, short_side: pixels.
     batch: windows at a time.
@@ -182,7 +191,7 @@ def segment_image(model, image, class_embeddings, window=448, stride=224, short_
     """
     protocol = read(Protocol, {"window": window, "stride": stride, "short_side": short_side,
                                **further}, "segment_image")
-    photo = to_pixels(image)                                                        # (3, H, W)
+    photo = to_pixels(to_image(image))                                              # (3, H, W)
     maps = score_maps(model, photo, class_embeddings, protocol, batch)              # (C, h, w)
     mask, score = best_classes(maps, *photo.shape[-2:])
     if score.isnan().any():
@@ -226,10 +235,73 @@ def put_background(mask, score, threshold, index=0):
 
 
 # --------------------------------------------------------------------------------------------------
+# One photo, or many, with the same words
+
+class Segmentation(NamedTuple):
+    mask: np.ndarray                                # (H, W) uint8, int16 of many classes
+    names: list                                     # what its values mean
+    score: np.ndarray                               # (H, W) float32, of the best class
+
+
+def segment(photo, words, checkpoint=None, device="auto", **protocol):
+    """Name every pixel of a photo, as `python segment.py` does. Returns a `Segmentation`.
+
+    photo: what `to_image` takes: a file's name, a PIL image or an array. Others: of `Segmenter`,
+    which saves time where there are many photos.
+    """
+    return Segmenter(words, checkpoint, device, **protocol)(photo)
+
+
+class Segmenter:
+    """Segments photos with the same words, as the command does: `Segmenter(words)(photo)`.
+
+    words: ["cat", "sofa"], or with synonyms [["cat", "kitten"], "sofa"]; or as --classes.
+    checkpoint: as --checkpoint, None = the newest under runs/; or a model of `load_model`.
+    device: as --device.
+    batch: windows at a time.
+    protocol: settings of a `Protocol` by name, such as background="threshold:0.2".
+    """
+
+    def __init__(self, words, checkpoint=None, device="auto", batch=8, **protocol):
+        classes = read_words(words)                 # wrong words are found before the model is made
+        parse_background(protocol.get("background"))
+        self.model = checkpoint
+        if checkpoint is None or isinstance(checkpoint, (str, Path)):
+            self.model = prepare_model(checkpoint, device, {**COMMAND_PROTOCOL, **protocol})
+        elif protocol:
+            values = {**as_mapping(self.model.protocol), **protocol}
+            self.model.protocol = read(self.model.Protocol, values,
+                                       f"the protocol of {self.model.name}")
+        self.protocol = self.model.protocol
+        self.batch = batch
+        self.background, self.threshold = parse_background(self.protocol.background)
+        self.classes, self.names = with_background(classes, self.protocol.background)
+        self.embeddings = embed(self.model, self.classes)                           # (C, S, D)
+
+    def __call__(self, photo):
+        """photo: what `to_image` takes. Returns a `Segmentation`."""
+        if isinstance(photo, (str, Path)):
+            refuse_toy_model(self.model, [photo])
+        mask, score = segment_image(self.model, photo, self.embeddings, batch=self.batch,
+                                    **window_settings(self.protocol))
+        if self.background == "threshold":
+            mask = put_background(mask, score, self.threshold)
+        return Segmentation(mask.numpy(), self.names, score.numpy())
+
+    @property
+    def embedded_names(self):
+        """Names of the classes that have a score: with a threshold the background has none."""
+        return self.names[1:] if self.background == "threshold" else self.names
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
+COMMAND_PROTOCOL = {"blend": "triangle"}            # no seams; benchmarks average windows evenly
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Segment photos with the classes that you name.")
+    parser = CommandLine(description="Segment photos with the classes that you name.")
     add = parser.add_argument
     add("photos", nargs="+", help="image files, or folders of them")
     add("--classes", required=True,
@@ -238,8 +310,8 @@ def parse_args(argv=None):
     add("--view", action="append", default=[], choices=["similarity", "pca"],
         help="also draw a heat map per class, or patch tokens and classes in one space of colours; "
              "may be repeated")
-    add("--output", default=".", help="folder to write to (default: the current one)")
-    add_model_flags(parser)
+    add("--output", default="segmented", help="folder to write to (default: %(default)s)")
+    add_model_flags(parser, COMMAND_PROTOCOL)
     return parser.parse_args(argv)
 
 
@@ -253,6 +325,8 @@ def find_photos(names):
                 raise FileNotFoundError(f"no images in the folder {name}; expected "
                                         f"{', '.join(IMAGE_SUFFIXES)}")
             photos += found
+        elif not os.path.isfile(name):
+            raise FileNotFoundError(f"no image {name}")
         else:
             photos.append(name)
     if len({Path(photo).stem for photo in photos}) < len(photos):
@@ -261,12 +335,33 @@ def find_photos(names):
     return photos
 
 
-def find_classes(text, background):
-    """(classes to embed, names of the mask's values) of --classes and --background."""
-    classes = name_classes(text)
+def read_words(words):
+    """Lists of names: of --classes, a class file or names with commas, or of a list from Python."""
+    if not isinstance(words, str):
+        return check_classes([[word] if isinstance(word, str) else list(word) for word in words],
+                             "words")
+    if words.endswith(","):
+        raise ValueError(f"--classes {words!r} ends with a comma; names with spaces between them "
+                         'need quotes: --classes "cat, sofa"')
+    classes = name_classes(words)
+    for [name, *_] in classes * (not os.path.isfile(words)):
+        if "/" in name or name.lower().endswith(IMAGE_SUFFIXES):
+            raise ValueError(f"--classes: {name!r} is no class name; expected names separated by "
+                             'commas, "cat, sofa", or a class file')
+    return classes
+
+
+def with_background(classes, background):
+    """(classes to embed, names of the mask's values) of the classes named and --background."""
     names = [synonyms[0] for synonyms in classes]
     kind, words = parse_background(background)
     if kind == "none":
+        if len(classes) == 1:
+            commas = f"names need commas between them, {', '.join(names[0].split())!r}; or "
+            raise ValueError(f"the class {names[0]!r} alone would fill every photo; "
+                             + commas * (" " in names[0])
+                             + "name others, too, or say what is none of it: --background "
+                             'threshold:0.2, or --background "prompt:wall, floor"')
         return classes, names
     names = ["background", *names]
     check_classes([[name] for name in names], "--background and --classes")
@@ -275,66 +370,90 @@ def find_classes(text, background):
     return classes, names
 
 
-def segment_file(model, photo, image, classes, names, embeddings, args):
+@torch.no_grad()
+def draw_tokens(model, image, names, embeddings, batch):
+    """`pictures.pca_view`: the axes along which the patch tokens of the photo, at the size of
+    training images, differ most, are the colours of its tokens at all sizes. Patch tokens are
+    their products with the axes, so windows overlap as in a mask."""
+    protocol = replace(model.protocol, propagate=0.0, blend="triangle")
+    side = training_run(model).get("image_size", 224)
+    photos = [resize(to_pixels(image), side, scale).to(embeddings.device) for scale in PCA_SIZES]
+    words = embeddings[:, 0]                                    # (C, D), the first name of each
+    axes = torch.eye(words.shape[-1], device=words.device)
+    tokens = slide(model, photos[0], axes, protocol, batch)[:, ::4, ::4].flatten(1).T       # (N, D)
+    basis = pictures.principal_axes(tokens)                                                 # (D, 3)
+    maps = {}
+    for scale, pixels in zip(PCA_SIZES, photos):
+        title = f"{scale} x training size, {pixels.shape[1]} x {pixels.shape[2]} pixels"
+        maps[title] = slide(model, pixels, basis.T.contiguous(), protocol, batch)
+    return pictures.pca_view(image, names, maps, words @ basis)
+
+
+def segment_file(segmenter, photo, image, output, views=()):
     """Segment one photo, the file and what is in it, and write its mask, overlay, views and JSON.
-    Returns the JSON's content. classes, names: of `find_classes`. args: the command's output, batch
-    and view."""
-    protocol = model.protocol
-    mask, score = segment_image(model, image, embeddings, batch=args.batch,
-                                **window_settings(protocol))
-    kind, threshold = parse_background(protocol.background)
-    if kind == "threshold":
-        mask = put_background(mask, score, threshold)
-    mask = mask.numpy()
-    stem = Path(args.output) / Path(photo).stem
-    files = {part: f"{stem}_{part}.png" for part in ("mask", "overlay", *args.view)}
+    Returns the JSON's content."""
+    model = segmenter.model
+    mask, names, score = segmenter(image)
+    stem = Path(output) / Path(photo).stem
+    files = {part: f"{stem}_{part}.png" for part in ("mask", "overlay", *views)}
     pictures.save_mask(files["mask"], mask, len(names))
-    save_png(files["overlay"], pictures.overlay(image, mask, names))
-    embedded = names[1:] if kind == "threshold" else names
-    if "similarity" in args.view:
-        maps = score_maps(model, to_pixels(image), embeddings, protocol, args.batch)
-        view = pictures.similarity_view(image, embedded, maps.cpu().numpy())
-        save_png(files["similarity"], view)
-    if "pca" in args.view:
-        side = training_run(model).get("image_size", 224)
-        photos = [resize(to_pixels(image), side, scale) for scale in PCA_SIZES]
-        view = pictures.pca_view(model, image, embedded, embeddings, photos)
-        save_png(files["pca"], view)
+    pictures.save_picture(files["overlay"], pictures.overlay(image, mask, names))
+    if "similarity" in views:
+        maps = score_maps(model, to_pixels(image), segmenter.embeddings, segmenter.protocol,
+                          segmenter.batch)
+        view = pictures.similarity_view(image, segmenter.embedded_names, maps.cpu().numpy())
+        pictures.save_picture(files["similarity"], view)
+    if "pca" in views:
+        view = draw_tokens(model, image, segmenter.embedded_names, segmenter.embeddings,
+                           segmenter.batch)
+        pictures.save_picture(files["pca"], view)
 
     pixels = pictures.count_pixels(mask, len(names))
-    total = pictures.count_pixels(mask, len(names), score.numpy())
+    total = pictures.count_pixels(mask, len(names), score)
     found = [{"index": i, "name": names[i], "share": round(pixels[i] / mask.size, 6),
               "colour": colour, "score": round(total[i] / pixels[i], 4)}
-             for i, colour in enumerate(pictures.palette(len(names)).tolist()) if pixels[i]]
+             for i, colour in enumerate(pictures.class_colours(names).tolist()) if pixels[i]]
     result = {"photo": str(photo), "width": image.width, "height": image.height, "names": names,
-              "classes": classes, "found": found, **files, **model.checkpoint_file,
+              "classes": segmenter.classes, "found": found, **files, **model.checkpoint_file,
               "method": model.name, "settings": as_mapping(model.settings),
-              "protocol": as_mapping(protocol)}
+              "protocol": as_mapping(segmenter.protocol), "training": model.trained_with,
+              **made_with()}
     write_text(f"{stem}.json", json.dumps(result, indent=1))
     return result
+
+
+def in_words(result, views=()):
+    """What a photo shows, and the files written, in one line. result: of `segment_file`."""
+    largest = sorted(result["found"], key=lambda found: -found["share"])
+    shown = [found for found in largest if found["share"] >= pictures.LEAST_SHARE] or largest[:1]
+    parts = [f"{found['name']} {found['share']:.0%}" for found in shown]
+    if len(largest) > len(shown):
+        parts.append(f"{len(largest) - len(shown)} classes below 1%")
+    files = [result[part] for part in ("mask", "overlay", *views)]
+    files.append(files[0].replace("_mask.png", ".json"))
+    return f"{result['photo']}: {', '.join(parts)}; written: {', '.join(files)}"
 
 
 def main(argv=None):
     args = parse_args(argv)
     with one_line_errors("lower --batch, --window or --short-side"):
         photos = find_photos(args.photos)
+        classes = read_words(args.classes)
+        parse_background(vars(args).get("protocol.background"))
         model = open_model(args)
-        classes, names = find_classes(args.classes, model.protocol.background)
         refuse_toy_model(model, photos)
-        embeddings = embed(model, classes)
+        segmenter = Segmenter(classes, model, batch=args.batch)
         Path(args.output).mkdir(parents=True, exist_ok=True)
         remove_partial(args.output)
         unreadable = []
-        for photo in tqdm(photos, unit=" photos", disable=len(photos) == 1 or None):
+        for photo in progress(photos, len(photos) > 1, desc="segmenting", unit=" photos"):
             try:
                 image = load_image(photo)
             except (ValueError, OSError) as error:
                 unreadable.append(str(error))
                 continue
-            result = segment_file(model, photo, image, classes, names, embeddings, args)
-            largest = sorted(result["found"], key=lambda found: -found["share"])
-            tqdm.write(f"{result['overlay']}: " + ", ".join(
-                f"{found['name']} {found['share']:.1%}" for found in largest))
+            result = segment_file(segmenter, photo, image, args.output, args.view)
+            tqdm.write(in_words(result, args.view))
         if unreadable:
             raise ValueError("; ".join(unreadable[:20]) + "; ..." * (len(unreadable) > 20)
                              + f"; {len(unreadable)} of {len(photos)} photos were left out")

@@ -10,7 +10,6 @@ A run writes into its output folder: model.safetensors, log.jsonl (a line per st
 scored at the end, result.json, predictions.png and example.png; until it is finished, also the two
 newest state-STEP.safetensors, from which --resume auto goes on as if nothing had happened.
 """
-import argparse
 import dataclasses
 import math
 import os
@@ -24,13 +23,13 @@ from concepts import DEFAULT_PARSER, ConceptBank, Concepts
 from data import CaptionedTars, load_pairs, open_loader
 from eval import evaluate
 from machinery.contract import Method, Protocol, find_method
-from machinery.errors import one_line_errors
+from machinery.errors import CommandLine, one_line_errors
 from machinery.files import save_png
 from machinery.names import read_templates
 from machinery.networks.backbones import warn_if_random
 from machinery.parallel import average_gradients, join_processes, pick_precision
 from machinery.scoring.benchmarks import open_dataset
-from machinery.scoring.pictures import comparison
+from machinery.scoring.pictures import comparison, save_picture
 from machinery.scoring.results import print_result, write_result
 from machinery.settings import (MISSING, add_flags, add_set_flag, as_mapping, given, merge, read,
                                 read_recipe, setting)
@@ -174,6 +173,10 @@ def train(recipe, processes):
     settings = recipe.run
     output = Path(settings.output)
     state = find_state(settings.resume, output) if settings.resume else None
+    if state and state.header["method"] != recipe.method.name:
+        raise ValueError(f"{state.path} is of another run: the method was {state.header['method']}, "
+                         f"is {recipe.method.name}; go on with its own --recipe, or begin anew in "
+                         "another --output")
     if not settings.resume and state_files(output):
         raise ValueError(f"{output} holds an unfinished run ({state_files(output)[0].name}): go on "
                          "with --resume auto, or name another folder with --output")
@@ -348,7 +351,8 @@ def score(settings, method, training, cost, processes):
         save_scene(image, output / "example.png")
     else:
         save_png(output / "example.png", image)
-    save_png(output / "predictions.png", comparison(shown, result["classes"]))
+    picture = comparison([row for _, *row in shown], result["classes"])
+    save_picture(output / "predictions.png", picture)
     print(f"photo, truth, prediction and overlay of {len(shown)} images: "
           f"{output / 'predictions.png'}")
 
@@ -358,14 +362,14 @@ def score(settings, method, training, cost, processes):
 
 def read_command_line(argv=None):
     """The `Recipe` of a command line. Raises FileNotFoundError or ValueError."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = CommandLine(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="simzss",
                        help="a file in recipes/ by its name, or any .toml (default: simzss)")
     name = first.parse_known_args(argv)[0].recipe   # the method, and so the flags, depend on it
     recipe = read_recipe(name)
     method = find_method(recipe["method"])
 
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         parents=[first], allow_abbrev=False,
         description=f"Train by a recipe. The defaults here are those of the recipe {name}.")
     unused = () if method.NEEDS_CONCEPTS else ("parser", "bank", "exclude_classes")

@@ -31,7 +31,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from machinery.networks.checkpoint import load_model
-from machinery.scoring.pictures import add_title, comparison, grid, legend, paint, palette
+from machinery.scoring.pictures import (add_title, class_colours, comparison, grid, legend,
+                                        paint)
 from machinery.scoring.protocol import embed
 from machinery.toy import TOY_CLASSES, ToyScenes
 from segment import segment_image, window_settings
@@ -261,12 +262,12 @@ def draw_methods(names):
     masks |= {ROWS[name].title: masks_of(name) for name in names}
     rows = []
     for i, (_, image, _) in enumerate(scenes):
-        panels = {"photo": image, **{title: paint(image, np.asarray(column[i]), len(classes), 1)
+        panels = {"photo": image, **{title: paint(image, np.asarray(column[i]), classes, 1)
                                      for title, column in masks.items()}}
         rows.append([add_title(panel.resize((192, 192), Image.NEAREST), title)
                      for title, panel in panels.items()])
     picture = grid(rows, gap=4)
-    return grid([[picture, legend(list(zip(palette(len(classes)), classes)), picture.height, 14)]])
+    return grid([[picture, legend(list(zip(class_colours(classes), classes)), picture.height, 14)]])
 
 
 def draw_pictures():

@@ -89,6 +89,8 @@ class Method(nn.Module):
     FROZEN = ()                     # name prefixes of tensors that never change and are not saved:
                                     # the constructor always makes the same ones
     TRAINING_ONLY = ()              # name prefixes of parts that only training needs (a teacher)
+    TOKEN_TABLE = "text.tower.token_embedding.weight"   # parameter with a row for each token: what
+                                    # had a gradient there, training has seen
     WEIGHTS = "backbone.weights"    # the setting that --backbone-weights of segment.py replaces
     autocast = nullcontext          # precision of the networks' arithmetic; train.py sets it
 
@@ -97,6 +99,7 @@ class Method(nn.Module):
         self.settings = settings
         self.bank = list(bank)
         self.protocol = self.Protocol()     # the one in use; a script replaces it
+        self.seen_tokens = None             # (V,) bool, which of CLIP's tokens were in training
         self.trained_with = {}              # how a checkpoint was trained, see `load_model`
         self.checkpoint_file = {}           # its path and hash, see scoring/protocol.py
 

@@ -1,9 +1,21 @@
 """How a script ends when something is wrong: one line, and a status that is not zero."""
+import argparse
 import contextlib
 import logging
 import sys
+import urllib.error
+import urllib.request
 
 MOST = 2000                                         # characters of a message: names come from files
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse's parser, whose errors are one line, without the usage before it."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments: ") and "--classes" in sys.argv:
+            message += '; names of several words, or several names, need quotes: "cat, sofa"'
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
 @contextlib.contextmanager
@@ -25,15 +37,35 @@ def one_line_errors(full_memory):
 
 
 @contextlib.contextmanager
-def quiet_hub():
-    """One line of ours in place of the retries that the Hugging Face Hub would print."""
+def quiet_hub(downloads=True):
+    """One line of ours in place of the retries that the Hugging Face Hub would print. A hub that
+    does not answer is not tried again and again for a minute: its cache is all there is.
+
+    downloads: whether something may be downloaded in the block.
+    """
+    from huggingface_hub import constants           # slow to import
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)
+    is_offline = constants.HF_HUB_OFFLINE
+    if downloads and not is_offline:
+        constants.HF_HUB_OFFLINE = not answers(constants.ENDPOINT)
     try:
         yield
     finally:
         log.setLevel(level)
+        constants.HF_HUB_OFFLINE = is_offline
+
+
+def answers(address, seconds=5):
+    """Whether anything answers at a web address."""
+    try:
+        urllib.request.urlopen(address, timeout=seconds).close()
+    except urllib.error.HTTPError:                  # an answer, too
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def one_line(error):

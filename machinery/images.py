@@ -93,14 +93,43 @@ def _load_image(path, least, most_pixels):
             raise ValueError(f"{image.width} x {image.height} pixels, at most {most_pixels:,} are "
                              "decoded here")
         ImageOps.exif_transpose(image, in_place=True)       # reads the pixels, too
-        if image.mode.startswith("I") or image.mode == "F":     # 16-bit grey: the high byte
-            grey = np.nan_to_num(np.asarray(image)).clip(0, 65535) // 256
-            image = Image.fromarray(grey.astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image if image.mode == "RGB" else image.convert("RGB")   # convert copies always
+        return to_rgb(image)
+
+
+def to_rgb(image):
+    """A PIL image of any mode as RGB."""
+    if image.mode.startswith("I") or image.mode == "F":     # 16-bit grey: the high byte
+        grey = np.nan_to_num(np.asarray(image)).clip(0, 65535) // 256
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")       # convert copies always
+
+
+def to_image(photo):
+    """A photo as an RGB PIL image: a file's name, a PIL image, or an array (H, W), (H, W, 3) or
+    (H, W, 4) of uint8 in 0..255 or of floats in 0..1. Raises ValueError for anything else."""
+    if isinstance(photo, (str, Path)):
+        return load_image(photo)
+    if isinstance(photo, Image.Image):
+        photo = ImageOps.exif_transpose(photo)
+    else:
+        array = np.asarray(photo)
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[:, :, 0]
+        if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] not in (3, 4):
+            raise ValueError(f"a photo of shape {array.shape}; expected (height, width), with 3 or "
+                             "4 channels behind, if any")
+        if array.dtype.kind == "f" and array.size and 0 <= array.min() and array.max() <= 1:
+            array = (255 * array + 0.5).astype(np.uint8)
+        if array.dtype != np.uint8 or not array.size:
+            values = f" in {array.min()}..{array.max()}" if array.size else ""
+            raise ValueError(f"a photo of {array.dtype} numbers{values}; expected uint8 in 0..255, "
+                             "or floats in 0..1")
+        photo = Image.fromarray(array)
+    return to_rgb(photo)
 
 
 def to_pixels(image):

@@ -11,9 +11,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from machinery.training.workers import end_with_torchrun
 
+MINUTE = 60                                         # seconds
 
 # --------------------------------------------------------------------------------------------------
 # Sums and gathers
@@ -99,6 +101,31 @@ def sum_counts(counts):
 def own_indices(total):
     """Indices of this process: every world-th, none twice, none added to fill up."""
     return range(rank(), total, world_size())
+
+
+# --------------------------------------------------------------------------------------------------
+# Progress
+
+class Lines:
+    """A file for tqdm that is no terminal: each state of the bar becomes a line."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
+def progress(items=None, is_shown=None, **options):
+    """tqdm's bar, of the first process. Where stderr is no terminal (nohup, SLURM, a pipe), a line a
+    minute in its place. is_shown: None = in the first process. Others: of tqdm."""
+    is_shown = rank() == 0 if is_shown is None else is_shown
+    if sys.stderr.isatty():
+        return tqdm(items, disable=not is_shown, **options)
+    form = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} gone, {remaining} to go{postfix}"
+    return tqdm(items, disable=not is_shown, file=Lines(), bar_format=form, mininterval=MINUTE,
+                maxinterval=MINUTE, delay=MINUTE, miniters=1, leave=False, **options)
 
 
 # --------------------------------------------------------------------------------------------------

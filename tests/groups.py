@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from machinery.images import to_pixels
 from machinery.networks.checkpoint import load_model
 from machinery.scoring.benchmarks import open_dataset
-from machinery.scoring.pictures import add_title, grid, legend, paint, palette
+from machinery.scoring.pictures import add_title, class_colours, grid, legend, paint
 from machinery.scoring.protocol import embed
 from methods.parts.grouping import patch_logits
 from oracle import oracle_scores
@@ -50,9 +50,9 @@ def panels(model, embeddings, names, image, truth):
     K = len(soft)
     C = len(names)
     photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    row = [("photo", photo), ("truth", paint(image, np.asarray(truth), C, 1)),
-           ("prediction", paint(photo, predicted.numpy(), C, 1)),
-           (f"{len(owner.unique())} of {K} groups", paint(photo, owner.numpy() + C, C + K, 1))]
+    row = [("photo", photo), ("truth", paint(image, np.asarray(truth), names, 1)),
+           ("prediction", paint(photo, predicted.numpy(), names, 1)),
+           (f"{len(owner.unique())} of {K} groups", paint(photo, owner.numpy() + C, [*names, *map(str, range(K))], 1))]
     for k in range(K):
         called = predicted[owner == k]
         title = names[called[0]] if len(called) else "(no pixel)"
@@ -88,7 +88,7 @@ def main(argv=None):
     embeddings = embed(model, dataset.classes)
     rows = [panels(model, embeddings, names, *dataset[i][1:]) for i in args.show]
     picture = grid(rows, gap=4)
-    lines = list(zip(palette(len(names)), names))
+    lines = list(zip(class_colours(names), names))
     grid([[picture, legend(lines, picture.height, 14)]]).save(args.picture)
 
 

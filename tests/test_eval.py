@@ -20,8 +20,9 @@ from machinery.images import IGNORE, ScoredImages, load_image, to_pixels
 from machinery.networks.checkpoint import load_model, save_model
 from machinery.scoring.benchmarks import THRESHOLD, open_folder
 from machinery.scoring.classify import LabelledImages, classify
-from machinery.scoring.pictures import NOT_SCORED, palette
+from machinery.scoring.pictures import NOT_SCORED, class_colours
 from machinery.settings import as_mapping
+from conftest import tiny
 from processes import Processes
 
 # --------------------------------------------------------------------------------------------------
@@ -285,19 +286,25 @@ def test_the_result_lies_beside_the_checkpoint(checkpoint, folder, tmp_path):
         assert result["images"] == 3 and len(result["classes"]) == 5 - len(without)
 
 
-def test_pictures_of_the_first_images(checkpoint, folder, tmp_path):
-    """--save-images N writes photo, truth, prediction and overlay of the first N side by side, with
-    titles, below the result."""
+def test_pictures_of_what_is_scored(checkpoint, folder, tmp_path):
+    """--save-images N writes photo, truth, prediction and overlay of N images side by side, with
+    titles, below the result: of N parts of the dataset those with the most scored pixels. What is
+    not scored is grey in truth and prediction."""
+    Image.new("L", (128, 128), 255).save(folder / "masks" / "photo1.png")
     run(checkpoint, folder, tmp_path / "result.json", "--save-images", "2")
     pictures = sorted((tmp_path / "result_images").iterdir())
-    assert [path.name for path in pictures] == ["0000.png", "0001.png"]
+    assert [path.name for path in pictures] == ["0000.png", "0002.png"]
     picture = np.array(Image.open(pictures[0]))[24:]                    # 24: the titles
     photo = np.array(load_image(folder / "images" / "photo0.png"))
     mask = np.array(Image.open(folder / "masks" / "photo0.png"))
     H, W = mask.shape
     assert (picture[:H, :W] == photo).all() and picture.shape[1] > 4 * W
     truth = picture[:H, W + 4:2 * W + 4]            # after a gap
-    assert (truth[mask == 2] == palette(5)[2]).all() and (truth[mask == 255] == NOT_SCORED).all()
+    colours = class_colours(["background", "cow", "grass", "sky", "submarine"])
+    assert (truth[mask < 4] == colours[mask[mask < 4]]).all()
+    assert (truth[mask == 255] == NOT_SCORED).all()
+    prediction = picture[:H, 2 * W + 8:3 * W + 8]
+    assert ((prediction == NOT_SCORED).all(axis=2) == (mask == 255)).all()
 
 
 def test_results_go_where_they_are_sent(checkpoint, folder, tmp_path, fails):
@@ -590,6 +597,10 @@ def test_a_model_of_the_toy_world_scores_toy_scenes_only(folder, labelled, tmp_p
     Image.open(path).convert("RGB").save(path)      # no longer a file of `save_scene`
     arguments = ["--checkpoint", tmp_path, "--dataset"]
     fails(eval.main, [*arguments, folder], path, "toy world", "--checkpoint")
+    save_model(tmp_path / "photos", tiny(backbone={"name": "test_resnet", "weights": "random"}),
+               {"run": {"train_data": "photos.json"}})
+    fails(eval.main, ["--dataset", "toy", "--checkpoint", tmp_path / "photos"], "photos.json",
+          "means nothing on the drawn scenes")
     fails(eval.main, [*arguments, labelled, "--task", "classification"],
           labelled / "b" / "1.png", "toy world", "--checkpoint")
 
@@ -657,13 +668,14 @@ def test_methods_side_by_side(tmp_path, capsys):
     assert rows == [["simzss", "null", "50.00", "0.00", "70", "2.0", "1.5", "50.0,", "50.0"],
                     ["sseg", "2", "50.00", "-", "60", "2.0", "1.5", "50.0"],
                     ["sseg", "8", "50.00", "-", "not", "known", "50.0"]]
-    head, _ = compared([files[0], write_run(tmp_path / "voc.json", {"seed": 9}, dataset="voc",
-                                            method="sseg")], capsys)
-    assert head[:2] == ["dataset", "method"]
 
 
-def test_compare_takes_results_only(tmp_path, fails):
-    """A file that is no result is named."""
+def test_compare_takes_results_of_one_dataset_only(tmp_path, fails):
+    """A file that is no result is named, and so are results of different datasets."""
+    files = [write_run(tmp_path / "toy.json", {"seed": 1}),
+             write_run(tmp_path / "voc.json", {"seed": 2}, dataset="voc")]
+    fails(eval.main, ["--compare", *files], "voc.json is a result of voc", "toy.json of toy")
+    fails(eval.main, ["--compare", tmp_path], f"no result {tmp_path / 'result.json'}")
     (tmp_path / "a.json").write_text('{"mIoU": 0.5}')
     fails(eval.main, ["--compare", tmp_path / "a.json"], tmp_path / "a.json",
           "no segmentation result")

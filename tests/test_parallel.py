@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from conftest import ROOT, read_log, tiny
-from machinery.parallel import join_processes
+from machinery import parallel
+from machinery.parallel import join_processes, progress
 from machinery.tokenizer import tokenize
 from machinery.training.loading import encode_in_micro_batches
 from model import SimZSS
@@ -175,3 +176,17 @@ def test_two_processes_share_the_feature_cache(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == by_two
     losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("two", "one")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_progress_is_a_line_a_minute_outside_a_terminal(capsys, monkeypatch):
+    """Where stderr is no terminal the bar is a line now and then, and nothing in the first minute;
+    other processes say nothing."""
+    assert list(progress(range(3), desc="counting", unit=" steps")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(parallel, "MINUTE", 1e-9)
+    list(progress(range(3), desc="counting", unit=" steps"))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 3 and all(line.startswith("counting: ") for line in lines)
+    assert "counting: 2 of 3 steps, 00:00 gone, 00:00 to go" in lines
+    list(progress(range(3), is_shown=False))
+    assert capsys.readouterr().err == ""

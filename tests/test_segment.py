@@ -3,6 +3,7 @@ files."""
 import dataclasses
 import json
 import os
+import re
 import resource
 
 import numpy as np
@@ -11,18 +12,23 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import concepts
 import eval
 import segment
+import train
 from conftest import tiny
 from machinery.files import save_tensors
+from machinery.images import to_image
 from machinery.names import read_templates
 from machinery.networks.checkpoint import load_model, save_model
-from machinery.scoring.pictures import palette
+from machinery.scoring.pictures import class_colours
 from machinery.scoring.protocol import embed, open_model
 from machinery.settings import as_mapping
+from machinery.tokenizer import tokenizer
 from machinery.toy import save_scene, toy_scene
-from segment import (parse_background, put_background, resize, resized_size,
-                     segment_image, window_starts)
+from model import SimZSS
+from segment import (Segmenter, in_words, parse_background, put_background, read_words, resize,
+                     resized_size, segment_image, window_starts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,13 +303,18 @@ def test_the_files_agree(checkpoint, photo, tmp_path, capsys):
     for found in result["found"]:
         i = found["index"]
         assert found["name"] == ["cow", "grass", "sea", "sky", "boat"][i]
-        assert found["colour"] == palette(5)[i].tolist() and found["colour"] in legend
+        assert found["colour"] == class_colours(["-"] * 5)[i].tolist()
+        assert found["colour"] in legend or found["share"] < 0.01
         assert found["share"] == pytest.approx((mask == i).mean(), abs=1e-6)
         assert -1 <= found["score"] <= 1
     protocol = as_mapping(load_model(checkpoint).protocol)
-    assert result["protocol"] == json.loads(json.dumps({**protocol, "stride": 16}))
+    changed = {**protocol, "stride": 16, "blend": "triangle"}
+    assert result["protocol"] == json.loads(json.dumps(changed))
     assert result["method"] == "simzss" and result["settings"]["backbone"]["name"] == "toy"
-    assert "photo_overlay.png" in capsys.readouterr().out
+    assert result["checkpoint"] == str(checkpoint) and len(result["checkpoint_sha256"]) == 64
+    said = capsys.readouterr()
+    assert all(f"photo{end}" in said.out for end in ("_mask.png", "_overlay.png", ".json"))
+    assert f"model: {checkpoint}, simzss" in said.err
 
 
 def test_a_folder_of_photos(checkpoint, tmp_path, fails):
@@ -387,10 +398,104 @@ def test_segment_and_eval_give_the_identical_mask(checkpoint, folder, tmp_path, 
         mask.save(folder / "masks" / f"{photo.stem}.png")
     output = tmp_path / "result.json"
     eval.main(["--dataset", str(folder), "--checkpoint", str(checkpoint), "--output", str(output),
-               "--device", "cpu", *more])
+               "--device", "cpu", "--blend", "triangle", *more])
     result = json.loads(output.read_text())
     assert result["mIoU"] == result["mAcc"] == result["aAcc"] == 1 and 1 < len(seen) < 40
     assert result["IoU"] == [1 if i in seen else None for i in range(40)]
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"background": "threshold:0.1"}, {"background": "prompt:sand", "stride": 16, "batch": 3},
+    {"templates": "simple7", "class_embedding": "concept", "scales": [1, 1.5], "refine_steps": 1}])
+def test_python_gives_the_mask_of_the_command(checkpoint, photo, tmp_path, settings):
+    """`segment` gives, bit for bit, the mask that the command writes, whatever the settings and in
+    whatever form it gets the photo; `Segmenter` does so for many photos, and takes a model."""
+    flags = [word for name, value in settings.items() for word in (
+        f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value]))]
+    run(checkpoint, tmp_path, photo, "--classes", NAMES, *flags)
+    written = np.array(Image.open(tmp_path / "photo_mask.png"))
+    words = NAMES.split(", ")
+    segmenter = Segmenter(words, checkpoint, "cpu", **settings)
+    image = Image.open(photo)
+    for form in (str(photo), image, np.array(image), np.array(image) / np.float32(255)):
+        mask, names, score = segmenter(form)
+        assert (mask == written).all() and score.dtype == np.float32
+    assert names == ["background"] * ("background" in settings) + words
+    settings.pop("batch", None)
+    assert (segment.segment(photo, NAMES, checkpoint, "cpu", **settings).mask == written).all()
+    model = load_model(checkpoint, protocol={"blend": "triangle"})
+    assert (Segmenter(words, model, **settings)(photo).mask == written).all()
+
+
+@pytest.mark.parametrize("photo, found", [
+    (np.zeros((40, 60)), (60, 40)), (np.full((40, 60, 1), 7, np.uint8), (60, 40)),
+    (np.zeros((40, 60, 4), np.uint8), (60, 40)), (np.ones((4, 6, 3)), (6, 4)),
+    (Image.new("RGBA", (60, 40)), (60, 40)), (Image.new("I;16", (60, 40)), (60, 40)),
+    (np.zeros((3, 40, 60)), "(3, 40, 60); expected (height, width)"),
+    (np.full((4, 4, 3), 255.0), "float64 numbers in 255.0..255.0; expected uint8"),
+    (np.full((4, 4), np.nan), "nan"), (np.zeros((4, 4), bool), "bool numbers"),
+    (np.zeros((4, 4), int), "int64 numbers"), (np.zeros((0, 4, 3), np.uint8), "expected uint8"),
+    (None, "a photo of shape ()")])
+def test_photos_from_python(photo, found):
+    """Grey, transparent and 16-bit pictures, and floats in 0..1, become RGB; what is no picture is
+    refused."""
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=re.escape(found)):
+            to_image(photo)
+    else:
+        image = to_image(photo)
+        assert image.mode == "RGB" and image.size == found
+        assert (np.array(image) == np.array(image)[:1, :1]).all()
+
+
+def test_equal_photos_are_equal_in_any_form():
+    """Floats are 1/255 of the grey levels, and alpha lies over white."""
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert (np.array(to_image(grey / 255))[..., 0] == grey).all()
+    clear = np.dstack([np.zeros((16, 16, 3), np.uint8), grey])
+    assert (np.array(to_image(clear))[..., 0] == 255 - grey).all()
+
+
+def test_words_from_python(model):
+    """A text is no list of class names to a method; lists of synonyms are."""
+    with pytest.raises(ValueError, match="list of class names, found the text 'sky'"):
+        model.embed_classes("sky")
+    assert read_words([["cat", "kitten"], "sofa"]) == [["cat", "kitten"], ["sofa"]]
+    with pytest.raises(ValueError, match="words: no class names"):
+        read_words([])
+
+
+def test_words_that_training_never_saw_are_named(tmp_path, photo, capsys):
+    """A word none of whose tokens was in training is named in a warning, also after the model was
+    saved; a model that does not know what it saw says nothing."""
+    model = tiny()
+    save_model(tmp_path, model, {})
+    run(tmp_path, tmp_path, photo, "--classes", "cow, zeppelin")
+    assert "warning" not in capsys.readouterr().err
+    model.seen_tokens = torch.zeros(49408, dtype=bool)
+    model.seen_tokens[tokenizer().encode("a cow in grass")] = True
+    save_model(tmp_path, model, {})
+    assert load_model(tmp_path).seen_tokens.equal(model.seen_tokens)
+    run(tmp_path, tmp_path, photo, "--classes", "cow, grass zeppelin, Sofa")
+    said = capsys.readouterr().err
+    assert "training had the words zeppelin, Sofa;" in said
+
+
+def test_unfinished_models_are_named(tmp_path, photo, capsys):
+    """The line on the model says what it was trained on, and whether that is unfinished."""
+    save_model(tmp_path, tiny(), {"run": {"train_data": "photos.json"}, "step": 3, "steps": 9})
+    run(tmp_path, tmp_path, photo, "--classes", "cow, sky")
+    assert "simzss, trained on photos.json, UNFINISHED: step 3 of 9" in capsys.readouterr().err
+
+
+def test_classes_below_a_hundredth(tmp_path):
+    """The line on a photo names what fills a hundredth of it, the largest first, and counts the
+    rest; all are in the JSON."""
+    result = {"photo": "a.jpg", "mask": "a_mask.png", "overlay": "a_overlay.png", "found": [
+        {"name": "sky", "share": 0.3}, {"name": "cow", "share": 0.696},
+        {"name": "sea", "share": 0.004}]}
+    assert in_words(result) == ("a.jpg: cow 70%, sky 30%, 1 classes below 1%; written: a_mask.png, "
+                                "a_overlay.png, a.json")
 
 
 def test_background_on_the_command_line(checkpoint, photo, tmp_path):
@@ -443,6 +548,14 @@ def test_views_on_the_command_line(checkpoint, photo, tmp_path):
      ["--background and --classes", "duplicate class name 'sky'"]),
     (["photo.png", "--background", "threshold:0", "--classes", "background, cow"],
      ["--background", "duplicate class name 'background'"]),
+    (["photo.png", "--classes", "cow"], ["'cow' alone would fill every photo", "--background"]),
+    (["photo.png", "--classes", "airplane bus sky"], ["commas between them, 'airplane, bus, sky'"]),
+    (["photo.png", "--classes", "cow, dog/cat"], ["'dog/cat' is no class name", "commas"]),
+    (["photo.png", "--classes", "classes/voc"], ["'classes/voc' is no class name, and no file"]),
+    (["photo.png", "--classes", "cow, b.jpg"], ["'b.jpg' is no class name"]),
+    (["sofa", "photo.png", "--classes", "cat,"], ["no image sofa"]),
+    (["photo.png", "--classes", "cat,"], ["ends with a comma", "need quotes"]),
+    (["photo.png", "--background", "0.2"], ["background '0.2'", "threshold:T"]),
     (["photo.png", "--window", "8"], ["stride 32 is more than the window of 8"]),
     (["photo.png", "--set", "protocol.keep_classes=3"], ["simzss", "no setting 'keep_classes'"]),
     (["photo.png", "--set", "run.batch=3"], ["--set run", "protocol.NAME=VALUE"])])
@@ -461,22 +574,23 @@ def test_without_a_model_train_first(tmp_path, monkeypatch, fails):
     """Without --checkpoint the newest model under runs/ is used, and where there is none the line
     says so."""
     monkeypatch.chdir(tmp_path)
-    fails(segment.main, ["photo.jpg", "--classes", "cow"], "no trained model under runs/",
+    Image.new("RGB", (64, 64)).save("photo.jpg")
+    fails(segment.main, ["photo.jpg", "--classes", "cow, sky"], "no trained model under runs/",
           "train.py", "--checkpoint")
 
 
 def test_the_fields_own_protocol(tmp_path, model):
     """A model is by default used as the field does: short side and window 448, stride 224, 80
-    templates."""
+    templates; only that windows fade towards their borders."""
     model.protocol = type(model.protocol)()
     save_model(tmp_path, model, {})
     photo = tmp_path / "photo.png"
     Image.new("RGB", (64, 48)).save(photo)
-    run(tmp_path, tmp_path, photo, "--classes", "cow")
+    run(tmp_path, tmp_path, photo, "--classes", "cow, sky")
     protocol = json.loads((tmp_path / "photo.json").read_text())["protocol"]
     expected = {"templates": "imagenet80", "class_embedding": "caption", "short_side": 448,
                 "window": 448, "stride": 224, "scales": [1], "refine_steps": 0, "propagate": 0,
-                "image_weight": 0, "blend": "mean", "background": None}
+                "image_weight": 0, "blend": "triangle", "background": None}
     assert protocol == expected
 
 
@@ -485,8 +599,8 @@ def test_flags_replace_the_checkpoints_protocol(tmp_path, model):
     model.protocol = dataclasses.replace(model.protocol, templates="plain", window=96, stride=48)
     save_model(tmp_path, model, {})
     arguments = ["photo", "--classes", "cow", "--checkpoint", str(tmp_path), "--stride", "32",
-                 "--scales", "1", "1.5", "--set", "protocol.class_embedding=concept"]
-    expected = dataclasses.replace(model.protocol, stride=32, scales=(1.0, 1.5),
+                 "--blend", "mean", "--scales", "1", "1.5", "--set", "protocol.class_embedding=concept"]
+    expected = dataclasses.replace(model.protocol, stride=32, scales=(1.0, 1.5), blend="mean",
                                    class_embedding="concept")
     assert open_model(segment.parse_args(arguments)).protocol == expected
 
@@ -507,3 +621,34 @@ def test_a_model_of_the_toy_world_segments_toy_scenes_only(tmp_path, model, fail
         fails(segment.main, [*photos, "--classes", NAMES, "--checkpoint", tmp_path, "--output",
                              tmp_path / "refused"], photos[-1], "toy world", "--checkpoint")
     assert not (tmp_path / "refused").exists()
+
+
+def test_mistakes_are_found_before_a_model_is_made(checkpoint, tmp_path, monkeypatch, fails):
+    """Wrong photos, words, backgrounds, templates and windows are found before any network is
+    made."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("photo.png")
+    monkeypatch.setattr(SimZSS, "__init__", None)   # no model can be made
+    for arguments in (["none.jpg"], ["photo.png", "--classes", "a/b"],
+                      ["photo.png", "--background", "low"], ["photo.png", "--window", "8"],
+                      ["photo.png", "--templates", "poems"]):
+        fails(segment.main, ["--checkpoint", checkpoint, "--classes", "cow, sky", *arguments])
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    (segment, ["a.jpg", "--classes", "cat,", "sofa"],
+     ["unrecognized arguments: sofa", "quotes", '"cat, sofa"']),
+    (segment, ["a.jpg"], ["arguments are required: --classes"]),
+    (segment, ["a.jpg", "--classes", "cat, dog", "--view", "heat"], ["invalid choice: 'heat'"]),
+    (eval, [], ["--dataset", "is required"]),
+    (eval, ["--dataset", "imagenet"], ["no masks", "--task classification"]),
+    (train, ["--epoch", "3"], ["unrecognized arguments: --epoch 3"]),
+    (concepts, ["a.json", "--parsr", "match"], ["unrecognized arguments"])])
+def test_wrong_flags_end_with_one_line(script, arguments, words, capsys, monkeypatch):
+    """What argparse refuses is one line, without the usage before it."""
+    monkeypatch.setattr("sys.argv", ["script", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert all(word in said for word in words), said

@@ -20,6 +20,7 @@ from conftest import BANK, ROOT, read_log, tiny
 from data import MAX_PIXELS, CaptionedImages, collate
 from machinery.networks.checkpoint import load_model
 from machinery.settings import RECIPES
+from machinery.tokenizer import tokenizer
 from machinery.toy import toy_scene
 from model import SimZSS
 from train import learning_rate, read_command_line
@@ -225,6 +226,10 @@ def test_a_run_on_the_toy_world(folder, tmp_path, capsys, monkeypatch):
     assert cost["seconds"] >= 0 and cost["peak_gib"] > 0.1
     assert cost["trained_parameters"] == sum(p.numel() for p in load_model(run).trained().values())
     assert f"mIoU {result['mIoU']:.2%}" in printed
+    seen = load_model(run).seen_tokens              # of all tokens, those of the captions
+    assert 10 < seen.sum() < 200
+    assert seen[tokenizer().encode("boat on the sea")].all()
+    assert not seen[tokenizer().encode("zeppelin")].any()
     assert result["classes"] == ["cow", "grass", "sky", "submarine"]
     assert result["settings"]["local_weight"] == 0.3 and result["dataset"] == str(folder)
     heights = [round(256 * h / w) for h, w in [(70, 101), (128, 128), (90, 64)]]

@@ -99,10 +99,11 @@ def any_size(name):
 
 
 @contextlib.contextmanager
-def one_line_refusals(name, flag):
-    """What goes wrong while timm makes a network, as FileNotFoundError or ValueError."""
+def one_line_refusals(name, flag, downloads=True):
+    """What goes wrong while timm makes a network, as FileNotFoundError or ValueError. downloads:
+    whether it may download weights."""
     try:
-        with quiet_hub():
+        with quiet_hub(downloads):
             yield
     except OSError as error:
         raise FileNotFoundError(

@@ -5,8 +5,12 @@ settings of the run, as JSON.
 """
 from pathlib import Path
 
-from machinery.contract import find_method
-from machinery.files import fill, read_tensors, save_tensors, tensors_sha256
+import numpy as np
+import torch
+
+from machinery.contract import PRETRAINED, find_method
+from machinery.files import file_sha256, fill, read_tensors, save_tensors, tensors_sha256
+from machinery.names import read_templates
 from machinery.networks import release
 from machinery.networks.backbones import at_most
 from machinery.settings import abbreviate, as_mapping, check_value, merge, nested, read
@@ -37,7 +41,24 @@ def header_of(method, training, with_training_only=False):
     with_training_only: see `frozen_sha256`."""
     return {"format": FORMAT, "method": method.name, "settings": as_mapping(method.settings),
             "protocol": as_mapping(method.protocol), "bank": method.bank,
-            "frozen_sha256": frozen_sha256(method, with_training_only), "training": training}
+            "frozen_sha256": frozen_sha256(method, with_training_only), "training": training,
+            "seen_tokens": bits_of(method.seen_tokens)}
+
+
+def bits_of(seen):
+    """A bool tensor as hexadecimal text, a bit for each number; None stays None."""
+    return None if seen is None else np.packbits(seen.cpu().numpy()).tobytes().hex()
+
+
+def read_seen_tokens(header, path):
+    """(V,) bool of a header, see `Method.seen_tokens`; None where it is not known, as in older
+    files. Raises ValueError."""
+    bits = check_value(header.get("seen_tokens"), str | None, {}, f"{path}: seen_tokens")
+    try:
+        return bits and torch.from_numpy(np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8)
+                                                       ).astype(bool))
+    except ValueError:
+        raise ValueError(f"{path}: seen_tokens is no hexadecimal number") from None
 
 
 def frozen_sha256(method, with_training_only=False):
@@ -82,19 +103,23 @@ def read_header(header, path):
 
 
 def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_token=None,
-               method=None):
+               method=None, protocol=None):
     """Build a saved model from its file, or the folder that holds it, ready for inference.
 
-    path: our checkpoint, or one of SimZSS's authors (a PyTorch file).
+    path: our checkpoint, or one of SimZSS's authors (a PyTorch file); or "clip" and the like, see
+        `PRETRAINED`.
     backbone_weights: local file with the frozen backbone's weights, if not where training found it.
     backbone: of an authors' checkpoint, timm's name of its backbone, if its tensors do not tell.
     image_token: of an authors' checkpoint, see `BackboneSettings`.
     method: name of the only method whose checkpoint will do.
+    protocol: settings at test time, by name, in place of those of its training.
 
-    `model.protocol` is the one of its training, `model.trained_with` the settings of its run. Opens
-    no file but these, the weights file that the checkpoint names for its frozen network, and what
+    `model.protocol` is the one in use, `model.trained_with` the settings of its run,
+    `model.checkpoint_file` path and hash of its file. Opens no file but these, the weights file that the checkpoint names for its frozen network, and what
     timm downloads for a registered name. Raises FileNotFoundError or ValueError.
     """
+    if str(path).partition(":")[0] in PRETRAINED:
+        return load_pretrained(path, protocol).to(device).eval()
     path = model_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train.py writes one, or name one with "
@@ -102,17 +127,40 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
     with open(path, "rb") as file:
         is_pytorch = file.read(4) == b"PK\x03\x04"  # PyTorch writes zip archives
     if is_pytorch:
-        model = load_imported(path, backbone, image_token, backbone_weights)
+        model = load_imported(path, backbone, image_token, backbone_weights, protocol)
     else:
         if backbone or image_token:
             raise ValueError(f"{path} names its backbone itself; backbone={backbone!r}, "
                              f"image_token={image_token!r} are for the authors' checkpoints")
-        model = load_own(path, backbone_weights, method)
+        model = load_own(path, backbone_weights, method, protocol)
+    model.checkpoint_file = {"checkpoint": str(path), "checkpoint_sha256": file_sha256(path)}
     return model.to(device).eval()
 
 
-def load_own(path, backbone_weights, method=None):
-    """A model of `save_model`. method: see `load_model`."""
+def changed_protocol(method_class, protocol, changes):
+    """A method's protocol with changes by name, checked before a model is built."""
+    values = merge(as_mapping(protocol), changes or {})
+    changed = read(method_class.Protocol, values, f"the protocol of {method_class.name}")
+    if changes:
+        read_templates(changed.templates)           # raises what embedding would raise
+    return changed
+
+
+def load_pretrained(name, protocol):
+    """A model that needs no training here. name: of PRETRAINED, or NAME:which."""
+    kind, _, which = name.partition(":")
+    method, setting = PRETRAINED[kind]
+    method_class = find_method(method)
+    settings = read(method_class.Settings, {setting: which} if which else {},
+                    f"--checkpoint {name}")
+    protocol = changed_protocol(method_class, method_class.Protocol(), protocol)
+    model = method_class(settings)
+    model.protocol = protocol
+    return model
+
+
+def load_own(path, backbone_weights, method=None, changes=None):
+    """A model of `save_model`. method, changes: see `load_model`, there protocol."""
     try:
         header, tensors = read_tensors(path)
     except ValueError as error:
@@ -126,6 +174,7 @@ def load_own(path, backbone_weights, method=None):
     method_class, settings, protocol, bank = read_header(header, path)
     if method and method_class.name != method:      # not made: it may name other files, or itself
         raise ValueError(f"{path} is a checkpoint of {method_class.name}, expected one of {method}")
+    protocol = changed_protocol(method_class, protocol, changes)
     size = sum(tensor.numel() for tensor in tensors.values())
     try:
         # Twice: a network may set a parameter again
@@ -143,16 +192,19 @@ def load_own(path, backbone_weights, method=None):
                          "PixelCLIP MODEL/FILE)")
     model.protocol = protocol
     model.trained_with = header["training"]
+    model.seen_tokens = read_seen_tokens(header, path)
     return model
 
 
-def load_imported(path, backbone, image_token, backbone_weights):
+def load_imported(path, backbone, image_token, backbone_weights, protocol=None):
     """SimZSS of an authors' checkpoint, which does not name its concepts: the bank is empty."""
     if backbone_weights:
         raise ValueError(f"{path} holds its backbone's weights; leave --backbone-weights out")
     mapping, tensors = release.read_checkpoint(path, backbone, image_token)
     method_class = find_method("simzss")
+    protocol = changed_protocol(method_class, method_class.Protocol(), protocol)
     model = method_class(read(method_class.Settings, mapping, path))
+    model.protocol = protocol
     expected = {release.their_name(name): value for name, value in model.checkpoint().items()}
     fill(expected, tensors, f"{path} is no checkpoint of the authors with this backbone")
     model.trained_with = {"imported": str(path)}

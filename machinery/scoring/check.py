@@ -4,10 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from machinery.images import IGNORE, load_image, read_mask
-from machinery.parallel import rank, sum_counts
+from machinery.parallel import progress, rank, sum_counts
 from machinery.scoring.benchmarks import BENCHMARKS, ILLEGAL, open_dataset
 
 
@@ -43,8 +42,8 @@ def check(dataset, limit=None):
     first = {}                                      # value that may not occur -> image that has it
     with ThreadPoolExecutor(8) as pool:
         results = pool.map(lambda i: inspect(dataset, i), range(total))
-        for i, (problem, found) in enumerate(tqdm(results, total=total, desc="checking",
-                                                  unit=" masks", disable=None)):
+        for i, (problem, found) in enumerate(progress(results, total=total, desc="checking",
+                                                      unit=" masks")):
             if problem:
                 problems.append(problem)
             pixels += found
@@ -80,26 +79,43 @@ def first_values(values):
     return ", ".join(map(str, values[:12])) + ", ..." * (len(values) > 12)
 
 
-def verified_datasets(args):
-    """The datasets asked for: ({name: dataset} of those that pass their check, reasons why the
-    others do not). The first process checks for all. args: eval.py's flags."""
+def open_datasets(args):
+    """The datasets asked for, before any mask is looked at: ({name: dataset} of those that are
+    there, reasons why the others are not). args: eval.py's flags. Raises FileNotFoundError or
+    ValueError if none is there."""
     datasets = {}
     failed = []
+    missing = []
     for name in BENCHMARKS if args.dataset == "all" else [args.dataset]:
         try:
-            dataset = open_dataset(name, args.without, args.names, args.data, args.ignore)
+            datasets[name] = open_dataset(name, args.without, args.names, args.data, args.ignore)
+        except FileNotFoundError:
+            if args.dataset != "all":
+                raise
+            missing.append(name)
         except (ValueError, OSError) as error:
             failed.append(str(error))
-            continue
+    if missing:
+        failed.append(f"not under {args.data}: {', '.join(missing)}; python eval.py --dataset "
+                      f"{missing[0]} says what is expected where")
+    if not datasets:
+        raise ValueError("; ".join(failed))
+    return datasets, failed
+
+
+def verified_datasets(args, datasets):
+    """({name: dataset} of the opened ones that pass their check, reasons why the others do not).
+    The first process checks for all. args: eval.py's flags."""
+    verified = {}
+    failed = []
+    for name, dataset in datasets.items():
         problems = check_files(dataset, args) if dataset.files and rank() == 0 else []
         if sum_counts(torch.tensor([len(problems)])):
             failed.append(f"{name} failed its check: "
                           + ("; ".join(problems) or "the first process says why"))
         else:
-            datasets[name] = dataset
-    if len(failed) > 1:
-        failed.insert(0, f"{len(failed)} of {len(BENCHMARKS)} benchmarks cannot be scored")
-    return datasets, failed
+            verified[name] = dataset
+    return verified, failed
 
 
 def check_files(dataset, args):

@@ -5,11 +5,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
-from tqdm import tqdm
 
 from machinery.images import is_hidden, list_images, load_image, to_pixels
 from machinery.names import read_labels
-from machinery.parallel import own_indices, rank, sum_counts
+from machinery.parallel import own_indices, progress, sum_counts
 from machinery.training.workers import collate_tuples, start_data_worker
 
 
@@ -66,8 +65,7 @@ def classify(model, dataset, embeddings, limit=None, workers=0, batch=64):
     right = torch.zeros(2, dtype=torch.int64)
     loader = DataLoader(Subset(dataset, mine), batch_size=batch, num_workers=workers,
                         collate_fn=collate_tuples, worker_init_fn=start_data_worker)
-    for pixels, known in tqdm(loader, desc="classifying", unit=" batches",
-                              disable=None if rank() == 0 else True):
+    for pixels, known in progress(loader, desc="classifying", unit=" batches"):
         scores = model.image_scores(pixels.to(embeddings.device), embeddings)       # (B, C)
         best = scores.topk(min(5, len(embeddings)), dim=1).indices.cpu() == known[:, None]
         right += torch.stack([best[:, 0].sum(), best.sum()])

@@ -1,5 +1,6 @@
 """Pictures: overlays with legends, comparisons, heat maps, patch tokens as colours."""
 import unicodedata
+from functools import lru_cache
 from itertools import zip_longest
 
 import numpy as np
@@ -8,7 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from machinery.files import save_png
 
-NOT_SCORED = (224, 224, 192)                        # pixels without a class: as in Pascal VOC
+BACKGROUND = "background"                           # the class that is never painted
+NOT_SCORED = (216, 216, 216)                        # pixels without a class: no class is grey
+LEAST_SHARE = 0.01                                  # of a picture that a class in a legend fills
 
 
 def count_pixels(mask, count, weights=None):
@@ -30,6 +33,45 @@ def palette(count):
     return colours.astype(np.uint8)
 
 
+@lru_cache
+def distinct_colours(count):
+    """count RGB colours, (count, 3) uint8, for pictures: each is as far from all before it as can
+    be, in CIELAB. The first n are those of any longer list. Beyond some hundreds they repeat."""
+    levels = np.linspace(0, 255, 12).round()
+    rgb = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    lab = cielab(rgb)
+    vivid = (np.abs(lab[:, 0] - 60) < 28) & (np.hypot(lab[:, 1], lab[:, 2]) > 30)
+    rgb = rgb[vivid]
+    lab = lab[vivid]
+    chosen = [np.abs(lab - cielab([230, 25, 75])).sum(axis=1).argmin()]     # begins with a red
+    distance = np.full(len(lab), np.inf)            # to the nearest one chosen
+    while len(chosen) < min(count, len(lab)):
+        distance = np.minimum(distance, ((lab - lab[chosen[-1]]) ** 2).sum(axis=1))
+        chosen.append(distance.argmax())
+    return rgb[np.resize(chosen, count)].astype(np.uint8)
+
+
+def cielab(rgb):
+    """sRGB colours (..., 3) in 0..255 -> CIELAB (white point D65): distances are those that one
+    sees."""
+    x = np.asarray(rgb) / 255
+    linear = np.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
+    xyz = linear @ np.array([[0.4339, 0.2126, 0.0178], [0.3763, 0.7152, 0.1095],
+                             [0.1899, 0.0722, 0.8727]])
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]),
+                     200 * (f[..., 1] - f[..., 2])], axis=-1)
+
+
+def class_colours(names):
+    """A colour for each name, (C, 3) uint8, in pictures. A class "background" is black, and the
+    others have the colours that they have without it."""
+    colours = np.zeros((len(names), 3), np.uint8)
+    others = [i for i, name in enumerate(names) if name != BACKGROUND]
+    colours[others] = distinct_colours(len(others))
+    return colours
+
+
 def to_ascii(text):
     """The text in the letters of Pillow's own font: no accents, "?" for what has no such form."""
     decomposed = unicodedata.normalize("NFKD", text)
@@ -40,15 +82,64 @@ def to_ascii(text):
 # --------------------------------------------------------------------------------------------------
 # Masks over photos
 
-def paint(image, mask, count, opacity=0.6):
-    """The photo under its mask, an (H, W) int array of count classes; other pixels stay as they
-    are, or become `NOT_SCORED` if the mask is opaque."""
-    named = (mask >= 0) & (mask < count)
-    colours = np.array([*palette(count), NOT_SCORED], np.uint8)
-    coloured = Image.fromarray(colours[np.where(named, mask, np.int16(count))])
+def paint(image, mask, names, opacity=0.5):
+    """The photo, grey, under the colours of its mask, an (H, W) int array, with outlines in full
+    colour. Background and pixels without a class stay as they are; if the mask is opaque, they
+    become black and `NOT_SCORED`."""
+    named = (mask >= 0) & (mask < len(names))
+    colours = np.array([*class_colours(names), NOT_SCORED], np.uint8)
+    coloured = Image.fromarray(colours[np.where(named, mask, np.int16(len(names)))])
     if opacity == 1:
         return coloured
-    return Image.composite(Image.blend(image, coloured, opacity), image, Image.fromarray(named))
+    if BACKGROUND in names:
+        named &= mask != names.index(BACKGROUND)
+    painted = Image.blend(image.convert("L").convert("RGB"), coloured, opacity)
+    painted = Image.composite(painted, image, Image.fromarray(named))
+    edges = outlines(mask, max(1, round(max(mask.shape) / 500))) & named
+    return Image.composite(coloured, painted, Image.fromarray(edges))
+
+
+def outlines(mask, width):
+    """Pixels (H, W) bool of a mask that are at most width pixels from those of another class."""
+    edges = np.zeros(mask.shape, bool)
+    for values, found in ((mask, edges), (mask.T, edges.T)):
+        for shift in range(1, width + 1):
+            differs = values[shift:] != values[:-shift]
+            found[shift:] |= differs
+            found[:-shift] |= differs
+    return edges
+
+
+def place_word(region, width, height):
+    """The middle (x, y) of a place for a word of width x height pixels inside a region (H, W) bool,
+    with as much room around it as there is; None if it has no room."""
+    sums = np.pad(region, ((1, 0), (1, 0))).cumsum(0, dtype=np.int32).cumsum(1)
+    for room in (4, 2, 1):
+        w = round(width + (room - 1) * height)
+        h = round(room * height)
+        if w < region.shape[1] and h < region.shape[0]:
+            inside = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
+            y, x = np.unravel_index(inside.argmax(), inside.shape)
+            if inside[y, x] > 0.97 * w * h:
+                return x + w / 2, y + h / 2
+    return None
+
+
+def write_words(picture, mask, names, size):
+    """Write each class's name into its largest region, if it has room there. size: of letters."""
+    font = ImageFont.load_default(size=size)
+    draw = ImageDraw.Draw(picture)
+    step = max(1, size // 8)                        # places are looked for on a coarser mask
+    small = mask[::step, ::step]
+    share = count_pixels(mask, len(names)) / mask.size
+    for i, name in enumerate(names):
+        width = font.getlength(to_ascii(name)) / step
+        if share[i] >= LEAST_SHARE and name != BACKGROUND:
+            place = place_word(small == i, width + size / step, 1.4 * size / step)
+            if place:
+                draw.text((step * place[0], step * place[1]), to_ascii(name), fill="white",
+                          font=font, anchor="mm", stroke_width=max(1, size // 10),
+                          stroke_fill="black")
 
 
 def legend(lines, height, size):
@@ -69,20 +160,25 @@ def legend(lines, height, size):
 
 
 def overlay(image, mask, names):
-    """The photo under its mask, and right of it a legend of the classes found, the largest first.
+    """The photo under its mask, and right of it a legend of the classes that fill at least a
+    hundredth of it, the largest first.
 
     image: RGB PIL image (W, H). mask: (H, W) int array. names: C names.
     """
     share = count_pixels(mask, len(names)) / mask.size
-    colours = palette(len(names))
-    lines = [(colours[i], f"{names[i]} {share[i]:.1%}")
-             for i in np.argsort(-share, kind="stable") if share[i] > 0]
-    size = int(np.clip(max(mask.shape) / 32, 10, 64))
-    return grid([[paint(image, mask, len(names)), legend(lines, mask.shape[0], size)]])
+    colours = class_colours(names)
+    largest = np.argsort(-share, kind="stable")
+    lines = [(colours[i], f"{names[i]} {share[i]:.0%}") for i in largest
+             if share[i] >= LEAST_SHARE and names[i] != BACKGROUND]
+    size = max(10, round(max(mask.shape) / 36))
+    painted = paint(image, mask, names)
+    write_words(painted, mask, names, size)
+    return grid([[painted, legend(lines, mask.shape[0], size)]])
 
 
 def comparison(rows, names, width=256):
-    """Photo, truth, prediction and overlay of several images, with titles and one legend.
+    """Photo, truth, prediction and overlay of several images, with titles and one legend. The
+    prediction is shown where the truth is scored, the overlay everywhere.
 
     rows: (image, truth (H, W), prediction (H, W)) each. width: pixels of a panel. The legend names
     the classes that fill at least a hundredth of a truth or prediction.
@@ -93,21 +189,23 @@ def comparison(rows, names, width=256):
     lines = []
     for image, *masks in rows:
         truth, prediction = map(np.asarray, masks)
+        scored = (truth >= 0) & (truth < C)
         for mask in (truth, prediction):
             seen = np.maximum(seen, count_pixels(mask, C) / mask.size)
-        if count_pixels(truth, C).sum() < truth.size:
+        if not scored.all():
             lines = [(NOT_SCORED, "not scored")]
-        row = [image, paint(image, truth, C, 1), paint(image, prediction, C, 1),
-               paint(image, prediction, C)]
+        row = [image, paint(image, truth, names, 1),
+               paint(image, np.where(scored, prediction, -1), names, 1),
+               paint(image, prediction, names)]
         size = (width, max(1, round(width * image.height / image.width)))
         panels.append([panel.resize(size, Image.BICUBIC if panel is image else Image.NEAREST)
                        for panel in row])
     titles = ("photo", "truth", "prediction", "overlay")
     panels[0] = [add_title(panel, title) for panel, title in zip(panels[0], titles)]
     picture = grid(panels, gap=4)
-    colours = palette(C)
+    colours = class_colours(names)
     lines = [(colours[i], names[i]) for i in np.argsort(-seen, kind="stable")
-             if seen[i] >= 0.01] + lines
+             if seen[i] >= LEAST_SHARE] + lines
     return grid([[picture, legend(lines, picture.height, 14)]])
 
 
@@ -123,16 +221,21 @@ def grid(rows, gap=0):
     return canvas
 
 
-def add_title(picture, title, colour=(255, 255, 255)):
-    """The picture with a line of text above it, on a colour."""
-    font = ImageFont.load_default(size=14)
+def add_title(picture, title, size=14):
+    """The picture with a line of text above it. size: of the letters, in pixels."""
+    font = ImageFont.load_default(size=size)
     title = to_ascii(title)
     width = max(picture.width, int(font.getlength(title)) + 8)
-    canvas = Image.new("RGB", (width, picture.height + 24), colour)
-    canvas.paste(picture, (0, 24))
-    ink = "black" if sum(colour) > 380 else "white"
-    ImageDraw.Draw(canvas).text((4, 12), title, fill=ink, font=font, anchor="lm")
+    height = round(1.7 * size)
+    canvas = Image.new("RGB", (width, picture.height + height), "white")
+    canvas.paste(picture, (0, height))
+    ImageDraw.Draw(canvas).text((4, height // 2), title, fill="black", font=font, anchor="lm")
     return canvas
+
+
+def save_picture(path, picture):
+    """As PNG, with the least compression, which takes a third of the time and a tenth more room."""
+    save_png(path, picture, compress_level=1)
 
 
 def save_mask(path, mask, count):
@@ -158,67 +261,49 @@ def similarity_view(image, names, maps):
     photo = image.resize(maps.shape[:0:-1], Image.BICUBIC)
     low = maps.min()
     high = maps.max()
-    panels = [add_title(photo, "photo")]
+    columns = min(4, max(1, 3000 // photo.width))
+    size = max(14, photo.height // 16)
+    panels = [add_title(photo, "photo", size)]
     for name, scores in zip(names, maps):
         heat = 4 * (scores - low) / max(high - low, 1e-6)
         colours = np.stack([np.interp(heat, range(5), channel) for channel in HEAT.T], axis=-1)
         panel = Image.blend(photo.convert("L").convert("RGB"),
                             Image.fromarray(colours.astype(np.uint8)), 0.75)
-        panels.append(add_title(panel, f"{name}   {scores.min():.2f} to {scores.max():.2f}"))
-    columns = min(4, max(1, 2000 // photo.width))
+        title = f"{name}   {scores.min():.2f} to {scores.max():.2f}"
+        panels.append(add_title(panel, title, size))
     return grid([panels[i:i + columns] for i in range(0, len(panels), columns)])
 
 
-@torch.no_grad()
-def project_patches(model, pixels, directions, tile):
-    """Scalar products of all patch tokens with directions (K, D): (h, w, K), tile by tile.
+def principal_axes(tokens):
+    """The three axes along which tokens (N, D) differ most, (D, 3)."""
+    centred = tokens - tokens.mean(dim=0)
+    covariance = centred.T @ centred
+    return torch.linalg.eigh(covariance.cpu())[1][:, -3:].flip(-1).to(tokens)
 
-    pixels: uint8 (3, H, W). tile: pixels; no more of the photo is in the model at a time.
+
+def pca_view(image, names, maps, words, height=448):
+    """Patch tokens in three colours, a panel for each size of the photo, and beside them the
+    classes.
+
+    maps: of each size of the photo, {title: (3, h, w)}, products of its tokens with three axes.
+    words: the same of the classes, (C, 3). height: pixels of a panel.
+
+    Classes are coloured about their own mean, over a range of their own: they lie close together,
+    and would share one colour. So compare the direction of a hue, not its value.
     """
-    columns = []
-    for x in range(0, pixels.shape[2], tile):
-        tiles = [pixels[:, y:y + tile, x:x + tile] for y in range(0, pixels.shape[1], tile)]
-        scores = [model.patch_scores(part[None], directions)[0][0] for part in tiles]   # (K, h, w)
-        columns.append(torch.cat(scores, dim=1))
-    return torch.cat(columns, dim=2).permute(1, 2, 0)
-
-
-def pca_view(model, image, names, class_embeddings, photos, tile=448):
-    """Patch tokens and class embeddings in three colours: the axes along which patch tokens differ
-    most.
-
-    names, class_embeddings: of C classes, (C, S, D); a class of several names shows the first.
-    photos: the photo in several sizes, uint8 (3, h, w) each, the first that of training images.
-    tile: pixels a side; the model sees no more of the photo at a time.
-
-    Class embeddings are coloured about their own mean, over a range of their own: they lie close
-    together, and would share one colour. So compare the direction of a hue, not its value.
-    """
-    words = class_embeddings[:, 0]                                                      # (C, D)
-    axes = torch.eye(words.shape[-1], device=words.device)      # products with them: the tokens
-    photos = [pixels.to(words.device) for pixels in photos]
-    tokens = project_patches(model, photos[0], axes, tile).flatten(0, 1)                # (N, D)
-    mean = tokens.mean(dim=0)
-    covariance = (tokens - mean).T @ (tokens - mean)
-    basis = torch.linalg.eigh(covariance.cpu())[1][:, -3:].flip(-1).to(mean)            # (D, 3)
-    low, high = ((tokens - mean) @ basis).quantile(
-        torch.tensor([0.02, 0.98], device=words.device), dim=0)                         # (3,) each
-
-    height = 448
+    first = next(iter(maps.values())).flatten(1)                                        # (3, N)
+    low, high = first.quantile(torch.tensor([0.02, 0.98]).to(first), dim=1)             # (3,) each
     shape = (max(1, round(image.width * height / image.height)), height)
-    panels = [add_title(image.resize(shape, Image.BICUBIC), "photo")]
-    for pixels in photos:
-        projected = project_patches(model, pixels, basis.T.contiguous(), tile) - mean @ basis
-        h, w = projected.shape[:2]
-        scale = round(pixels.shape[1] / photos[0].shape[1], 1)
-        picture = Image.fromarray(levels(projected, low, high)).resize(shape, Image.NEAREST)
-        panels.append(add_title(picture, f"{scale:g} x training size, {h} x {w} patches"))
-    projected = words @ basis
-    projected = projected - projected.mean(dim=0)
-    reach = projected.abs().amax(dim=0)
-    key = [add_title(Image.new("RGB", (shape[0], 4), tuple(colour)), name, tuple(colour))
-           for name, colour in zip(names, levels(projected, -reach, reach).tolist())]
-    return grid([panels, *(key[i:i + len(panels)] for i in range(0, len(key), len(panels)))])
+    size = max(14, (len(maps) + 1) * shape[0] // 100)
+    panels = [add_title(image.resize(shape, Image.BICUBIC), "photo", size)]
+    for title, projected in maps.items():
+        picture = Image.fromarray(levels(projected.permute(1, 2, 0), low, high))
+        panels.append(add_title(picture.resize(shape, Image.NEAREST), title, size))
+    words = words - words.mean(dim=0)
+    reach = words.abs().amax(dim=0)
+    lines = [*zip(levels(words, -reach, reach).tolist(), names)]
+    key = add_title(legend(lines, height, size), "the words, in colours of their own", size)
+    return grid([[*panels, key]], gap=8)
 
 
 def levels(values, low, high):

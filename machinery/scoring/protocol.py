@@ -4,25 +4,29 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from argparse import SUPPRESS
 from pathlib import Path
 
 import safetensors
 import torch
 
-from machinery.contract import PRETRAINED, Method, Protocol, find_method
-from machinery.files import file_sha256, remove_partial, save_tensors
+from machinery.contract import PRETRAINED, Method, Protocol
+from machinery.files import remove_partial, save_tensors
 from machinery.names import read_templates
 from machinery.networks.backbones import warn_if_random
-from machinery.networks.checkpoint import load_model, model_file, newest_model
-from machinery.parallel import pick_device
-from machinery.settings import add_flags, add_set_flag, as_mapping, given, merge, read
+from machinery.networks.checkpoint import load_model, newest_model
+from machinery.parallel import pick_device, rank
+from machinery.settings import add_flags, add_set_flag, as_mapping, given
+from machinery.tokenizer import tokenizer
 from machinery.toy import is_scene
 
 EMBEDDINGS = 2                                      # raise it when `embed_classes` changes values
 
 
-def add_model_flags(parser):
+def add_model_flags(parser, protocol=()):
+    """Add the flags of a model and its `Protocol`. protocol: values that the script has in place of
+    the model's, by name."""
     pretrained = "".join(f", or {name}, which needs no training here" for name in PRETRAINED)
     model = parser.add_argument_group("model").add_argument
     model("--checkpoint",
@@ -39,7 +43,8 @@ def add_model_flags(parser):
           help="where to compute (default: %(default)s)")
     heading = "protocol (what the model was trained with replaces these defaults)"
     group = parser.add_argument_group(heading)
-    add_flags(group, Protocol, "protocol")
+    add_flags(group, Protocol, "protocol", dict(protocol))
+    parser.set_defaults(**{f"protocol.{name}": value for name, value in dict(protocol).items()})
     group.add_argument(
         "--class-embedding", dest="protocol.class_embedding", default=SUPPRESS,
         choices=["caption", "concept"],
@@ -64,25 +69,39 @@ def open_model(args):
     flags = given(args)
     if set(flags) - {"protocol"}:
         raise ValueError(f"--set {min(set(flags) - {'protocol'})}...: expected protocol.NAME=VALUE")
+    return prepare_model(args.checkpoint, args.device, flags.get("protocol"), args.backbone_weights,
+                         args.backbone, args.image_token)
+
+
+def prepare_model(checkpoint=None, device="auto", protocol=None, backbone_weights=None,
+                  backbone=None, image_token=None):
+    """A model of `load_model` as segment.py and eval.py use it; it is named on stderr.
+
+    checkpoint: None = the newest under runs/. device: as --device. Others: of `load_model`.
+    """
     torch.manual_seed(0)                            # a method may draw random numbers
-    device = pick_device(args.device)
-    name, _, which = str(args.checkpoint).partition(":")
-    if name in PRETRAINED:
-        method, setting = PRETRAINED[name]
-        method_class = find_method(method)
-        values = {setting: which} if which else {}
-        settings = read(method_class.Settings, values, f"--checkpoint {args.checkpoint}")
-        model = method_class(settings).to(device).eval()
-    else:
-        path = model_file(args.checkpoint or newest_model())
-        model = load_model(path, device, args.backbone_weights, args.backbone, args.image_token)
-        model.checkpoint_file = {"checkpoint": str(path), "checkpoint_sha256": file_sha256(path)}
+    device = pick_device(device)
+    model = load_model(checkpoint or newest_model(), device, backbone_weights, backbone,
+                       image_token, protocol=protocol)
+    if rank() == 0:
+        print(f"model: {model.checkpoint_file.get('checkpoint', checkpoint)}, "
+              f"{describe_training(model)}", file=sys.stderr)
     warn_if_random(model.settings)
-    values = merge(as_mapping(model.protocol), flags.get("protocol", {}))
-    model.protocol = read(model.Protocol, values, f"the protocol of {model.name}")
     if model.protocol.propagate and not has_unit_tokens(model):
         model.unit_tokens(None)                     # says so
     return model
+
+
+def describe_training(model):
+    """The method of a model, and on what and how far it was trained, in words."""
+    words = [model.name]
+    data = training_run(model).get("train_data")
+    if data:
+        words.append(f"trained on {data}")
+    step, steps = (model.trained_with.get(name) for name in ("step", "steps"))
+    if step != steps:
+        words.append(f"UNFINISHED: step {step} of {steps}")
+    return ", ".join(words)
 
 
 def has_unit_tokens(model):
@@ -106,12 +125,35 @@ def refuse_toy_model(model, files):
                                  "another model with --checkpoint")
 
 
+def refuse_photo_model(model):
+    """Raise ValueError if a model that was trained on photographs is to be scored on toy scenes."""
+    data = training_run(model).get("train_data", "toy")
+    backbone = getattr(model.settings, "backbone", None)
+    if data != "toy" and getattr(backbone, "name", "toy") != "toy":
+        raise ValueError(f"{model.checkpoint_file.get('checkpoint')} was trained on {data} and means "
+                         "nothing on the drawn scenes of the toy world; name a model of these with "
+                         "--checkpoint, such as runs/toy")
+
+
+def unseen_words(model, classes):
+    """Words of class names none of whose tokens was in training, as far as the model knows."""
+    if model.seen_tokens is None:
+        return []
+    words = dict.fromkeys(word for names in classes for name in names for word in name.split())
+    return [word for word in words if not model.seen_tokens[tokenizer().encode(word)].any()]
+
+
 # --------------------------------------------------------------------------------------------------
 # Class embeddings, kept beside their checkpoint
 
 def embed(model, classes):
     """Class embeddings (C, S, D) by `model.protocol`, kept in a file beside the model's checkpoint,
     whose name is made of all that they depend on. A model without checkpoint embeds anew."""
+    unseen = unseen_words(model, classes)
+    if unseen and rank() == 0:
+        more = f" and {len(unseen) - 12} more" if len(unseen) > 12 else ""
+        print(f"warning: no caption of this model's training had the words {', '.join(unseen[:12])}"
+              f"{more}; where the mask says so it means nothing", file=sys.stderr)
     templates = read_templates(model.protocol.templates)
     if not model.checkpoint_file:
         return model.embed_classes(classes, templates)

@@ -5,6 +5,7 @@ import datetime
 import json
 import platform
 import subprocess
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +21,7 @@ SCORED_ON = ("dataset", "images", "data.names", "data.without")
 PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "pillow")
 
 
+@lru_cache
 def made_with():
     """The commit of this code and the versions of what it runs on."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
@@ -85,6 +87,9 @@ def full_name(dataset):
 def read_result(path):
     """(settings by their dotted names, mIoU in %, cost or None) of a result file of train.py or
     eval.py. Raises ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no result {path}; expected a JSON of train.py or eval.py, or the "
+                                "folder of a run that was scored")
     try:
         result = json.loads(Path(path).read_text())
         settings = {"dataset": result["dataset"], "images": result["images"],
@@ -113,10 +118,12 @@ def compare(paths, run_settings):
     which they differ. Of several methods a setting counts where runs of one method differ in it,
     and their mean cost is printed.
 
-    paths: result files of train.py or eval.py. run_settings: the dataclass of a run's settings,
+    paths: result files of train.py or eval.py, or folders of runs. run_settings: the dataclass of a run's settings,
     which knows those that do not change results.
     """
+    paths = [Path(path) / "result.json" * Path(path).is_dir() for path in paths]
     runs = [read_result(path) for path in paths]
+    refuse_unlike_data(paths, runs)
     same = {f"run.{field.name}" for field in dataclasses.fields(run_settings)
             if not field.metadata["changes_result"]}
     differing = differing_settings([settings for settings, _, _ in runs], {"run.seed", *same})
@@ -137,6 +144,15 @@ def compare(paths, run_settings):
         each = ", ".join(f"{miou:.1f}" for miou in mious)
         cost = mean_cost([cost for _, cost in rows[row]]) if costs else ""
         print(f"{cells}  {mious.mean():8.2f} {spread}{cost}   {each}")
+
+
+def refuse_unlike_data(paths, runs):
+    """Raise ValueError unless all results are of the same dataset. runs: of `read_result`."""
+    first = runs[0][0]["dataset"]
+    for path, (settings, _, _) in zip(paths, runs):
+        if settings["dataset"] != first:
+            raise ValueError(f"{path} is a result of {settings['dataset']}, {paths[0]} of {first}; "
+                             "only results of the same dataset can be compared")
 
 
 def differing_settings(runs, left_out):

@@ -29,8 +29,8 @@ def read_captions(path):
         raise FileNotFoundError(
             f"no captions file {path}. For COCO expected "
             "data/coco/annotations/captions_train2017.json and data/coco/train2017/*.jpg from "
-            "https://cocodataset.org/#download (2017 train images, train/val annotations); or name "
-            "another source with --train-data; --recipe toy needs no files")
+            "https://cocodataset.org/#download (2017 train images, train/val annotations), or your "
+            "own .json, .jsonl or .tsv; train.py --recipe toy needs no files")
     readers = {".json": read_coco, ".jsonl": read_jsonl, ".tsv": read_tsv}
     try:
         if path.suffix not in readers:
@@ -73,7 +73,8 @@ def read_tsv(text):
     columns = min(map(len, rows), default=2)        # more cells in a row: tabs in its caption
     pairs = [(row[0], " ".join(row[1:len(row) - columns + 2]).strip()) for row in rows]
     if columns < 2:
-        raise ValueError("a row without a tab between image and caption")
+        first = next(row[0] for row in rows if len(row) < 2)
+        raise ValueError(f"no tab between image and caption in the row {first[:60]!r}")
     return pairs[pairs[:1] in ([("image", "caption")], [("filepath", "title")]):]
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from machinery.files import write_text
 from machinery.images import to_pixels
+from machinery.parallel import progress
 from machinery.training.workers import collate_tuples, start_data_worker
 
 MISSING, DONE, UNREADABLE = range(3)                # marks of a row
@@ -123,8 +123,9 @@ class FeatureCache:
             marks.flush()
             bar.update(len(rows))
 
-        with tqdm(total=len(mine), desc=f"features, process {rank + 1} of {world}", unit=" images",
-                  disable=None if rank == 0 else True) as bar, ThreadPoolExecutor(1) as writer:
+        with (progress(is_shown=rank == 0, total=len(mine), unit=" images",
+                       desc=f"features, process {rank + 1} of {world}") as bar,
+              ThreadPoolExecutor(1) as writer):
             written = writer.submit(int)            # one batch is written while the next is computed
             for rows, (pixels, readable) in zip(batches, loader):
                 computed = features(pixels)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from machinery.files import fill, read_tensors, save_tensors
-from machinery.networks.checkpoint import frozen_sha256, header_of, read_header
+from machinery.networks.checkpoint import frozen_sha256, header_of, read_header, read_seen_tokens
 from machinery.parallel import sum_over_processes
 from machinery.settings import abbreviate, as_mapping, check_value, differences
 from machinery.training.shards import BAD
@@ -97,8 +97,6 @@ class State:
                    for name, value in training.items()
                    if name not in ("run", "step") and self.training.get(name) != value]
         frozen = frozen_sha256(method, with_training_only=not self.is_finished)
-        if self.header["method"] != method.name:
-            differ = [f"the method was {self.header['method']}, is {method.name}"]
         if self.header["bank"] != method.bank:
             differ.append("the bank differs")
         if self.header["frozen_sha256"] != frozen:
@@ -109,6 +107,7 @@ class State:
 
     def restore(self, method, optimizer, scaler):
         """Put everything back in place."""
+        method.seen_tokens = read_seen_tokens(self.header, self.path)
         for name, p in method.trained().items():
             if f"optimizer.step.{name}" in self.tensors:
                 optimizer.state[p] = {"step": torch.zeros((), device=p.device),

@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from machinery.files import remove_partial, write_text
 from machinery.networks.checkpoint import save_model
-from machinery.parallel import gather_rows, peak_memory, sum_over_processes
+from machinery.parallel import gather_rows, peak_memory, progress, sum_over_processes
 from machinery.training.resume import save_state, state_files
 from machinery.training.shards import BAD, bad_line
 
@@ -80,8 +79,8 @@ class Run:
 
     def __enter__(self):
         is_first = self.processes.rank == 0
-        self.bar = tqdm(total=self.steps.stop, initial=self.steps.start, desc="training",
-                        unit=" steps", disable=None if is_first else True)
+        self.bar = progress(is_shown=is_first, total=self.steps.stop, initial=self.steps.start,
+                            desc="training", unit=" steps")
         self.log = self.open_log() if is_first else None
         self.signals = []
         self.handlers = {number: signal.signal(number, self.note)
@@ -151,6 +150,7 @@ class Run:
         is_finite: whether loss and gradients are.
         is_overflow: float16 could not hold the gradient; the scaler lowers its scale.
         """
+        self.note_seen_tokens()
         self.skipped += not is_finite
         self.failures = 0 if is_finite or is_overflow else self.failures + 1
         if self.failures == MAX_SKIPPED:
@@ -175,6 +175,15 @@ class Run:
                 self.end_interrupted(step + 1)
         self.step_began = time.time()
 
+    def note_seen_tokens(self):
+        """Note the tokens of this step's batch: their rows of the table have a gradient, the same
+        in all processes. Eight numbers of a row tell; those that are not finite do not count."""
+        table = self.method.trained().get(self.method.TOKEN_TABLE)
+        if table is not None and table.grad is not None:
+            seen = (table.grad[:, :8].abs() > 0).any(dim=1)                         # (V,)
+            before = self.method.seen_tokens
+            self.method.seen_tokens = seen if before is None else seen | before.to(seen.device)
+
     def refuse_too_many_bad(self, pairs):
         """Raise ValueError if too many pairs could not be read. pairs: good ones so far."""
         bad = sum(self.left_out)
@@ -196,7 +205,7 @@ class Run:
         except OSError as error:
             raise OSError(f"{self.log.name} could not be written ({error})") from None
         shown = [*list(values)[:3], "lr", "pairs_per_second", "skipped"]     # loss and its parts
-        self.bar.set_postfix({key: f"{line[key]:.3g}" for key in shown})
+        self.bar.set_postfix({key: f"{line[key]:.3g}" for key in shown}, refresh=False)
         done = (step + 1) * batch                   # pairs
         pass_pairs = self.training["pass_pairs"]
         if self.stream.positions is not None and done % pass_pairs < batch:

@@ -226,4 +226,5 @@ def download(name, weights, known):
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"the weights {name}/{weights} could not be downloaded ({type(error).__name__}). "
-            f"Connect to the network once, or name a local copy: {name}/FILE") from None
+            f"Connect to the network once, or name a local copy: --checkpoint clip:{name}/FILE, in "
+            f"training --clip-model {name}/FILE") from None
