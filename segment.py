@@ -47,7 +47,7 @@ from machinery.settings import as_mapping, read
 from model import best_synonym
 
 LONG_SIDE = 2048                                    # the usual bound, for very elongated images
-PCA_SIZES = (1, 2, 4, 8)                                # of --view pca, times the training images'
+PCA_SIZES = (1, 2, 4)                               # of --view pca, times the training images'
 
 
 # --------------------------------------------------------------------------------------------------

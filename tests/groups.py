@@ -49,10 +49,11 @@ def panels(model, embeddings, names, image, truth):
     predicted = scores.argmax(dim=0)[:pixels.shape[1], :pixels.shape[2]]
     K = len(soft)
     C = len(names)
+    both = [*names, *map(str, range(K))]            # groups have other colours than classes
     photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     row = [("photo", photo), ("truth", paint(image, np.asarray(truth), names, 1)),
            ("prediction", paint(photo, predicted.numpy(), names, 1)),
-           (f"{len(owner.unique())} of {K} groups", paint(photo, owner.numpy() + C, [*names, *map(str, range(K))], 1))]
+           (f"{len(owner.unique())} of {K} groups", paint(photo, owner.numpy() + C, both, 1))]
     for k in range(K):
         called = predicted[owner == k]
         title = names[called[0]] if len(called) else "(no pixel)"

@@ -361,13 +361,16 @@ def test_pictures_are_written_whole_or_not_at_all(checkpoint, tmp_path, fails):
 
 
 def test_an_unreadable_photo_leaves_the_others(checkpoint, tmp_path, fails):
-    """Photos that cannot be read are named in the end, the others are done."""
+    """Photos that cannot be read are named in the end, the others are done. A path where there is
+    no file ends the command at its start."""
     for name in ("a.png", "c.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)
     (tmp_path / "b.png").write_text("no image")
-    fails(segment.main, [tmp_path, tmp_path / "d.png", "--classes", NAMES, "--checkpoint",
-                         checkpoint, "--output", tmp_path / "out"],
-          "b.png is no readable image", "no image", "d.png", "2 of 4 photos were left out")
+    arguments = [tmp_path, "--classes", NAMES, "--checkpoint", checkpoint, "--output",
+                 tmp_path / "out"]
+    fails(segment.main, [tmp_path / "d.png", *arguments], "no image", "d.png")
+    assert not (tmp_path / "out").exists()
+    fails(segment.main, arguments, "b.png is no readable image", "1 of 3 photos were left out")
     assert (tmp_path / "out" / "a.json").exists() and (tmp_path / "out" / "c.json").exists()
 
 
