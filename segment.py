@@ -9,11 +9,12 @@ legend of the classes found) and photo.json. From Python, the same mask:
     from segment import segment
     mask, names, score = segment("photo.jpg", ["cat", "sofa", "potted plant"], "runs/simzss")
 
-From another folder: PYTHONPATH=/where/this/is python yours.py. `segment_image` is the one way from a photo to a mask,
-here and in eval.py: the photo is resized to a short side of 448; a window of 448 pixels slides over
-it in steps of 224; in each window the method scores its patches for every class; the scores are
-enlarged to pixels, averaged where windows overlap, and enlarged to the photo's size; the class with
-the highest score wins.
+From another folder: PYTHONPATH=/where/this/is python yours.py.
+
+`segment_image` is the one way from a photo to a mask, here and in eval.py: the photo is resized to
+a short side of 448; a window of 448 pixels slides over it in steps of 224; in each window the
+method scores its patches for every class; the scores are enlarged to pixels, averaged where windows
+overlap, and enlarged to the photo's size; the class with the highest score wins.
 
 (H, W) is the photo, (h, w) the resized photo; in other files (h, w) is the grid of patches.
 """
@@ -256,7 +257,8 @@ class Segmenter:
     """Segments photos with the same words, as the command does: `Segmenter(words)(photo)`.
 
     words: ["cat", "sofa"], or with synonyms [["cat", "kitten"], "sofa"]; or as --classes.
-    checkpoint: as --checkpoint, None = the newest under runs/; or a model of `load_model`.
+    checkpoint: as --checkpoint, None = the newest under runs/; or a model of `load_model`, whose
+        own protocol then holds.
     device: as --device.
     batch: windows at a time.
     protocol: settings of a `Protocol` by name, such as background="threshold:0.2".

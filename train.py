@@ -174,8 +174,8 @@ def train(recipe, processes):
     output = Path(settings.output)
     state = find_state(settings.resume, output) if settings.resume else None
     if state and state.header["method"] != recipe.method.name:
-        raise ValueError(f"{state.path} is of another run: the method was {state.header['method']}, "
-                         f"is {recipe.method.name}; go on with its own --recipe, or begin anew in "
+        raise ValueError(f"{state.path} is of another run: the method was "
+                         f"{state.header['method']}, is {recipe.method.name}; go on with its own --recipe, or begin anew in "
                          "another --output")
     if not settings.resume and state_files(output):
         raise ValueError(f"{output} holds an unfinished run ({state_files(output)[0].name}): go on "

@@ -47,11 +47,7 @@ def read_ids(path):
 def region_of(segmentation, height, width):
     """Pixels (H, W) bool of COCO's outlines: polygons, or a run-length code."""
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        if isinstance(counts, str):
-            return decode_runs((height, width), counts)
-        flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)       # column by column
-        return flat.reshape(width, height).T
+        return decode_runs((height, width), segmentation["counts"])
     picture = Image.new("1", (width, height))
     for polygon in segmentation:
         ImageDraw.Draw(picture).polygon(polygon, fill=1)

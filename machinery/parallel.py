@@ -118,8 +118,8 @@ class Lines:
 
 
 def progress(items=None, is_shown=None, **options):
-    """tqdm's bar, of the first process. Where stderr is no terminal (nohup, SLURM, a pipe), a line a
-    minute in its place. is_shown: None = in the first process. Others: of tqdm."""
+    """tqdm's bar, of the first process. Where stderr is no terminal (nohup, SLURM, a pipe), a line
+    a minute in its place. is_shown: None = in the first process. Others: of tqdm."""
     is_shown = rank() == 0 if is_shown is None else is_shown
     if sys.stderr.isatty():
         return tqdm(items, disable=not is_shown, **options)

@@ -5,6 +5,7 @@ from functools import lru_cache
 from machinery.names import visible
 
 CONTEXT_LENGTH = 77                                 # CLIP's: tokens, start and end included
+VOCABULARY = 49408                                  # tokens that it knows
 
 
 @lru_cache(maxsize=None)

@@ -173,6 +173,8 @@ def test_a_missing_checkpoint_is_named(tmp_path):
     ({"protocol": None}, "protocol: expected settings by name, found None"),
     ({"protocol": {"scales": [1e400]}}, "protocol: scales is inf; expected"),
     ({"protocol": {"stride": 999}}, "protocol: stride 999 is more than the window"),
+    ({"seen_tokens": "xyz"}, "seen_tokens is 'xyz'; expected 49,408 bits"),
+    ({"seen_tokens": 3}, "seen_tokens is 3; expected a text"),
     ({"frozen_sha256": None}, "not those that")])
 def test_headers_with_nonsense_are_refused(checkpoint, tmp_path, change, words):
     """A header that is of another format, or holds anything but what was written, is refused with

@@ -3,6 +3,7 @@
 Its header holds the method's name and settings, the protocol, the names of the bank and the
 settings of the run, as JSON.
 """
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from machinery.names import read_templates
 from machinery.networks import release
 from machinery.networks.backbones import at_most
 from machinery.settings import abbreviate, as_mapping, check_value, merge, nested, read
+from machinery.tokenizer import VOCABULARY
 
 FORMAT = "simzss-3"
 
@@ -54,11 +56,13 @@ def read_seen_tokens(header, path):
     """(V,) bool of a header, see `Method.seen_tokens`; None where it is not known, as in older
     files. Raises ValueError."""
     bits = check_value(header.get("seen_tokens"), str | None, {}, f"{path}: seen_tokens")
-    try:
-        return bits and torch.from_numpy(np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8)
-                                                       ).astype(bool))
-    except ValueError:
-        raise ValueError(f"{path}: seen_tokens is no hexadecimal number") from None
+    if bits is None:
+        return None
+    if not re.fullmatch(f"[0-9a-f]{{{VOCABULARY // 4}}}", bits):
+        raise ValueError(f"{path}: seen_tokens is {abbreviate(bits)}; expected {VOCABULARY:,} bits "
+                         "in hexadecimal digits")
+    packed = np.frombuffer(bytes.fromhex(bits), np.uint8)
+    return torch.from_numpy(np.unpackbits(packed).astype(bool))
 
 
 def frozen_sha256(method, with_training_only=False):
@@ -115,11 +119,12 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
     protocol: settings at test time, by name, in place of those of its training.
 
     `model.protocol` is the one in use, `model.trained_with` the settings of its run,
-    `model.checkpoint_file` path and hash of its file. Opens no file but these, the weights file that the checkpoint names for its frozen network, and what
-    timm downloads for a registered name. Raises FileNotFoundError or ValueError.
+    `model.checkpoint_file` path and hash of its file. Opens no file but these, the weights file
+    that the checkpoint names for its frozen network, and what timm downloads for a registered name.
+    Raises FileNotFoundError or ValueError.
     """
     if str(path).partition(":")[0] in PRETRAINED:
-        return load_pretrained(path, protocol).to(device).eval()
+        return load_pretrained(str(path), protocol).to(device).eval()
     path = model_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train.py writes one, or name one with "

@@ -130,9 +130,9 @@ def refuse_photo_model(model):
     data = training_run(model).get("train_data", "toy")
     backbone = getattr(model.settings, "backbone", None)
     if data != "toy" and getattr(backbone, "name", "toy") != "toy":
-        raise ValueError(f"{model.checkpoint_file.get('checkpoint')} was trained on {data} and means "
-                         "nothing on the drawn scenes of the toy world; name a model of these with "
-                         "--checkpoint, such as runs/toy")
+        raise ValueError(f"{model.checkpoint_file.get('checkpoint')} was trained on {data} and "
+                         "means nothing on the drawn scenes of the toy world; name a model of "
+                         "these with --checkpoint, such as runs/toy")
 
 
 def unseen_words(model, classes):

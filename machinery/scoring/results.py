@@ -118,8 +118,8 @@ def compare(paths, run_settings):
     which they differ. Of several methods a setting counts where runs of one method differ in it,
     and their mean cost is printed.
 
-    paths: result files of train.py or eval.py, or folders of runs. run_settings: the dataclass of a run's settings,
-    which knows those that do not change results.
+    paths: result files of train.py or eval.py, or folders of runs. run_settings: the dataclass of a
+    run's settings, which knows those that do not change results.
     """
     paths = [Path(path) / "result.json" * Path(path).is_dir() for path in paths]
     runs = [read_result(path) for path in paths]

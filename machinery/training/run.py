@@ -179,9 +179,10 @@ class Run:
         """Note the tokens of this step's batch: their rows of the table have a gradient, the same
         in all processes. Eight numbers of a row tell; those that are not finite do not count."""
         table = self.method.trained().get(self.method.TOKEN_TABLE)
-        if table is not None and table.grad is not None:
+        before = self.method.seen_tokens
+        is_unknown = before is None and self.steps.start > 0        # an older state does not tell
+        if table is not None and table.grad is not None and not is_unknown:
             seen = (table.grad[:, :8].abs() > 0).any(dim=1)                         # (V,)
-            before = self.method.seen_tokens
             self.method.seen_tokens = seen if before is None else seen | before.to(seen.device)
 
     def refuse_too_many_bad(self, pairs):

@@ -14,10 +14,9 @@ from torch import nn
 from machinery.errors import quiet_hub
 from machinery.networks.backbones import LARGEST, at_most
 from machinery.settings import abbreviate
-from machinery.tokenizer import CONTEXT_LENGTH
+from machinery.tokenizer import CONTEXT_LENGTH, VOCABULARY
 from model import patch_tokens
 
-VOCABULARY = 49408                                  # tokens of CLIP's own text tower
 SIGMA = 5.0                                         # patches, of `neighbour_path`
 
 
