@@ -586,7 +586,7 @@ def test_captions_of_no_use_are_counted(tmp_path, capsys):
     ("c.jsonl", '{"image": "a.jpg"}', "KeyError: 'caption'"),
     ("c.jsonl", '{"image": 1, "caption": "a dog"}', "that is no text"),
     ("c.jsonl", "{", "JSONDecodeError"),
-    ("c.tsv", "a.jpg\ta dog\nb.jpg a cat\n", "a row without a tab"),
+    ("c.tsv", "a.jpg\ta dog\nb.jpg a cat\n", "in the row 'b.jpg a cat'"),
     ("c.tsv", "a.jpg\tcaf\xe9\n".encode("latin-1"), "UnicodeDecodeError"),
 ])
 def test_file_that_is_no_captions_file(tmp_path, name, content, found):

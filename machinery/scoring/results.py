@@ -121,7 +121,7 @@ def compare(paths, run_settings):
     paths: result files of train.py or eval.py, or folders of runs. run_settings: the dataclass of a
     run's settings, which knows those that do not change results.
     """
-    paths = [Path(path) / "result.json" * Path(path).is_dir() for path in paths]
+    paths = [Path(path) / ("result.json" if Path(path).is_dir() else "") for path in paths]
     runs = [read_result(path) for path in paths]
     refuse_unlike_data(paths, runs)
     same = {f"run.{field.name}" for field in dataclasses.fields(run_settings)
