@@ -298,7 +298,7 @@ def test_random_backbones_are_said_and_recorded(folder, tmp_path, capsys):
     assert "random weights" in capsys.readouterr().err
     assert load_model(tmp_path).settings.backbone.weights == "random"
     eval.main(["--dataset", str(folder), "--checkpoint", str(tmp_path)])
-    segment.main([str(folder / "images" / "photo0.png"), "--classes", "cow",
+    segment.main([str(folder / "images" / "photo0.png"), "--classes", "cow, sky",
                   "--checkpoint", str(tmp_path), "--output", str(tmp_path)])
     assert capsys.readouterr().err.count("random weights") == 2
     for name in ("result.json", "eval_folder.json", "photo0.json"):
