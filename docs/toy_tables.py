@@ -75,6 +75,10 @@ def of_size(pixels):
     return scored(f"{{simzss}} --short-side {pixels} --window {pixels} --stride {pixels // 2}")
 
 
+def switched(switches):
+    return Row(f"`{switches}`", [scored(f"{{simzss}} {switches}")])
+
+
 FULL_RATE = "--set model.blocks_start=random --set model.blocks_rate=1"
 ROWS = {
     "simzss": Row("SimZSS", [trained("toy")]),
@@ -126,8 +130,16 @@ ROWS = {
     "bank": Row("`--bank`: the names of the 12 things, no ground", [
         "-c \"from machinery import toy; open('{out}.txt', 'w').write('\\n'.join(toy.THINGS))\"",
         trained("toy --bank {out}.txt")], (0,)),
-    "scales": Row("`--scales 1 1.5`", [scored("{simzss} --scales 1 1.5")]),
-    "refine": Row("`--refine-steps 10`", [scored("{simzss} --refine-steps 10")]),
+    "propagate-0.8": switched("--propagate 0.8"),
+    "propagate-0.95": switched("--propagate 0.95"),
+    "image-weight": switched("--image-weight 0.5"),
+    "blend": switched("--blend triangle"),
+    "scales-0.5": switched("--scales 0.5 1"),
+    "scales": switched("--scales 1 1.5"),
+    "refine": switched("--refine-steps 10"),
+    "propagate-image-weight": switched("--propagate 0.8 --image-weight 0.5"),
+    "propagate-scales": switched("--propagate 0.8 --scales 1 1.5"),
+    "propagate-refine": switched("--propagate 0.8 --refine-steps 10"),
     "pixels-64": Row("64 pixels at test time", [of_size(64)]),
     "pixels-192": Row("192 pixels at test time", [of_size(192)]),
     "pixels-256": Row("256 pixels at test time", [of_size(256)]),
@@ -142,7 +154,9 @@ TABLES = {
     "lambda": ["lit", "lambda-0.01", "simzss", "lambda-0.2", "lambda-1"],
     "pairs": ["pairs-32", "pairs-125", "pairs-500", "simzss"],
     "switches": ["simzss", "target", "bank"],
-    "test-time": ["simzss", "scales", "refine", "pixels-64", "pixels-192", "pixels-256"],
+    "test-time": ["simzss", "propagate-0.8", "propagate-0.95", "image-weight", "blend",
+                  "scales-0.5", "scales", "refine", "propagate-image-weight", "propagate-scales",
+                  "propagate-refine", "pixels-64", "pixels-192", "pixels-256"],
 }
 
 
