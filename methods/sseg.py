@@ -23,7 +23,7 @@ from torch import nn
 
 from machinery.contract import Method, Protocol
 from machinery.networks import backbones
-from machinery.networks.layers import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from machinery.networks.layers import IMAGENET_MEAN, IMAGENET_STD, GlobalBatchNorm, Normalise
 from machinery.parallel import sum_over_processes
 from machinery.settings import setting
 from machinery.tokenizer import tokenize
@@ -34,7 +34,7 @@ from model import (MAX_LOGIT_SCALE, BackboneSettings, TextEncoder, TextSettings,
                    best_synonym, global_loss, prompt_ensemble)
 
 FLIPPED = 0.5                                       # of the training crops
-FOCAL_WEIGHT = 20.0                                 # in the loss and in the matching (section 5.1)
+FOCAL_WEIGHT = 20.0                                 # in the loss and in the matching (section 1)
 DICE_WEIGHT = 1.0
 
 
@@ -61,8 +61,14 @@ class SSegSettings:
         2048, "width of the transformer decoder's feed-forward layers", least=1)
     dropout: float = setting(0.1, "dropout in the transformer decoder", least=0, most=0.9)
     feature: str = setting(
-        "query", "what describes a mask: its query (paper) or the mean of the cells under it, "
-        "which is not the paper's", choices=("query", "pool"))
+        "query", "what describes a mask: its query (paper); or, which is not the paper's, the mean "
+        "of what is under it: pool, of the mask grid's cells; local, of a local map",
+        choices=("query", "pool", "local"))
+    local_map: str = setting(
+        "teacher", "map of the feature local: the frozen teacher's patch tokens, or the map of "
+        "stride 8 of the student", choices=("teacher", "student"), flag=False)
+    batch_norm: bool = setting(
+        False, "BatchNorm in both projectors, which is not the paper's", flag=False)
     joint_width: int = setting(
         256, "D, of image and text embeddings and of the layer before them", least=1)
     clusters: int = setting(
@@ -96,7 +102,7 @@ class SSegProtocol(Protocol):
 
 
 # --------------------------------------------------------------------------------------------------
-# The mask loss (section 5.1)
+# The mask loss (section 1)
 
 def focal_loss(logits, targets):
     """Binary cross-entropy of each cell, weighted down where it is small already, averaged.
@@ -168,12 +174,25 @@ def mask_loss(logits, labels, clusters):
 
 
 # --------------------------------------------------------------------------------------------------
-# MaskFormer without its class head (sections 4.2 to 4.5)
+# MaskFormer without its class head (sections 1 and 2)
+
+def means_under(masks, map_):
+    """Mean of a map under each mask, without gradient through the masks.
+
+    masks: logits (B, Q, h, w). map_: (B, c, h', w') of the same image. Returns (B, Q, c).
+    """
+    inside = masks.detach().sigmoid().flatten(2)                            # (B, Q, P)
+    map_ = F.interpolate(map_.float(), masks.shape[-2:], mode="nearest").flatten(2)
+    return inside @ map_.mT / (inside.sum(dim=-1, keepdim=True) + 1e-6)     # (B, Q, c)
+
 
 class MaskNetwork(nn.Module):
-    """An image -> Q masks, and a feature of each. settings: `SSegSettings`."""
+    """An image -> Q masks, and a feature of each.
 
-    def __init__(self, settings):
+    settings: `SSegSettings`. teacher_width: channels of the teacher's tokens.
+    """
+
+    def __init__(self, settings, teacher_width=None):
         super().__init__()
         width = settings.decoder_width
         is_toy = settings.student == "toy"
@@ -184,26 +203,46 @@ class MaskNetwork(nn.Module):
                                           settings.decoder_layers, settings.decoder_heads,
                                           settings.decoder_ffn, settings.dropout)
         self.mask_head = mlp(width, width, width, width)
-        self.feature_head = nn.Linear(width, width)                         # for the class head
-        self.pools = settings.feature == "pool"
+        described = teacher_width or (channels[1] if settings.feature == "local" else width)
+        self.feature_head = nn.Linear(described, width)                     # for the class head
+        self.feature = settings.feature
 
-    def forward(self, images):
-        """images: normalised (B, 3, H, W), H and W multiples of 32. Returns the mask logits of all
-        layers (B, L, Q, H / 4, W / 4) and the mask features (B, Q, d)."""
+    def forward(self, images, teacher_map=None):
+        """images: normalised (B, 3, H, W), H and W multiples of 32. teacher_map: the teacher's
+        tokens (B, c, h, w), if they are the local map. Returns the mask logits of all layers
+        (B, L, Q, H / 4, W / 4) and the mask features (B, Q, d)."""
         maps = self.backbone(images)
         cells = self.pixel_decoder(maps)                                    # (B, d, H/4, W/4)
         outputs = self.decoder(maps[-1])                                    # (L, B, Q, d)
         masks = torch.einsum("lbqd,bdhw->blqhw", self.mask_head(outputs), cells)
-        described = outputs[-1]                                             # (B, Q, d)
-        if self.pools:                              # the mean of the cells under each mask
-            inside = masks[:, -1].detach().sigmoid().flatten(2)             # (B, Q, P)
-            total = inside.sum(dim=-1, keepdim=True)
-            described = inside @ cells.flatten(2).mT / (total + 1e-6)       # (B, Q, d)
+        if self.feature == "query":
+            described = outputs[-1]                                         # (B, Q, d)
+        elif self.feature == "pool":
+            described = means_under(masks[:, -1], cells)                    # (B, Q, d)
+        else:
+            local_map = maps[1] if teacher_map is None else teacher_map
+            described = means_under(masks[:, -1], local_map)                # (B, Q, c)
         return masks, self.feature_head(described)
 
 
 # --------------------------------------------------------------------------------------------------
-# From named masks to a map (section 7)
+# To the joint space (section 1)
+
+def projector(width, output, batch_norm):
+    """Two linear layers with ReLU, and perhaps BatchNorm, between them."""
+    layers = mlp(width, output, output)
+    if batch_norm:
+        layers.insert(1, GlobalBatchNorm(output))
+    return layers
+
+
+def project(projector, x):
+    """(..., width) -> (..., D), unit-norm."""
+    return F.normalize(projector(x.float()), dim=-1)
+
+
+# --------------------------------------------------------------------------------------------------
+# From named masks to a map (section 1)
 
 def merge_masks(masks, classes, merge="soft"):
     """Scores of the classes in each cell (B, C, h, w), which sum to 1.
@@ -224,7 +263,8 @@ def merge_masks(masks, classes, merge="soft"):
 # The whole
 
 class SSeg(Method):
-    """L = L_mask + L_contrastive (section 5.3). The teacher is there for training only."""
+    """L = L_mask + L_contrastive (section 1). The teacher is there for training only, unless the
+    feature local takes its tokens (section 6)."""
 
     name = "sseg"
     Settings = SSegSettings
@@ -236,13 +276,18 @@ class SSeg(Method):
 
     def __init__(self, settings, bank=(), training=False):
         super().__init__(settings, bank)
-        if training:
+        self.keeps_teacher = settings.feature == "local" and settings.local_map == "teacher"
+        if training or self.keeps_teacher:
             self.teacher = VisionBackbone(**backbones.arguments(settings.backbone, training))
-        self.network = MaskNetwork(settings)
+        if self.keeps_teacher:
+            self.TRAINING_ONLY = ()
+            if settings.backbone.weights in backbones.STORED:
+                self.FROZEN = ()    # random weights exist nowhere else: a checkpoint holds them
+        self.network = MaskNetwork(settings, self.teacher.width if self.keeps_teacher else None)
         self.text = TextEncoder(None, **vars(settings.text))
         width = settings.joint_width
-        self.image_projector = mlp(settings.decoder_width, width, width)
-        self.text_projector = mlp(self.text.width, width, width)
+        self.image_projector = projector(settings.decoder_width, width, settings.batch_norm)
+        self.text_projector = projector(self.text.width, width, settings.batch_norm)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))       # as a logarithm
         self.normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
 
@@ -256,7 +301,7 @@ class SSeg(Method):
 
     def features(self, batch):
         """The batch with labels (B, h, w) in 0..K-1, the pseudo-masks of the very crops that the
-        student sees (section 4.1). A label that occurs nowhere is no mask."""
+        student sees (section 1). A label that occurs nowhere is no mask."""
         pixels = batch["pixels"]
         patch = self.teacher.patch_size
         if any(pixels.shape[-1] % side for side in (STRIDE, *patch)):
@@ -264,24 +309,24 @@ class SSeg(Method):
                              f"and of the teacher's patches of {patch[0]} x {patch[1]} pixels")
         with self.autocast():
             _, tokens, grid = self.teacher(self.teacher.normalise(pixels))          # (B, N, .)
-        return {**batch, "labels": kmeans(tokens, self.settings.clusters).unflatten(1, grid)}
+        batch = {**batch, "labels": kmeans(tokens, self.settings.clusters).unflatten(1, grid)}
+        if self.keeps_teacher:
+            batch["teacher_map"] = tokens.mT.unflatten(2, grid)                     # (B, c, h, w)
+        return batch
 
     def encode(self, batch):
-        """Mask logits of all layers (B, L, Q, H / 4, W / 4), embeddings image and text (B, D)."""
+        """Mask logits of all layers (B, L, Q, H / 4, W / 4), image (B, d), the mean of the mask
+        features, and text (B, text width), what the captions come to."""
         with self.autocast():
-            masks, mask_features = self.network(self.normalise(batch["pixels"]))
-            return {"masks": masks, "image": self.embed_image(mask_features),
-                    "text": self.embed_text(batch["tokens"])}
+            masks, mask_features = self.network(self.normalise(batch["pixels"]),
+                                                batch.get("teacher_map"))
+            return {"masks": masks, "image": mask_features.mean(dim=1),
+                    "text": self.read_texts(batch["tokens"])}
 
-    def embed_image(self, mask_features):
-        """Mask features (B, Q, d) -> embedding (B, D): their mean, projected, unit-norm."""
-        return F.normalize(self.image_projector(mask_features.mean(dim=1)).float(), dim=-1)
-
-    def embed_text(self, tokens):
-        """tokens (P, 77) -> embeddings (P, D), unit-norm, from the state at the end token."""
+    def read_texts(self, tokens):
+        """tokens (P, 77) -> states at the end token (P, text width)."""
         states, end = self.text.states(tokens)                              # (P, T, text width)
-        last = states[torch.arange(len(states), device=states.device), end]
-        return F.normalize(self.text_projector(last).float(), dim=-1)
+        return states[torch.arange(len(states), device=states.device), end]
 
     def losses(self, encoded, batch):
         layers = encoded["masks"].float().unbind(dim=1)                     # L of (B, Q, h, w)
@@ -291,8 +336,10 @@ class SSeg(Method):
         if self.settings.deep_supervision == "mean":
             mask = mask / len(layers)
         scale = self.logit_scale.exp()
-        # global_loss is the mean of both directions, this the sum (section 5.2)
-        contrastive = 2 * global_loss(encoded["image"], encoded["text"], scale)
+        image = project(self.image_projector, encoded["image"])                     # (B, D)
+        text = project(self.text_projector, encoded["text"])
+        # global_loss is the mean of both directions, this the sum (section 1)
+        contrastive = 2 * global_loss(image, text, scale)
         return {"loss": mask + contrastive, "mask": mask, "contrastive": contrastive,
                 "logit_scale": scale}
 
@@ -310,22 +357,26 @@ class SSeg(Method):
         return [{"params": params, "decay": float(decays), "rate": 1.0}
                 for decays, params in groups.items()]
 
-    # Inference (section 7)
+    # Inference (section 1)
 
     @torch.no_grad()
     def masks(self, pixels):
         """Pixels uint8 (B, 3, H, W) -> mask logits (B, Q, H' / 4, W' / 4), features (B, Q, d), and
         the size (H', W') that the masks cover."""
-        x = self.normalise(pixels)
-        H, W = x.shape[-2:]
-        x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
-        masks, mask_features = self.network(x)
+        H, W = pixels.shape[-2:]
+        border = (0, -W % STRIDE, 0, -H % STRIDE)
+        x = F.pad(self.normalise(pixels), border)
+        teacher_map = None
+        if self.keeps_teacher:
+            _, tokens, grid = self.teacher(F.pad(self.teacher.normalise(pixels), border))
+            teacher_map = tokens.mT.unflatten(2, grid)                              # (B, c, h, w)
+        masks, mask_features = self.network(x, teacher_map)
         return masks[:, -1], mask_features, tuple(x.shape[-2:])
 
     def embed_classes(self, classes, templates=("{}",)):
         def embed(prompts):
             tokens = torch.stack([tokenize("".join(prompt)) for prompt in prompts])
-            return self.embed_text(tokens.to(self.device))
+            return project(self.text_projector, self.read_texts(tokens.to(self.device)))
         return prompt_ensemble(classes, templates, embed)
 
     @torch.no_grad()
@@ -336,7 +387,7 @@ class SSeg(Method):
         if self.protocol.merge == "fine":
             masks = F.interpolate(masks, covered, mode="bilinear", align_corners=False)
         # One projector for the mean of all features in training, and for each feature here
-        words = F.normalize(self.image_projector(mask_features), dim=-1)            # (B, Q, D)
+        words = project(self.image_projector, mask_features)                        # (B, Q, D)
         cosines = best_synonym(words, class_embeddings)                             # (B, C, Q)
         classes = (self.logit_scale.exp() * cosines).softmax(dim=1)
         return merge_masks(masks, classes, self.protocol.merge), covered
@@ -345,5 +396,5 @@ class SSeg(Method):
     def image_scores(self, pixels, class_embeddings):
         """Cosine similarities (B, C) of whole images and classes."""
         _, mask_features, _ = self.masks(pixels)
-        image = self.embed_image(mask_features)                                     # (B, D)
+        image = project(self.image_projector, mask_features.mean(dim=1))            # (B, D)
         return best_synonym(image[:, None], class_embeddings)[..., 0]

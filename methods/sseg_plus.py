@@ -1,6 +1,6 @@
 """S-Seg+: a new network, trained on the label maps that S-Seg drew for a folder of images.
 
-docs/sseg.md, section 6.2: no human label is used, but the result knows a closed list of
+docs/sseg.md, section 4: no human label is used, but the result knows a closed list of
 classes, and it has seen the images of the data set that it is scored on. Three commands:
 
     python segment.py train/images --classes classes.txt --checkpoint runs/sseg --output labels

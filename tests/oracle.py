@@ -5,7 +5,10 @@
 
 Each region of an image is given the class, background included, that most of its scored pixels
 have; pixels are counted over the dataset. Regions: the largest mask of each pixel, of the whole
-image at the short side of the protocol, and the teacher's clusters (docs/sseg.md, section 4.1).
+image at the short side of the protocol, and the teacher's clusters (docs/sseg.md, section 1).
+
+With --picture FILE a row of the picture is an image: photo, truth, the teacher's clusters, the
+masks, the masks with their true names, and what the model predicts.
 """
 import argparse
 import sys
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,6 +25,8 @@ from machinery.errors import one_line_errors
 from machinery.images import to_pixels
 from machinery.networks.checkpoint import load_model
 from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, open_dataset
+from machinery.scoring.pictures import add_title, grid, legend, paint, palette
+from machinery.scoring.protocol import embed
 from machinery.settings import read, read_recipe
 from methods.parts.clustering import kmeans
 from methods.sseg import SSegProtocol, SSegSettings
@@ -70,6 +76,33 @@ def oracle_scores(dataset, ways, short_side, limit=None):
     return {name: scores(matrix) for name, matrix in matrices.items()}
 
 
+@torch.no_grad()
+def picture(dataset, model, ways, short_side, rows=6):
+    """See the docstring of this file. ways: as of `oracle_scores`, "masks" and "teacher"."""
+    names = [synonyms[0] for synonyms in dataset.classes]
+    C = len(names)
+    embeddings = embed(model, dataset.classes)
+    panels = []
+    for i in range(min(rows, len(dataset))):
+        _, image, truth = dataset[i]
+        pixels = resize(to_pixels(image), short_side)
+        H, W = pixels.shape[1:]
+        truth = F.interpolate(torch.as_tensor(truth)[None, None].float(), (H, W))[0, 0].long()
+        clusters, masks = (ways[name](pixels) for name in ("teacher", "masks"))
+        scores, covered = model.patch_scores(pixels[None], embeddings)              # (1, C, h, w)
+        predicted = F.interpolate(scores, covered, mode="bilinear")[0, :, :H, :W].argmax(dim=0)
+        photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        many = model.settings.queries + C           # colours of regions are not those of classes
+        row = {"photo": photo, "truth": paint(photo, truth.numpy(), C, 1),
+               "teacher's clusters": paint(photo, clusters.numpy() + C, many, 1),
+               "masks": paint(photo, masks.numpy() + C, many, 1),
+               "masks, true names": paint(photo, named_by_truth(masks, truth, C).numpy(), C, 1),
+               "prediction": paint(photo, predicted.numpy(), C, 1)}
+        panels.append([add_title(panel, title) for title, panel in row.items()])
+    whole = grid(panels, gap=4)
+    return grid([[whole, legend(list(zip(palette(C), names)), whole.height, 14)]])
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Oracle mIoU of regions; see the docstring.")
     add = parser.add_argument
@@ -78,6 +111,7 @@ def main(argv=None):
     add("--checkpoint", help="of S-Seg; default: the clusters of the recipe's teacher alone")
     add("--backbone-weights", help="local file of the teacher's weights")
     add("--limit", type=int, help="score the first N images only")
+    add("--picture", help="file to draw the regions of the first six images in; needs a checkpoint")
     args = parser.parse_args(argv)
     with one_line_errors("score smaller photos"):
         dataset = open_dataset(args.dataset, root=args.data)
@@ -94,6 +128,10 @@ def main(argv=None):
             settings.backbone.weights = args.backbone_weights
         teacher = VisionBackbone(**vars(settings.backbone))
         ways["teacher"] = lambda pixels: teacher_regions(teacher, pixels, settings.clusters)
+        if args.picture and not args.checkpoint:
+            raise ValueError("--picture shows a model's masks; name it with --checkpoint")
+        if args.picture:
+            picture(dataset, model, ways, short_side).save(args.picture)
         for name, result in oracle_scores(dataset, ways, short_side, args.limit).items():
             print(f"{name}: oracle mIoU {result['mIoU']:.2%}   mAcc {result['mAcc']:.2%}   aAcc "
                   f"{result['aAcc']:.2%}")

@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import eval
 import oracle
 import segment
 import train
+from machinery.networks.checkpoint import load_model, save_model
 from machinery.settings import read, read_recipe
 from machinery.tokenizer import tokenize
 from machinery.toy import toy_scene
 from methods.parts.maskformer import sine_code
 from methods.sseg import (SSeg, dice_loss, focal_loss, mask_loss, match, matching_costs,
-                          merge_masks)
+                          merge_masks, project)
 from processes import check_resumed, check_two_processes
 
 B = 4                                               # images
@@ -26,6 +28,7 @@ K = 3                                               # clusters
 TINY = {"backbone": {"name": "toy"}, "text": {"width": 32, "heads": 2, "layers": 1},
         "student": "toy", "dropout": 0.0, "queries": Q, "clusters": K, "decoder_width": 32,
         "decoder_layers": 2, "decoder_heads": 4, "decoder_ffn": 48, "joint_width": 16}
+LOCAL = {"feature": "local", "batch_norm": True}
 CAPTIONS = ["a cow", "two boats on the sea", "a kite under the wide blue sky", "snow"]
 
 
@@ -186,7 +189,7 @@ def test_the_order_of_queries_means_nothing():
     assert not torch.allclose(masks2, masks, atol=1e-3)
     close(masks2, masks[:, :, order])
     close(mask_features2, mask_features[:, order])
-    close(model.embed_image(mask_features2), model.embed_image(mask_features))
+    close(mask_features2.mean(dim=1), mask_features.mean(dim=1))
     for name, value in losses_of(model).items():
         assert value == pytest.approx(losses[name].item(), abs=1e-5), name
 
@@ -340,6 +343,7 @@ def test_the_contrastive_loss_by_hand():
     same of every image and caption. The loss is the mask loss and the contrastive one. The scale
     is at most 100."""
     model = tiny()
+    model.image_projector = model.text_projector = torch.nn.Identity()
     v = F.normalize(torch.tensor([[1., 0], [0, 1], [1, 1]]), dim=-1)
     u = F.normalize(torch.tensor([[1., 0], [1, 1], [0, 1]]), dim=-1)
     encoded = {"masks": LINE[:, None], "image": v, "text": u}
@@ -347,6 +351,7 @@ def test_the_contrastive_loss_by_hand():
     assert losses["mask"].item() == pytest.approx(2.4755814, abs=1e-6)
     assert losses["contrastive"].item() == pytest.approx(2 * 2.809544, abs=1e-5)
     assert losses["loss"] == losses["mask"] + losses["contrastive"]
+    model = tiny()
     for projector in (model.image_projector, model.text_projector):
         torch.nn.init.zeros_(projector[-1].weight)
     assert losses_of(model)["contrastive"].item() == pytest.approx(2 * math.log(B), abs=1e-5)
@@ -364,7 +369,7 @@ def test_a_caption_is_read_at_its_end_token():
     model = tiny().eval()
     behind = tokens.clone()
     behind[8:] = 17
-    texts = model.embed_text(torch.stack([tokens, behind, tokenize("a photo of a cat.")]))
+    texts = model.read_texts(torch.stack([tokens, behind, tokenize("a photo of a cat.")]))
     assert torch.equal(texts[0], texts[1]) and not torch.allclose(texts[0], texts[2], atol=1e-3)
 
 
@@ -376,15 +381,21 @@ NAME_SIDE = ("network.feature_head", "image_projector", "text", "logit_scale")
 SHARED = ("network.backbone", "network.decoder")
 
 
-@pytest.mark.parametrize("loss, feature, missed", [
-    ("contrastive", "query", MASK_SIDE),
-    ("contrastive", "pool", ("network.mask_head", "network.decoder")),
-    ("mask", "query", NAME_SIDE), ("mask", "pool", NAME_SIDE)])
-def test_what_each_loss_reaches(loss, feature, missed):
+STUDENT = {"feature": "local", "local_map": "student"}
+
+
+@pytest.mark.parametrize("loss, settings, missed", [
+    ("contrastive", {}, MASK_SIDE),
+    ("contrastive", {"feature": "pool"}, ("network.mask_head", "network.decoder")),
+    ("contrastive", STUDENT, (*MASK_SIDE, "network.decoder")),
+    ("contrastive", LOCAL, (*MASK_SIDE, *SHARED)),
+    ("mask", {}, NAME_SIDE), ("mask", {"feature": "pool"}, NAME_SIDE), ("mask", LOCAL, NAME_SIDE)])
+def test_what_each_loss_reaches(loss, settings, missed):
     """The contrastive loss gives mask head and pixel decoder no gradient, or mask head and
-    transformer decoder where features are pooled; the mask loss gives none to feature head,
-    projectors and text. All else is reached."""
-    model = tiny(feature=feature)
+    transformer decoder where features are means under the masks, and nothing of the student where
+    the means are of the teacher's tokens; the mask loss gives none to feature head, projectors and
+    text. All else is reached."""
+    model = tiny(**settings)
     losses_of(model)[loss].backward()
     for part in (*MASK_SIDE, *NAME_SIDE, *SHARED):
         hit = any(p.grad is not None and p.grad.any() for name, p in model.trained().items()
@@ -392,32 +403,61 @@ def test_what_each_loss_reaches(loss, feature, missed):
         assert hit == (part not in missed), part
 
 
-def test_pooled_features_are_means_under_the_masks():
-    """With feature "pool" a feature is that of the mean cell under its mask, by a loop."""
-    model = tiny(feature="pool").eval()
-    images = model.normalise(scenes()["pixels"])
-    masks, mask_features = model.network(images)
-    cells = model.network.pixel_decoder(model.network.backbone(images))
-    inside = masks[2, -1, 5].sigmoid()
-    mean = (cells[2] * inside).sum(dim=(1, 2)) / inside.sum()
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{"feature": "pool"}, STUDENT, LOCAL])
+def test_features_that_are_means_under_the_masks(settings):
+    """The feature of a mask is that of the mean cell under it, by a loop: cells of the pixel
+    decoder, the student's map of stride 8, or the teacher's tokens. So pixels that are under no
+    mask change nothing of it."""
+    model = tiny(**settings).eval()
+    pixels = scenes()["pixels"]
+    masks, mask_features, _ = model.masks(pixels)
+    maps = model.network.backbone(model.normalise(pixels))
+    if settings == LOCAL:
+        _, tokens, grid = model.teacher(model.teacher.normalise(pixels))
+        map_ = tokens.mT.unflatten(2, grid)
+    else:
+        map_ = maps[1] if settings == STUDENT else model.network.pixel_decoder(maps)
+    ratio = masks.shape[-1] // map_.shape[-1]
+    map_ = map_.repeat_interleave(ratio, dim=2).repeat_interleave(ratio, dim=3)
+    inside = masks[2, 5].sigmoid()
+    mean = (map_[2] * inside).sum(dim=(1, 2)) / inside.sum()
     torch.testing.assert_close(mask_features[2, 5], model.network.feature_head(mean), rtol=1e-4,
                                atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+def test_local_features_come_with_their_teacher(tmp_path, weights):
+    """A checkpoint of the feature local gives the same scores after loading: the teacher is made
+    anew, or stored where its weights exist nowhere else."""
+    teacher = {"name": "toy"}
+    if weights == "random":
+        teacher = {"name": "vit_tiny_patch16_224", "weights": "random", "options": {"depth": 1}}
+    model = tiny(**LOCAL, backbone=teacher).eval()
+    save_model(tmp_path, model, {})
+    loaded = load_model(tmp_path)
+    pixels = scenes()["pixels"]
+    classes = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    expected, _ = model.patch_scores(pixels, classes)
+    assert torch.equal(loaded.patch_scores(pixels, classes)[0], expected)
+    stored = any(name.startswith("teacher.") for name in model.checkpoint())
+    assert stored == (weights == "random")
 
 
 # --------------------------------------------------------------------------------------------------
 # Several processes
 
-@pytest.mark.parametrize("feature", ["query", "pool"])
-def test_two_processes_compute_the_losses_of_one(tmp_path, feature):
+@pytest.mark.parametrize("settings", [{}, LOCAL])
+def test_two_processes_compute_the_losses_of_one(tmp_path, settings):
     """Without dropout, losses and the gradients of all parameters agree, where the images of the
-    processes differ in how many clusters they have."""
-    model = tiny(feature=feature, clusters=Q).train()
+    processes differ in how many clusters they have; with BatchNorm, too."""
+    model = tiny(**settings, clusters=Q).train()
     batch = scenes()
     batch["pixels"][0] = 60
     batch["pixels"][0, ..., :32] = 200
     labels = model.features(batch)["labels"]
     assert [len(one.unique()) for one in labels] == [3, Q, Q, Q]
-    check_two_processes(tmp_path, model, batch)
+    check_two_processes(tmp_path, model, batch, rounding=1e-5)      # of biases before BatchNorm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -529,9 +569,14 @@ def test_regions_are_named_by_their_majority():
     assert oracle.named_by_truth(regions, truth, 4).tolist() == [[2, 2, 3], [2, 3, 0]]
 
 
-def test_the_oracle_of_a_run(whole, folder, capsys):
-    """tests/oracle.py prints the scores of a run's masks and of its teacher's clusters."""
-    oracle.main(["--dataset", str(folder), "--checkpoint", str(whole)])
+def test_the_oracle_of_a_run(whole, folder, tmp_path, capsys, fails):
+    """tests/oracle.py prints the scores of a run's masks and of its teacher's clusters, and draws
+    them: a row of six panels for each of the three photos."""
+    command = ["--dataset", str(folder), "--picture", str(tmp_path / "masks.png")]
+    fails(oracle.main, command, "--picture shows a model's masks")
+    oracle.main([*command, "--checkpoint", str(whole)])
+    with Image.open(tmp_path / "masks.png") as drawn:
+        assert drawn.height >= 3 * (64 + 24) and drawn.width > 6 * 64
     masks, teacher = capsys.readouterr().out.splitlines()
     assert masks.startswith("masks: oracle mIoU") and teacher.startswith("teacher: oracle mIoU")
 
@@ -555,7 +600,7 @@ def test_images_are_classified_as_a_whole(named):
     pixels = pixels[..., :64, :96]
     with torch.no_grad():
         _, mask_features = model.network(model.normalise(pixels))
-        image = model.embed_image(mask_features)
+        image = project(model.image_projector, mask_features.mean(dim=1))
         found = model.image_scores(pixels, classes)
     expected = torch.stack([max(image[0] @ name for name in names) for names in classes])
     torch.testing.assert_close(found[0], expected)

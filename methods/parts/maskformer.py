@@ -16,7 +16,7 @@ STRIDE = 32                                         # of the coarsest map
 
 
 # --------------------------------------------------------------------------------------------------
-# Backbone (docs/sseg.md, section 4.2)
+# Backbone
 
 class SwinMaps(nn.Module):
     """A Swin Transformer from random initial values: images -> maps at strides 4, 8, 16, 32.
@@ -62,7 +62,7 @@ class ToyMaps(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pixel decoder (section 4.3)
+# Pixel decoder
 
 def conv_norm(inside, outside, size):
     return nn.Sequential(nn.Conv2d(inside, outside, size, padding=size // 2, bias=False),
@@ -91,7 +91,7 @@ class PixelDecoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Transformer decoder (section 4.4)
+# Transformer decoder
 
 def sine_code(height, width, channels):
     """Fixed code of each cell's place, (height * width, channels): rows in the first half of the
