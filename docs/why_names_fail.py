@@ -33,6 +33,7 @@ R = 6                                               # of a toy scene: two ground
 WIDTH = 64                                          # of head, attention block and text encoder
 RATE = 1e-3                                         # peak learning rate
 BATCH = 64
+NEW = 200                                           # scenes whose regions are named at the end
 ROWS = [                                            # title, mixing, whether one by one
     ("none", "none", False),
     ("one attention block", "random", False),
@@ -197,7 +198,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     known = draw_regions(args.scenes, seed=0)
-    new = draw_regions(200, seed=1)
+    new = draw_regions(NEW, seed=1)
     print("| mixing of regions | caption loss | mIoU | regions named by their own class | by any "
           "class of their image |\n|---|---|---|---|---|")
     for title, mixing, one_by_one in ROWS:

@@ -114,6 +114,8 @@ def main(argv=None):
     add("--picture", help="file to draw the regions of the first six images in; needs a checkpoint")
     args = parser.parse_args(argv)
     with one_line_errors("score smaller photos"):
+        if args.picture and not args.checkpoint:
+            raise ValueError("--picture shows a model's masks; name it with --checkpoint")
         dataset = open_dataset(args.dataset, root=args.data)
         ways = {}
         if args.checkpoint:
@@ -128,8 +130,6 @@ def main(argv=None):
             settings.backbone.weights = args.backbone_weights
         teacher = VisionBackbone(**vars(settings.backbone))
         ways["teacher"] = lambda pixels: teacher_regions(teacher, pixels, settings.clusters)
-        if args.picture and not args.checkpoint:
-            raise ValueError("--picture shows a model's masks; name it with --checkpoint")
         if args.picture:
             picture(dataset, model, ways, short_side).save(args.picture)
         for name, result in oracle_scores(dataset, ways, short_side, args.limit).items():

@@ -457,7 +457,8 @@ def test_two_processes_compute_the_losses_of_one(tmp_path, settings):
     batch["pixels"][0, ..., :32] = 200
     labels = model.features(batch)["labels"]
     assert [len(one.unique()) for one in labels] == [3, Q, Q, Q]
-    check_two_processes(tmp_path, model, batch, rounding=1e-5)      # of biases before BatchNorm
+    rounding = 1e-4 if settings else 1e-7           # of biases before BatchNorm
+    check_two_processes(tmp_path, model, batch, rounding)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -68,14 +68,15 @@ def test_mixing_loses_names_at_the_same_loss(monkeypatch):
     for mixing in ("none", "random", "gentle"):
         namer, loss[mixing] = why.learn(ideal_regions(400, 0), mixing, False, 120, seed=0)
         miou, own[mixing], any_in_image = why.measure(namer, ideal_regions(100, 1))
-        assert any_in_image > 0.8, mixing
-    assert loss["random"] < loss["none"] + 0.3
-    assert own["none"] > 0.9 and own["gentle"] > 0.8 and own["random"] < 0.7
+        assert any_in_image > 0.85, mixing
+    assert loss["random"] < loss["none"] + 0.2
+    assert own["none"] > 0.95 and own["gentle"] > 0.75 and own["random"] < 0.7
 
 
-def test_it_prints_a_table(capsys):
+def test_it_prints_a_table(capsys, monkeypatch):
     """A row for each kind of mixing, with numbers."""
-    why.main(["--scenes", "70", "--steps", "10"])
+    monkeypatch.setattr(why, "NEW", 10)
+    why.main(["--scenes", "64", "--steps", "2"])
     rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == len(why.ROWS)
     for row, (title, *_) in zip(rows, why.ROWS):
