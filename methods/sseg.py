@@ -364,7 +364,9 @@ class SSeg(Method):
         """Pixels uint8 (B, 3, H, W) -> mask logits (B, Q, H' / 4, W' / 4), features (B, Q, d), and
         the size (H', W') that the masks cover."""
         H, W = pixels.shape[-2:]
-        border = (0, -W % STRIDE, 0, -H % STRIDE)
+        patch = self.teacher.patch_size if self.keeps_teacher else ()
+        stride = math.lcm(STRIDE, *patch)           # else the teacher would pad once more
+        border = (0, -W % stride, 0, -H % stride)
         x = F.pad(self.normalise(pixels), border)
         teacher_map = None
         if self.keeps_teacher:

@@ -426,6 +426,16 @@ def test_features_that_are_means_under_the_masks(settings):
                                atol=1e-5)
 
 
+@torch.no_grad()
+def test_teacher_and_student_see_the_same_area():
+    """An image of any size is padded to whole patches of both: of 14 and 32 pixels, multiples of
+    224."""
+    teacher = {"name": "vit_small_patch14_dinov2", "weights": "random", "options": {"depth": 1}}
+    model = tiny(feature="local", backbone=teacher).eval()
+    masks, _, covered = model.masks(torch.zeros(1, 3, 70, 230, dtype=torch.uint8))
+    assert covered == (224, 448) and masks.shape[-2:] == (56, 112)
+
+
 @pytest.mark.parametrize("weights", ["pretrained", "random"])
 def test_local_features_come_with_their_teacher(tmp_path, weights):
     """A checkpoint of the feature local gives the same scores after loading: the teacher is made
