@@ -89,7 +89,7 @@ ROWS = {
                                   [scored("{simzss-prompts} --class-embedding concept")]),
     "lit": Row("SimZSS without its local loss (LiT), classes by `caption`",
                [trained("toy --lambda 0 --class-embedding caption")]),
-    "dense-clip": Row("dense CLIP: the row above, template \"{}\", 64 x 64 cells",
+    "dense-clip": Row("dense CLIP: the row above with artefacts (pixelclip.md), template \"{}\"",
                       [scored("clip:{lit} --templates plain")]),
     "pixelclip": Row("PixelCLIP, from that", [trained("pixelclip-toy --clip-model {lit}")]),
     "ovsegmentor-1": Row("OVSegmentor, stage 1", [trained("ovsegmentor-1-toy")]),

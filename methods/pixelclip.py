@@ -30,6 +30,7 @@ from machinery.images import refuse_other_shape, to_pixels
 from machinery.networks import backbones
 from machinery.networks.checkpoint import load_model, model_file
 from machinery.networks.layers import Normalise
+from machinery.networks.release import STORED
 from machinery.parallel import gather_rows, rank, sum_over_processes
 from machinery.settings import setting
 from machinery.tokenizer import tokenize
@@ -80,6 +81,9 @@ class PixelCLIPSettings:
     free_tokens: int = setting(4, "J, learned tokens of a pseudo-class's name", least=1)
     prompt: str = setting(
         "A photo of a {} in the scene", "what stands around the learned tokens, which replace {}")
+    prompt_words: tuple[str, ...] = setting(
+        (), "words as whose first tokens the learned tokens begin, for a CLIP that knows few; none "
+        "= any entry of the vocabulary", flag=False)
     decoder_channels: tuple[int, ...] = setting(
         (64, 32), "channels of the decoder after its first doubling, a multiple of 4, and after "
         "its second, a multiple of 2 (the groups of GroupNorm)", least=1)
@@ -221,7 +225,10 @@ class Prompts(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)            # (T,)
         self.register_buffer("free", free, persistent=False)                # (J,)
         table = text.tower.token_embedding.weight                           # (vocabulary, width)
-        words = torch.randint(len(table) - 10, (settings.pseudo_classes, count))
+        known = torch.arange(len(table) - 10)
+        if settings.prompt_words:
+            known = torch.stack([tokenize(word)[1] for word in settings.prompt_words])
+        words = known[torch.randint(len(known), (settings.pseudo_classes, count))]
         self.words = nn.Parameter(table[words].clone())                     # (C, J, width)
 
     def forward(self, text):
@@ -331,6 +338,10 @@ class PixelCLIP(Method):
 
     def __init__(self, settings, bank=(), training=False):
         super().__init__(settings, bank)
+        weights = settings.clip_model.rpartition("/")[2]
+        if training and weights == "imported":
+            raise ValueError(f"clip_model {settings.clip_model} is the CLIP of a published "
+                             "PixelCLIP, and cannot be trained on; expected MODEL/WEIGHTS")
         self.backbone, self.text, toy = load_clip(settings.clip_model)     # backbone: the student
         if toy:                                     # until training, it is used as its CLIP was
             for field in dataclasses.fields(Protocol):
@@ -350,9 +361,9 @@ class PixelCLIP(Method):
             if settings.masks == "kmeans":
                 self.mask_generator = MaskGenerator(settings)
             self.train()
-        if settings.clip_model.endswith("/random"):         # it exists nowhere else
+        if weights in STORED:                       # they exist nowhere else
             self.FROZEN = ()
-            if rank() == 0:
+            if weights == "random" and rank() == 0:
                 print("warning: CLIP has random weights; its masks mean nothing", file=sys.stderr)
         else:                                       # all but what is trained and its average
             trained = self.trained()

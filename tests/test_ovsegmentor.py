@@ -3,7 +3,10 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import re
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +21,10 @@ import segment
 import train
 from concepts import ConceptBank
 from data import Pair
+from machinery.files import fill
 from machinery.names import CLASSES, read_classes, read_templates
 from machinery.networks.checkpoint import load_model, save_model
+from machinery.networks.release import RELEASES, needed
 from machinery.settings import merge, read, read_recipe
 from machinery.toy import toy_scene
 from methods.ovsegmentor import (OVSegmentor, answer_sentence, contrastive_loss, entity_forms,
@@ -646,6 +651,142 @@ def test_a_picture_of_groups(stage_1, tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
+# Published checkpoints
+
+# Modules, the authors' and ours, of a network with two blocks in each half
+PUBLISHED = [line.split() for line in """
+    img_encoder.patch_embed.proj                        image.patch_embed
+    img_encoder.layers.0.blocks.0                       image.blocks.0
+    img_encoder.layers.0.blocks.1                       image.blocks.1
+    img_encoder.layers.1.blocks.0                       image.blocks.2
+    img_encoder.layers.1.blocks.1                       image.blocks.3
+    img_encoder.norm                                    image.norm
+    img_encoder.layers.0.downsample.norm_tokens         image.binding.norm_tokens
+    img_encoder.layers.0.downsample.norm_x              image.binding.norm_patches
+    img_encoder.layers.0.downsample.mlp_inter           image.binding.mix
+    img_encoder.layers.0.downsample.norm_post_tokens    image.binding.norm_groups
+    img_encoder.layers.0.downsample.assign.q_proj       image.binding.query
+    img_encoder.layers.0.downsample.assign.k_proj       image.binding.key
+    img_encoder.layers.0.downsample.assign.v_proj       image.binding.value
+    img_encoder.layers.0.downsample.assign.proj         image.binding.proj
+    img_encoder.layers.0.downsample.norm_new_x          image.binding.norm
+    img_encoder.layers.0.downsample.mlp_channels        image.binding.mlp
+    multimodal_groupingblock.blocks.0.norm_tokens       decoder.norm_text
+    multimodal_groupingblock.blocks.0.norm_x            decoder.norm_groups
+    multimodal_groupingblock.blocks.0.post_attn         decoder.block
+    multimodal_groupingblock.blocks.0.norm_new_x        decoder.norm
+    multimodal_groupingblock.align_proj_img             decoder.narrow_image
+    multimodal_groupingblock.align_proj_text            decoder.narrow_text
+    text_encoder.transformer                            text.bert""".strip().splitlines()]
+CROSS = {"img_encoder.layers.0.downsample.pre_assign_attn": "image.binding.cross",
+         "multimodal_groupingblock.blocks.0.pre_assign_attn": "decoder.cross"}
+PROJECTORS = {"img_projector": "project_image", "text_projector": "project_text",
+              "bridge_projector": "project_question"}
+
+
+def published(ours):
+    """Our tensors as the authors publish theirs, with those that segmenting does not need."""
+    theirs = {"logit_scale": ours["theta"], "img_encoder.pos_embed": ours["image.pos_embed"][0],
+              "img_encoder.layers.0.group_token": ours["image.group_tokens"]}
+
+    def add(module, our_module, change=lambda value: value):
+        theirs.update({module + name.removeprefix(our_module): change(value)
+                       for name, value in ours.items() if name.startswith(f"{our_module}.")})
+
+    for module, our_module in PUBLISHED:
+        add(module, our_module)
+    for module, our_module in CROSS.items():
+        for part, our_part in (("attn.proj", "attn.out_proj"), ("norm2", "norm1"), ("mlp", "mlp"),
+                               ("norm_post", "norm2")):
+            add(f"{module}.{part}", f"{our_module}.{our_part}")
+        for kind in ("weight", "bias"):
+            joined = ours[f"{our_module}.attn.in_proj_{kind}"]
+            width = len(joined) // 3
+            for i, part in enumerate("qkv"):
+                theirs[f"{module}.attn.{part}_proj.{kind}"] = joined[i * width:(i + 1) * width]
+    for module, our_module in PROJECTORS.items():
+        for part, our_part in (("linear_hidden.0", "fc1"), ("linear_out", "fc2")):
+            add(f"{module}.{part}", f"{our_module}.{our_part}",     # convolutions of one step
+                lambda value: value[..., None] if value.ndim == 2 else value)
+        add(f"{module}.linear_hidden.1", f"{our_module}.norm")
+    teacher = {name.replace("img_encoder.", "img_encoder_momentum."): value
+               for name, value in theirs.items() if name.startswith("img_encoder.")}
+    unused = ("logit_scale_mask", "multimodal_groupingblock.blocks.0.assign.q_proj.weight",
+              "text_encoder.transformer.pooler.dense.bias",
+              "text_encoder.transformer.embeddings.position_ids")
+    return {**theirs, **teacher, **dict.fromkeys(unused, torch.ones(2))}
+
+
+def randomised(model):
+    """The model with other values everywhere: ones and zeros would hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(0.5 + 0.2 * torch.rand(value.shape, generator=generator))
+    return model.eval()
+
+
+IMAGE_8 = {**IMAGE, "heads": 8}                     # heads cannot be seen in a file: 8
+
+
+@torch.no_grad()
+def test_a_published_checkpoint_is_taken_whole(capsys):
+    """Each tensor but the text encoder's comes back from its published name and shape, the
+    settings come from the shapes, and of heads, which have none, the user is told; a tensor more or
+    less is refused by the authors' name."""
+    model = randomised(tiny(image=IMAGE_8))
+    ours = {name: value for name, value in model.checkpoint().items()
+            if not name.startswith("text.")}
+    theirs = published(ours)
+    release = RELEASES["ovsegmentor"]
+    found = read(OVSegmentor.Settings, release.settings(theirs, "x.pth", None, None), "test")
+    assert "heads cannot be seen, and 8 are taken" in capsys.readouterr().err
+    assert (found.stage, found.embedding, found.hidden, found.patches) == (2, 16, 64, "convolution")
+    sizes = ("width", "heads", "layers", "patch", "grid", "group_tokens", "groups")
+    assert [getattr(found.image, name) for name in sizes] == [IMAGE_8[name] for name in sizes]
+    assert found.text.encoder == "bert-base-uncased" and found.text.context == 77
+
+    def take(theirs):
+        empty = {name: torch.zeros_like(value) for name, value in ours.items()}
+        expected = release.tensors(empty)
+        fill(expected, needed(theirs, expected, release), "x.pth")
+        return empty
+
+    taken = take(theirs)
+    assert all(torch.equal(taken[name], value) for name, value in ours.items())
+    key = "img_encoder.layers.0.downsample.pre_assign_attn.attn.k_proj.bias"
+    without = {name: value for name, value in theirs.items() if name != key}
+    for wrong, words in [({**theirs, "img_encoder.more": torch.ones(1)}, "1 unexpected: img_enc"),
+                         (without, f"missing: {key}"),
+                         ({**theirs, key: torch.ones(3)}, "misshapen")]:
+        with pytest.raises(ValueError, match=words):
+            take(wrong)
+    with pytest.raises(ValueError, match="img_encoder.pos_embed has shape"):
+        release.settings({**theirs, "img_encoder.pos_embed": torch.ones(())}, "x.pth", None, None)
+    with pytest.raises(ValueError, match="leave --backbone and --image-token out"):
+        release.settings(theirs, "x.pth", "test_vit", None)
+
+
+@torch.no_grad()
+def test_published_queries_keys_and_values():
+    """The maps that are three in a published file are one here, in torch's order: attention worked
+    out with the three is the layer's."""
+    model = randomised(tiny(image=IMAGE_8))
+    cross = model.decoder.cross.attn
+    start = "multimodal_groupingblock.blocks.0.pre_assign_attn.attn."
+    theirs = {name.removeprefix(start): value
+              for name, value in published(model.state_dict()).items() if name.startswith(start)}
+    tokens, context = torch.randn(2, 5, 32)
+    q, k, v = (F.linear(x, theirs[f"{part}_proj.weight"], theirs[f"{part}_proj.bias"])
+               .unflatten(1, (8, 4)).transpose(0, 1)
+               for part, x in (("q", tokens), ("k", context), ("v", context)))      # (8, 5, 4)
+    mixed = (q @ k.mT / 2).softmax(dim=-1) @ v
+    expected = F.linear(mixed.transpose(0, 1).flatten(1), theirs["proj.weight"],
+                        theirs["proj.bias"])
+    torch.testing.assert_close(cross(tokens, context, context)[0], expected)
+
+
+# --------------------------------------------------------------------------------------------------
 # BERT
 
 def test_without_transformers(tmp_path, fails):
@@ -691,3 +832,31 @@ def test_a_bert(bert, tmp_path):
     train.main([*command, str(tmp_path / "two"), "--stage", "2", "--init", str(tmp_path / "one")])
     kept = load_model(tmp_path / "two").text.bert.embeddings.word_embeddings.weight
     assert torch.equal(kept, changed)
+
+
+def test_a_published_checkpoint_just_works(bert, folder, tmp_path, monkeypatch):
+    """A published file, with its optimizer and its settings beside the tensors, is used as it is by
+    eval.py and segment.py: by the method's protocol, and with the same scores."""
+    monkeypatch.chdir(Path(bert).parent)
+    os.rename(bert, "bert-base-uncased")            # a folder is found before the Hub's
+    model = randomised(tiny(image=IMAGE_8, text={"encoder": "bert-base-uncased"}))
+    path = tmp_path / "ovsegmentor.pth"
+    torch.save({"model": published(model.checkpoint()), "optimizer": {"lr": 0.1}, "epoch": 3,
+                "config": Namespace(heads=8)}, path)
+    loaded = load_model(path)
+    assert loaded.protocol.templates == "photo" and loaded.trained_with == {"imported": str(path)}
+    model.settings.text.context = 77
+    pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    classes = [["cow"], ["boat"]]
+    found, expected = (one.patch_scores(pixels, one.embed_classes(classes, ["a {}"]))[0]
+                       for one in (loaded, model))
+    torch.testing.assert_close(found, expected)
+    save_model(tmp_path / "own", loaded, loaded.trained_with)
+    assert load_model(tmp_path / "own").settings == loaded.settings
+    eval.main(["--dataset", str(folder), "--checkpoint", str(path), "--device", "cpu",
+               "--background", "threshold:0.5"])
+    result = json.loads((tmp_path / "eval_folder.json").read_text())
+    assert result["protocol"]["keep_classes"] == 5 and result["method"] == "ovsegmentor"
+    segment.main([str(folder / "images" / "photo0.png"), "--classes", "cow, boat", "--checkpoint",
+                  str(path), "--output", str(tmp_path)])
+    assert (tmp_path / "photo0_mask.png").is_file()

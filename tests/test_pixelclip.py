@@ -20,6 +20,7 @@ from conftest import tiny as simzss_of_the_toy
 from machinery.files import read_tensors, save_tensors
 from machinery.names import read_templates
 from machinery.networks.checkpoint import load_model, save_model
+from machinery.networks.release import RELEASES
 from machinery.parallel import join_processes
 from machinery.settings import read
 from machinery.training.loading import encode_in_micro_batches
@@ -280,6 +281,15 @@ def test_prompts_of_the_placeholder_are_the_plain_text():
     prompts.words[:] = table[39025]
     text = F.normalize(model.text.tower(prompts.tokens[None]), dim=-1)
     torch.testing.assert_close(prompts(model.text), text.expand(8, -1))
+
+
+def test_prompts_begin_as_given_words():
+    """With prompt_words each free token begins as one of these; all of them occur."""
+    model = tiny(prompt_words=["cow", "sea"], pseudo_classes=30)
+    table = model.text.tower.token_embedding.weight
+    cow, sea = table[open_clip.tokenize(["cow", "sea"])[:, 1]]
+    is_cow, is_sea = ((model.prompts.words == word).all(dim=-1) for word in (cow, sea))
+    assert (is_cow | is_sea).all() and is_cow.any() and is_sea.any()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -618,8 +628,9 @@ def test_masks_of_files_train(tmp_path):
 
 
 def test_the_toy_world(photos, tmp_path, fails):
-    """A SimZSS of the toy world is its CLIP: training starts exactly at that model. --checkpoint
-    clip:FILE scores that before any training, by its own protocol, and refuses photos."""
+    """A SimZSS of the toy world is its CLIP: its patch tokens with artefacts, which belong to
+    positions alone, are where training starts. --checkpoint clip:FILE scores that before any
+    training, by its own protocol, and refuses photos."""
     checkpoint = tmp_path / "model.safetensors"
     simzss = simzss_of_the_toy().eval()
     simzss.protocol.short_side = 64
@@ -629,8 +640,10 @@ def test_the_toy_world(photos, tmp_path, fails):
     patches = simzss.backbone(simzss.backbone.normalise(pixels))[1]
     assert model.size == 128                        # as its scenes are; here they are smaller
     model.size = 64
-    features = F.normalize(model.backbone(model.network_input(pixels)), dim=-1)
-    torch.testing.assert_close(features.flatten(1, 2), patches)
+    tokens = model.backbone(model.network_input(pixels))                            # (4, 8, 8, D)
+    clear = tokens - model.backbone.artefacts[:, :, ::2, ::2].permute(0, 2, 3, 1)
+    torch.testing.assert_close(F.normalize(clear.flatten(1, 2), dim=-1), patches)
+    assert 0.12 < (tokens - clear).std() < 0.13
     torch.testing.assert_close(model.embed_classes(["cow"]), simzss.embed_classes(["cow"]))
     train.main(["--recipe", "pixelclip-toy", "--clip-model", str(checkpoint), "--steps", "2",
                 "--set", "run.epoch_pairs=20", "--eval-data", "none", "--device", "cpu", "--output",
@@ -642,6 +655,75 @@ def test_the_toy_world(photos, tmp_path, fails):
     assert json.loads((tmp_path / "result.json").read_text())["protocol"]["short_side"] == 64
     fails(segment.main, [photos / "0.png", "--classes", "cat", "--checkpoint",
                          f"clip:{checkpoint}"], "was trained on the drawn scenes of the toy world")
+
+
+# --------------------------------------------------------------------------------------------------
+# Published checkpoints
+
+CLIP = "sem_seg_head.predictor.clip_model."
+
+
+def published(clip):
+    """Tensors of open_clip's CLIP as PixelCLIP's authors publish it, with those of training."""
+    state = clip.state_dict()
+    teacher = {f"teacher_encoder.{name}": value + 1 for name, value in state.items()
+               if not name.startswith("transformer.")}
+    unused = ["prompt_tokens", "head.conv0.weight", "head.up2.bias", "head.proj.bias",
+              "head.conv1.double_conv.4.weight"]
+    return {**{CLIP + name: value for name, value in state.items()}, **teacher,
+            **dict.fromkeys([f"sem_seg_head.predictor.{name}" for name in unused], torch.ones(1))}
+
+
+@torch.no_grad()
+def test_a_published_checkpoint_just_works(weights, photos, tmp_path, fails):
+    """It segments by the authors' protocol as the same CLIP from a file of its own does; kept in
+    our format it stays the same. A tensor more or less is refused by name, and so is training."""
+    clip = open_clip.create_model("tiny")
+    torch.save(clip.state_dict(), weights)
+    path = tmp_path / "pixelclip.pth"
+    torch.save({"model": published(clip), "iteration": 9999}, path)
+    model = load_model(path, backbone="tiny")
+    assert model.protocol == PixelCLIP.Protocol() and model.protocol.templates == "pixelclip"
+    expected = PixelCLIP(PixelCLIP.Settings(clip_model=f"tiny/{weights}")).eval()
+    expected.protocol = PixelCLIP.Protocol()
+    save_model(tmp_path / "own", model, {})
+    pixels = some_batch()["weak"]
+    for one in (model, load_model(tmp_path / "own")):
+        classes = one.embed_classes(["cat", "sofa"])
+        assert torch.equal(classes, expected.embed_classes(["cat", "sofa"]))
+        one.size = expected.size = 64
+        assert torch.equal(*(each.patch_scores(pixels, classes)[0] for each in (one, expected)))
+    segment.main([str(photos / "0.png"), "--classes", "cat, sofa", "--checkpoint", str(path),
+                  "--backbone", "tiny", "--output", str(tmp_path), "--device", "cpu"])
+    result = json.loads((tmp_path / "0.json").read_text())
+    assert result["method"] == "pixelclip" and result["protocol"]["short_side"] == 640
+
+    state = published(clip)
+    key = f"{CLIP}visual.transformer.resblocks.2.attn.in_proj_weight"
+    for wrong, words in (({**state, f"{CLIP}more": torch.ones(1)}, f"1 unexpected: {CLIP}more"),
+                         ({name: state[name] for name in state if name != key}, f"missing: {key}"),
+                         ({**state, key: torch.ones(3)}, "1 misshapen")):
+        torch.save({"model": wrong}, path)
+        with pytest.raises(ValueError, match=words):
+            load_model(path, backbone="tiny")
+    fails(train.main, [*RUN, "--output", tmp_path, "--clip-model", "tiny/imported"],
+          "cannot be trained on")
+    fails(segment.main, [photos / "0.png", "--classes", "cat", "--checkpoint",
+                         "clip:tiny/imported"], "'imported' is no name of weights")
+
+
+def test_which_clip_was_published(vit_b):
+    """The ViT is told by its patch convolution, and all its names are open_clip's own; without one
+    it is the ConvNeXt."""
+    config = open_clip.get_model_config("ViT-B-16-quickgelu")
+    with torch.device("meta"):                      # names without values
+        clip = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+    release = RELEASES["pixelclip"]
+    theirs = release.tensors(vit_b.checkpoint())
+    assert {CLIP + name for name in clip.state_dict()} - set(theirs) == {f"{CLIP}logit_scale"}
+    assert len(theirs) == len(clip.state_dict()) - 1
+    for state, name in ((theirs, "ViT-B-16-quickgelu"), ({}, "convnext_base_w_320")):
+        assert release.settings(state, "x.pth", None, None) == {"clip_model": f"{name}/imported"}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from open_clip import tokenize
 
 import eval
 from machinery.networks.checkpoint import load_model, save_model
-from machinery.networks.release import UNUSED, backbone_name, read_checkpoint
+from machinery.networks.release import RELEASES, backbone_name, simzss_settings
 from reference import authors_model, denoised, doubled, same, unit
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -131,7 +131,8 @@ def test_every_key_of_an_authors_checkpoint_counts(small, tmp_path, key):
 def test_without_the_buffers_nothing_is_missing(small, tmp_path):
     """The three buffers that carry no knowledge may be absent, and change nothing."""
     state = small[2]
-    bare = {name: value for name, value in state.items() if name not in UNUSED}
+    unused = set(RELEASES["simzss"].unused) - {"visual.pos_embed"}      # of the denoiser here
+    bare = {name: value for name, value in state.items() if name not in unused}
     assert len(bare) == len(state) - 3
     found = []
     for tensors in (state, bare):
@@ -158,7 +159,7 @@ def test_a_vit_l_takes_the_mean_of_its_patches(small, tmp_path, capsys, name, gi
     unless --image-token says otherwise; of others the class token."""
     path = tmp_path / "large.pt"
     torch.save(small[2], path)
-    settings, _ = read_checkpoint(path, name, given)
+    settings = simzss_settings(small[2], path, name, given)
     assert settings["backbone"]["image_token"] == expected
     warned = "has a ViT-L; as in the authors' code the mean" in capsys.readouterr().err
     assert warned == ("large" in name and given is None)
@@ -197,21 +198,30 @@ class Harmful:
         return Path.touch, (self.path,)
 
 
-def test_python_objects_are_refused(small, tmp_path):
-    """NumPy's scalars in an optimizer's state are read; for any other object the error says what to
-    do, which helps, and nothing in it runs."""
+class Settings(dict):
+    """As programs keep their settings: a dictionary whose names are attributes."""
+
+
+def test_python_objects_beside_the_tensors(small, tmp_path):
+    """NumPy's scalars, settings and the like beside the tensors are passed over; for an object that
+    cannot be, the error says what to do, which helps. Nothing in either runs."""
     path = tmp_path / "run.pt"
     state = small[2]
     optimizer = {"lr": np.float64(0.1), "steps": np.int64(3), "done": np.bool_(True)}
-    torch.save({"state_dict": state, "optimizer": optimizer}, path)
-    assert load_model(path, backbone="test_vit").logit_scale.item() == 3.25
-    for bad in (Harmful(tmp_path / "written"), np.array([1, "x"], object), SimpleNamespace(lr=1)):
+    settings = Settings(lr=0.1, model=Settings(depth=2))
+    settings.frozen = True
+    for other in (optimizer, settings, SimpleNamespace(lr=1, name=Path("x"))):
+        torch.save({"model": state, "args": other}, path)
+        assert load_model(path, backbone="test_vit").logit_scale.item() == 3.25
+    for bad in (Harmful(tmp_path / "written"), np.array([1, "x"], object)):
         torch.save({"state_dict": state, "args": bad}, path)
         message = refusal(path)
-        assert "if it holds Python objects" in message and "torch.save" in message
+        assert "it holds Python objects; if you trust it" in message and "torch.save" in message
     assert not (tmp_path / "written").exists()
     torch.save(torch.load(path, weights_only=False)["state_dict"], path)    # as the message says
     load_model(path, backbone="test_vit")
+    torch.save({**state, "logit_scale": SimpleNamespace(value=3)}, path)
+    assert "expected tensors only, found logit_scale" in refusal(path)
 
 
 @pytest.mark.parametrize("size", [4, 1000, -1000])
@@ -236,3 +246,13 @@ def test_files_that_hold_something_else_are_refused(tmp_path, state):
     torch.save(state, path)
     assert str(path) in refusal(path, None)
     refusal(path, "test_vit")
+
+
+def test_an_unknown_file_says_what_it_holds(tmp_path):
+    """A file of none of the three methods is described by its tensors."""
+    path = tmp_path / "other.pt"
+    torch.save({"blocks.0.norm.weight": torch.ones(2), "blocks.1.norm.weight": torch.ones(2),
+                "head.bias": torch.ones(1)}, path)
+    message = refusal(path, None)
+    assert "3 tensors, 2 of blocks, 1 of head; the first are blocks.0.norm.weight" in message
+    assert all(name in message for name in ("simzss", "ovsegmentor", "pixelclip"))

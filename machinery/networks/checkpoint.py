@@ -14,7 +14,8 @@ from machinery.files import file_sha256, fill, read_tensors, save_tensors, tenso
 from machinery.names import read_templates
 from machinery.networks import release
 from machinery.networks.backbones import at_most
-from machinery.settings import abbreviate, as_mapping, check_value, merge, nested, read
+from machinery.settings import (abbreviate, as_mapping, check_value, merge, nested, read,
+                                read_recipe)
 from machinery.tokenizer import VOCABULARY
 
 FORMAT = "simzss-3"
@@ -110,11 +111,12 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
                method=None, protocol=None):
     """Build a saved model from its file, or the folder that holds it, ready for inference.
 
-    path: our checkpoint, or one of SimZSS's authors (a PyTorch file); or "clip" and the like, see
-        `PRETRAINED`.
+    path: our checkpoint, or a published one of SimZSS, OVSegmentor or PixelCLIP (a PyTorch file);
+        or "clip" and the like, see `PRETRAINED`.
     backbone_weights: local file with the frozen backbone's weights, if not where training found it.
-    backbone: of an authors' checkpoint, timm's name of its backbone, if its tensors do not tell.
-    image_token: of an authors' checkpoint, see `BackboneSettings`.
+    backbone: of a published one, timm's name of its backbone, or open_clip's of its CLIP, if its
+        tensors do not tell.
+    image_token: of a published one of SimZSS, see `BackboneSettings`.
     method: name of the only method whose checkpoint will do.
     protocol: settings at test time, by name, in place of those of its training.
 
@@ -154,6 +156,8 @@ def changed_protocol(method_class, protocol, changes):
 def load_pretrained(name, protocol):
     """A model that needs no training here. name: of PRETRAINED, or NAME:which."""
     kind, _, which = name.partition(":")
+    if which.endswith("/imported"):
+        raise ValueError(f"--checkpoint {name}: 'imported' is no name of weights")
     method, setting = PRETRAINED[kind]
     method_class = find_method(method)
     settings = read(method_class.Settings, {setting: which} if which else {},
@@ -202,15 +206,21 @@ def load_own(path, backbone_weights, method=None, changes=None):
 
 
 def load_imported(path, backbone, image_token, backbone_weights, protocol=None):
-    """SimZSS of an authors' checkpoint, which does not name its concepts: the bank is empty."""
+    """The model of a published checkpoint, with the protocol of its method's recipe. It does not
+    name its concepts: the bank is empty."""
     if backbone_weights:
         raise ValueError(f"{path} holds its backbone's weights; leave --backbone-weights out")
-    mapping, tensors = release.read_checkpoint(path, backbone, image_token)
-    method_class = find_method("simzss")
-    protocol = changed_protocol(method_class, method_class.Protocol(), protocol)
+    name, tensors = release.read_checkpoint(path)
+    published = release.RELEASES[name]
+    method_class = find_method(name)
+    own = read_recipe(published.recipe).get("protocol", {})
+    own = read(method_class.Protocol, own, published.recipe)
+    protocol = changed_protocol(method_class, own, protocol)
+    mapping = published.settings(tensors, path, backbone, image_token)
     model = method_class(read(method_class.Settings, mapping, path))
     model.protocol = protocol
-    expected = {release.their_name(name): value for name, value in model.checkpoint().items()}
-    fill(expected, tensors, f"{path} is no checkpoint of the authors with this backbone")
+    expected = published.tensors(model.checkpoint())
+    fill(expected, release.needed(tensors, expected, published),
+         f"{path} is no checkpoint of {name}'s authors with these sizes")
     model.trained_with = {"imported": str(path)}
     return model

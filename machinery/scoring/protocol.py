@@ -31,11 +31,11 @@ def add_model_flags(parser, protocol=()):
     model = parser.add_argument_group("model").add_argument
     model("--checkpoint",
           help=f"model file or folder{pretrained} (default: the newest under runs/)")
-    model("--backbone", help="timm name of the backbone in an authors' checkpoint, if its tensors "
-                             "do not tell")
+    model("--backbone", help="timm name of the backbone in a published checkpoint, or open_clip's "
+                             "of PixelCLIP's CLIP, if its tensors do not tell")
     model("--image-token", choices=["class", "mean"],
-          help="what stands for the whole image in an authors' checkpoint (default: class; mean "
-               "for a ViT-L)")
+          help="what stands for the whole image in a published checkpoint of SimZSS (default: "
+               "class; mean for a ViT-L)")
     model("--backbone-weights", help="local file with the backbone's weights, if not where "
                                      "training had it")
     model("--batch", type=positive, default=8, help="windows at a time (default: %(default)s)")

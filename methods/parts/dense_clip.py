@@ -13,10 +13,12 @@ from torch import nn
 
 from machinery.errors import quiet_hub
 from machinery.networks.backbones import LARGEST, at_most
+from machinery.networks.release import STORED
 from machinery.settings import abbreviate
 from machinery.tokenizer import CONTEXT_LENGTH, VOCABULARY
 from model import patch_tokens
 
+ARTEFACTS = 0.125                                   # standard deviation, in the toy's patch tokens
 SIGMA = 5.0                                         # patches, of `neighbour_path`
 
 
@@ -129,9 +131,12 @@ class DenseConvNeXt(nn.Module):
 
 
 class DenseToy(nn.Module):
-    """The toy world's: hand-made patch tokens, then a residual block that begins as the identity.
+    """The toy world's: hand-made patch tokens with artefacts, then a residual block that begins as
+    the identity.
 
-    trunk: ToyTrunk.
+    The artefacts are a fixed random vector at each position, about as long as a token; they fade
+    in the mean over a region. So this CLIP knows what a region shows and says it of single patches
+    badly, as large CLIPs do beside DINO. trunk: ToyTrunk.
     """
     TRAINED = ("block.",)
     SHARPNESS = 100.0
@@ -143,6 +148,9 @@ class DenseToy(nn.Module):
         from open_clip.transformer import ResidualAttentionBlock
         self.trunk = trunk
         self.stride = trunk.patch_size[0]
+        noise = torch.randn(1, trunk.num_features, self.cells, self.cells,
+                            generator=torch.Generator().manual_seed(0))
+        self.register_buffer("artefacts", ARTEFACTS * noise, persistent=False)      # (1, D, h, w)
         self.block = ResidualAttentionBlock(trunk.num_features, 4)
         for layer in (self.block.attn.out_proj, self.block.mlp.c_proj):
             nn.init.zeros_(layer.weight)
@@ -150,7 +158,8 @@ class DenseToy(nn.Module):
 
     def forward(self, images, last_block=None):
         _, patches, grid = patch_tokens(self.trunk, images)                 # (B, N, D)
-        return self.block(patches).unflatten(1, grid)
+        artefacts = F.interpolate(self.artefacts, grid, mode="nearest").flatten(2).mT
+        return self.block(patches + artefacts).unflatten(1, grid)
 
     def pooled(self, images):
         return patch_tokens(self.trunk, images)[0][:, 0]
@@ -176,8 +185,9 @@ def dense_encoder(name, visual):
 def create_clip(name, weights):
     """(dense image encoder, open_clip's text tower, {"mean", "std"} of pixels) of a CLIP.
 
-    name: open_clip's. weights: its tag, which is downloaded once; a local file; or "random". Raises
-    ValueError, or FileNotFoundError for missing weights.
+    name: open_clip's. weights: its tag, which is downloaded once; a local file; "random"; or
+    "imported", to be filled from a checkpoint. Raises ValueError, or FileNotFoundError for missing
+    weights.
     """
     import open_clip                                # slow, and most of the project does not need it
     # Other names, such as hf-hub:..., would load files
@@ -193,18 +203,18 @@ def create_clip(name, weights):
                          f"a context of {CONTEXT_LENGTH}")
     known = open_clip.get_pretrained_cfg(name, weights)
     is_file = Path(weights).is_file()
-    if not (known or is_file or weights == "random"):
+    if not (known or is_file or weights in STORED):
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise FileNotFoundError(f"{name} has no weights {weights!r}; expected {name}/WEIGHTS with "
                                 f"{', '.join(tags)}, or a local file")
     path = download(name, weights, known) if known and not is_file else weights
     # Weights that OpenAI trained need its approximation of GELU, whatever the model's name says.
     activation = known.get("quick_gelu", config.get("quick_gelu", False))
-    bound = nullcontext() if weights == "random" else at_most(*LARGEST)     # random: in the file
+    bound = nullcontext() if weights in STORED else at_most(*LARGEST)         # in the file
     with bound:
         clip = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, activation)
     encoder = dense_encoder(name, clip.visual)
-    if weights != "random":
+    if weights not in STORED:
         try:
             open_clip.load_checkpoint(clip, path)
         except Exception as error:                  # whatever a file of another kind makes it raise
