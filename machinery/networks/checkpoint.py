@@ -162,9 +162,9 @@ def load_pretrained(name, protocol):
     method_class = find_method(method)
     settings = read(method_class.Settings, {setting: which} if which else {},
                     f"--checkpoint {name}")
-    protocol = changed_protocol(method_class, method_class.Protocol(), protocol)
-    model = method_class(settings)
-    model.protocol = protocol
+    changed_protocol(method_class, method_class.Protocol(), protocol)       # refused at once
+    model = method_class(settings)                  # with a protocol of its own
+    model.protocol = changed_protocol(method_class, model.protocol, protocol)
     return model
 
 
