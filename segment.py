@@ -40,11 +40,11 @@ from machinery.networks.checkpoint import load_model, save_model    # for use fr
 from machinery.parallel import progress
 from machinery.scoring import pictures
 from machinery.scoring.protocol import (add_model_flags, embed, open_model, prepare_model,
-                                        refuse_toy_model, training_run)
+                                        propagate_photos, refuse_toy_model, training_run)
 from machinery.scoring.propagate import propagate_windows
 from machinery.scoring.refine import refine
 from machinery.scoring.results import made_with
-from machinery.settings import as_mapping, read
+from machinery.settings import as_mapping, given, read
 from model import best_synonym
 
 LONG_SIDE = 2048                                    # the usual bound, for very elongated images
@@ -270,6 +270,7 @@ class Segmenter:
         self.model = checkpoint
         if checkpoint is None or isinstance(checkpoint, (str, Path)):
             self.model = prepare_model(checkpoint, device, {**COMMAND_PROTOCOL, **protocol})
+            propagate_photos(self.model, protocol)
         elif protocol:
             values = {**as_mapping(self.model.protocol), **protocol}
             self.model.protocol = read(self.model.Protocol, values,
@@ -443,6 +444,7 @@ def main(argv=None):
         classes = read_words(args.classes)
         parse_background(vars(args).get("protocol.background"))
         model = open_model(args)
+        propagate_photos(model, given(args).get("protocol", {}))
         refuse_toy_model(model, photos)
         segmenter = Segmenter(classes, model, batch=args.batch)
         Path(args.output).mkdir(parents=True, exist_ok=True)

@@ -308,7 +308,7 @@ def test_the_files_agree(checkpoint, photo, tmp_path, capsys):
         assert found["share"] == pytest.approx((mask == i).mean(), abs=1e-6)
         assert -1 <= found["score"] <= 1
     protocol = as_mapping(load_model(checkpoint).protocol)
-    changed = {**protocol, "stride": 16, "blend": "triangle"}
+    changed = {**protocol, "stride": 16, "blend": "triangle", "propagate": 0.8}
     assert result["protocol"] == json.loads(json.dumps(changed))
     assert result["method"] == "simzss" and result["settings"]["backbone"]["name"] == "toy"
     assert result["checkpoint"] == str(checkpoint) and len(result["checkpoint_sha256"]) == 64
@@ -393,7 +393,7 @@ def test_segment_and_eval_give_the_identical_mask(checkpoint, folder, tmp_path, 
     names = folder / "classes.txt"
     names.write_text("\n".join(f"thing number {i}" for i in range(40)))
     photos = sorted((folder / "images").iterdir())
-    run(checkpoint, tmp_path, *photos, "--classes", names, *more)
+    run(checkpoint, tmp_path, *photos, "--classes", names, "--propagate", "0", *more)
     seen = set()
     for photo in photos:
         mask = Image.open(tmp_path / f"{photo.stem}_mask.png")
@@ -584,7 +584,7 @@ def test_without_a_model_train_first(tmp_path, monkeypatch, fails):
 
 def test_the_fields_own_protocol(tmp_path, model):
     """A model is by default used as the field does: short side and window 448, stride 224, 80
-    templates; only that windows fade towards their borders."""
+    templates; only that scores are propagated and windows fade towards their borders."""
     model.protocol = type(model.protocol)()
     save_model(tmp_path, model, {})
     photo = tmp_path / "photo.png"
@@ -592,7 +592,7 @@ def test_the_fields_own_protocol(tmp_path, model):
     run(tmp_path, tmp_path, photo, "--classes", "cow, sky")
     protocol = json.loads((tmp_path / "photo.json").read_text())["protocol"]
     expected = {"templates": "imagenet80", "class_embedding": "caption", "short_side": 448,
-                "window": 448, "stride": 224, "scales": [1], "refine_steps": 0, "propagate": 0,
+                "window": 448, "stride": 224, "scales": [1], "refine_steps": 0, "propagate": 0.8,
                 "image_weight": 0, "blend": "triangle", "background": None}
     assert protocol == expected
 

@@ -21,6 +21,7 @@ from machinery.settings import add_flags, add_set_flag, as_mapping, given
 from machinery.tokenizer import tokenizer
 from machinery.toy import is_scene
 
+PHOTOS_PROPAGATE = 0.8                              # better on photographs and on the toy world
 EMBEDDINGS = 2                                      # raise it when `embed_classes` changes values
 
 
@@ -107,6 +108,13 @@ def describe_training(model):
 def has_unit_tokens(model):
     """Whether its scores can be propagated."""
     return type(model).unit_tokens is not Method.unit_tokens
+
+
+def propagate_photos(model, said):
+    """Switch propagation on, as segment.py does and eval.py does not (docs/benchmarks.md, "At test
+    time"), where the method can. said: the protocol's settings that the user gave."""
+    if "propagate" not in said and has_unit_tokens(model):
+        model.protocol.propagate = PHOTOS_PROPAGATE
 
 
 def training_run(model):
