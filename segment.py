@@ -133,7 +133,7 @@ def propagated_windows(model, pixels, class_embeddings, corners, protocol, batch
     for _, crops in window_batches(pixels, corners, protocol.window, batch):
         of_batch, covered = model.unit_tokens(crops)
         tokens.append(of_batch)
-    tokens = torch.cat(tokens)                                          # (windows, rows, columns, D)
+    tokens = torch.cat(tokens)                                  # (windows, rows, columns, D)
     scores = propagate_windows(tokens, best_synonym(tokens, class_embeddings), corners, covered,
                                crops.shape[-2:], protocol.propagate)
     for corner, of_window in zip(corners, scores):
