@@ -426,7 +426,7 @@ def test_python_gives_the_mask_of_the_command(checkpoint, photo, tmp_path, setti
     assert names == ["background"] * ("background" in settings) + words
     settings.pop("batch", None)
     assert (segment.segment(photo, NAMES, checkpoint, "cpu", **settings).mask == written).all()
-    model = load_model(checkpoint, protocol={"blend": "triangle"})
+    model = load_model(checkpoint, protocol={"blend": "triangle", "propagate": 0.8})
     assert (Segmenter(words, model, **settings)(photo).mask == written).all()
 
 
