@@ -96,10 +96,12 @@ ROWS = {
     "ovsegmentor-2": Row("OVSegmentor, stages 1 and 2",
                          [trained("ovsegmentor-2-toy --init {ovsegmentor-1}")]),
     "sseg": Row("S-Seg", [trained("sseg-toy")]),
+    "sseg-local": Row("S-Seg, `local`, not the paper's",
+                      [trained("sseg-toy --feature local --set model.batch_norm=true")]),
     "sseg-plus": Row("S-Seg+, from the labels of the row above", [
         "-m machinery.toy {out}/scenes --count 150",
-        "segment.py {out}/scenes/images --classes {out}/scenes/classes.txt --checkpoint {sseg} "
-        "--output {out}/labels",
+        "segment.py {out}/scenes/images --classes {out}/scenes/classes.txt --output {out}/labels "
+        "--checkpoint {sseg-local}",
         trained("sseg-plus --train-data {out}/scenes/images --labels {out}/labels --backbone toy "
                 "--image-size 128 --batch 16 --steps 200 --base-rate 0.016 --workers 0 "
                 "--set protocol.short_side=128 --set protocol.window=128 "
@@ -147,7 +149,7 @@ ROWS = {
 TABLES = {
     "methods": ["simzss", "simzss-caption", "simzss-prompts", "simzss-prompts-concept", "lit",
                 "dense-clip", "pixelclip", "ovsegmentor-1", "ovsegmentor-2", "sseg",
-                "sseg-plus", "sseg-oracle"],
+                "sseg-local", "sseg-plus", "sseg-oracle"],
     "ovsegmentor": ["ovsegmentor-1", "ovsegmentor-1-oracle", "ovsegmentor-2",
                     "ovsegmentor-2-oracle", "ovsegmentor-five", "ovsegmentor-random",
                     "ovsegmentor-entity"],
@@ -294,7 +296,8 @@ def draw_pictures():
     classes = [name for [name] in TOY_CLASSES]
     rows = [(*ToyScenes()[i][1:], mask) for i, mask in zip(SHOWN, masks_of("simzss"))]
     comparison(rows, classes).save("docs/toy.png")
-    draw_methods(["simzss", "ovsegmentor-1", "pixelclip", "sseg"]).save("docs/methods.png")
+    methods = ["simzss", "ovsegmentor-1", "pixelclip", "sseg", "sseg-local"]
+    draw_methods(methods).save("docs/methods.png")
     shutil.copy(folder("ovsegmentor-1", 0) / "groups.png", "docs/ovsegmentor.png")
 
 
