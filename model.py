@@ -56,6 +56,15 @@ def concept_embeddings(tokens, spans):
     return inside.to(tokens.dtype) @ tokens                                         # (B, M, D)
 
 
+def only_present(ids, bank_size):
+    """Bank ids (B, M) -> places (B, M) among the concepts that occur in the global batch, -1 stays;
+    and how many places there are, at least 1. Of a large bank nearly all are absent, and sums over
+    it would take longer than all else in the losses."""
+    counts = sum_over_processes(torch.bincount(ids[ids >= 0], minlength=bank_size))     # (C,)
+    place = (counts > 0).cumsum(0) - 1                                                  # (C,)
+    return torch.where(ids >= 0, place[ids], -1), max(1, int(place[-1]) + 1)
+
+
 def class_weights(concepts, ids, bank_size):
     """w_c = normalize(sum of the occurrences of concept c), one weight per concept (section 6).
 
@@ -448,23 +457,23 @@ class SimZSS(Method):
     def losses(self, encoded, batch):
         """Returns loss = global + lambda * local, in float32, and what is logged beside them."""
         concepts = encoded["concepts"]                                              # (B, M, D)
-        ids = batch["concepts"][..., 0]                                             # (B, M)
+        ids, C = only_present(batch["concepts"][..., 0], len(self.bank))            # (B, M)
         logit_scale = self.logit_scale.exp()
         loss_global = global_loss(batch["class_token"], encoded["caption"], logit_scale)
-        weights, counts = class_weights(concepts, ids, len(self.bank))      # (C, D), (C,)
+        weights, counts = class_weights(concepts, ids, C)                   # (C, D), (C,)
         queries = weights[ids.clamp(min=0)]                 # (B, M, D); padding is left out later
         if self.settings.pool_query == "caption":
             queries = F.normalize(concepts, dim=-1)
-        loss_local = self.local_loss(queries, batch, weights, counts)
+        loss_local = self.local_loss(queries, ids, batch["patch_tokens"], weights, counts)
         return {"loss": loss_global + self.settings.local_weight * loss_local,
                 "global": loss_global, "local": loss_local, "logit_scale": logit_scale,
                 "concepts": counts.sum(), "present": (counts > 0).sum()}
 
-    def local_loss(self, queries, batch, weights, counts):
-        """L_l of queries (B, M, D): pool the patches, classify what was pooled."""
+    def local_loss(self, queries, ids, patches, weights, counts):
+        """L_l of queries (B, M, D): pool the patches (B, N, D), classify what was pooled. ids (B, M):
+        rows of weights (C, D) and counts (C,)."""
         settings = self.settings
-        ids = batch["concepts"][..., 0]                                             # (B, M)
-        visual = similarity_pool(queries, batch["patch_tokens"], settings.pool_temperature)
+        visual = similarity_pool(queries, patches, settings.pool_temperature)
         return concept_loss(visual, ids, weights, counts, settings.local_temperature,
                             settings.local_target)
 

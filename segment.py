@@ -147,17 +147,18 @@ def score_maps(model, photo, class_embeddings, protocol, batch=8):
     photo: uint8 (3, H, W). batch: windows at a time.
     """
     pixels = resize(photo, protocol.short_side).to(class_embeddings.device)         # (3, h, w)
-    total = 0
+    total = None
     for scale in protocol.scales:
         scaled = resize(photo, protocol.short_side, scale).to(pixels.device)
         maps = slide(model, scaled, class_embeddings, protocol, batch)
         if scale != 1:
             maps = F.interpolate(maps[None], pixels.shape[-2:], mode="bilinear")[0]
-        total = total + maps / len(protocol.scales)                                 # (C, h, w)
+        maps /= len(protocol.scales)                # in place: a thousand classes fill gigabytes
+        total = maps if total is None else total.add_(maps)                         # (C, h, w)
     if protocol.image_weight:
         whole = resize(photo, min(protocol.short_side, protocol.window)).to(pixels.device)
         of_image = model.image_scores(whole[None], class_embeddings)[0]             # (C,)
-        total = total + protocol.image_weight * of_image[:, None, None]
+        total += protocol.image_weight * of_image[:, None, None]
     return refine(total, pixels, protocol.refine_steps) if protocol.refine_steps else total
 
 

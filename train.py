@@ -267,6 +267,7 @@ def run_steps(run):
             losses = method.losses(encoded, batch)
             optimizer.zero_grad()
             scaler.scale(losses["loss"]).backward()
+            del batch                               # before the next is loaded: it is large
 
             # Each process holds the true gradient times the number of processes
             # (machinery/parallel.py), so their mean is the true one

@@ -44,7 +44,8 @@ class SimZSSPrompts(SimZSS):
             prompts, _ = self.text(self.prompt_tokens(present))                     # (P, D)
         weights, _ = class_weights(prompts[:, None], present[:, None], len(self.bank))
         counts = sum_over_processes(torch.bincount(ids[ids >= 0], minlength=len(self.bank)).float())
-        loss = self.local_loss(weights[ids.clamp(min=0)], batch, weights, counts)
+        queries = weights[ids.clamp(min=0)]                                         # (B, M, D)
+        loss = self.local_loss(queries, ids, batch["patch_tokens"], weights, counts)
         return {**losses, "loss": losses["loss"] + self.settings.prompt_weight * loss,
                 "prompt": loss}
 

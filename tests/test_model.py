@@ -15,7 +15,8 @@ from conftest import tiny
 from machinery.tokenizer import tokenize
 from machinery.training.loading import encode_in_micro_batches
 from model import (TextEncoder, best_synonym, class_weights, concept_embeddings, concept_loss,
-                   global_loss, groups_of_like_length, prompt_ensemble, similarity_pool)
+                   global_loss, groups_of_like_length, only_present, prompt_ensemble,
+                   similarity_pool)
 from reference import CAPTIONS, losses_of, same, training_batch
 
 
@@ -28,6 +29,28 @@ def test_concept_embeddings_by_hand():
     tokens = torch.tensor([[[1., 0.], [0., 1.], [.6, .8]]])
     spans = torch.tensor([[[0, 1], [1, 3], [2, 2], [-1, -1]]])
     same(concept_embeddings(tokens, spans), [[[1, 0], [.6, 1.8], [0, 0], [0, 0]]])
+
+
+def test_only_present_by_hand():
+    """Concepts get consecutive places, in the bank's order; padding stays."""
+    ids, count = only_present(torch.tensor([[7, 2], [-1, 7], [4, -1]]), bank_size=9)
+    assert ids.tolist() == [[2, 0], [-1, 2], [1, -1]] and count == 3
+    assert only_present(torch.tensor([[-1]]), 9)[1] == 1
+
+
+def test_a_larger_bank_changes_nothing(model):
+    """Losses and gradients are those of a bank that holds the batch's concepts only, and nothing
+    of the size of a large bank times D is computed."""
+    batch = many_captions()
+    expected = gradients(model, model.encode, batch)
+    bank = model.bank
+    model.bank = bank * 10_000
+    shift = torch.tensor([10 * len(bank), 0, 0])
+    with Called() as called:
+        found = gradients(model, model.encode, {**batch, "concepts": batch["concepts"] + shift})
+    model.bank = bank
+    assert_close(found, expected, 1e-6)
+    assert called.largest < 10_000 * len(bank) * 128
 
 
 def test_class_weights_by_hand():
@@ -287,15 +310,19 @@ def test_groups_are_of_like_length(monkeypatch):
 
 
 class Called(TorchDispatchMode):
-    """Names of torch's operations in a with block."""
+    """Names of torch's operations in a with block, and the elements of the largest result."""
 
     def __enter__(self):
         self.names = []
+        self.largest = 0
         return super().__enter__()
 
     def __torch_dispatch__(self, operation, types, args=(), options=None):
         self.names.append(operation.name())
-        return operation(*args, **(options or {}))
+        result = operation(*args, **(options or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 def test_embeddings_are_looked_up_once(model):
