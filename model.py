@@ -37,8 +37,8 @@ from machinery.tokenizer import CONTEXT_LENGTH, tokenize
 TEXT_TOWERS = {384: (384, 6), 1024: (768, 12)}      # D -> (width, heads) of CLIP's tower
 DEFAULT_TEXT_TOWER = (512, 8)                       # for ViT-B's D, 768, and any other
 MAX_LOGIT_SCALE = 100.0                             # CLIP's bound on the learned 1 / temperature
-LONGER = 1.2                                        # longest / shortest of captions that are encoded
-GROUP = 4096                                        # together, and how many of them, at most
+LONGER = 1.2                                        # longest / shortest of captions encoded
+GROUP = 4096                                        # together, and how many these are, at most
 
 
 # --------------------------------------------------------------------------------------------------
@@ -470,8 +470,10 @@ class SimZSS(Method):
                 "concepts": counts.sum(), "present": (counts > 0).sum()}
 
     def local_loss(self, queries, ids, patches, weights, counts):
-        """L_l of queries (B, M, D): pool the patches (B, N, D), classify what was pooled. ids (B, M):
-        rows of weights (C, D) and counts (C,)."""
+        """L_l of queries (B, M, D): pool the patches (B, N, D), classify what was pooled.
+
+        ids: (B, M), rows of weights (C, D) and counts (C,).
+        """
         settings = self.settings
         visual = similarity_pool(queries, patches, settings.pool_temperature)
         return concept_loss(visual, ids, weights, counts, settings.local_temperature,

@@ -28,14 +28,15 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model as model_file
 from concepts import ConceptBank, Concepts, annotate, load_parser
-from data import CaptionedImages, Pair, open_loader
+from data import CaptionedImages, Pair, collate, open_loader
 from machinery.images import load_image, to_pixels
 from machinery.parallel import Processes
 from machinery.settings import read
 from machinery.tokenizer import tokenize
 from machinery.training.features import open_cache
 from machinery.training.loading import BatchStream, encode_in_micro_batches, join
-from model import SimZSS, global_loss
+from model import (SimZSS, class_weights, concept_loss, global_loss, only_present,
+                   similarity_pool)
 from segment import segment_image
 
 WORDS = ("a the two large black white dog cat person car bus on in with near grass street table "
@@ -159,6 +160,54 @@ def lookup_rows(rounds):
             rounds, lambda: backward(tokens, lambda embedded: [embedded[part] for part in index]),
             lambda: backward(tokens, lambda embedded: embedded.split(16)),
             clock=time.process_time))
+
+
+def loss_rows(rounds, B=128, M=2, D=768, bank=50_000):
+    """The local loss and its backward pass with a large bank: over all of it, and over the concepts
+    that occur."""
+    generator = torch.Generator().manual_seed(0)
+    concepts = torch.randn(B, M, D, generator=generator).requires_grad_()
+    patches = F.normalize(torch.randn(B, 64, D, generator=generator), dim=-1)
+    all_ids = torch.randint(bank, (B, M), generator=generator)
+
+    def loss(ids, size):
+        weights, counts = class_weights(concepts, ids, size)
+        visual = similarity_pool(weights[ids], patches, 0.1)
+        concept_loss(visual, ids, weights, counts, 0.07).backward()
+
+    print_row(f"local loss: a bank of {bank:,} -> those that occur", *interleaved(
+        rounds, lambda: loss(all_ids, bank), lambda: loss(*only_present(all_ids, bank)),
+        clock=time.process_time))
+
+
+def cache_rows(captions, bank, rounds, pairs=256, values=257 * 768):
+    """What a cached pair costs: its features copied and stacked by a worker, as would be plain, and
+    only its row, its tokens and its concepts; then the features of all rows in one call."""
+    images = [np.full((1, 1, 3), i, np.uint8) for i in range(pairs)]
+    captions = [captions[i % len(captions)] for i in range(pairs)]
+    annotations = Concepts(bank, "match").of_captions(captions)
+    sample = partial(SimZSS.sample, settings=None)
+    data = CaptionedImages(images, captions, sample, 224, annotations=annotations, bank=bank)
+    data.cache = argparse.Namespace(row_of=lambda i: i)
+    with tempfile.TemporaryDirectory() as folder:
+        table = np.memmap(Path(folder) / "rows", np.float16, "w+", shape=(pairs, values))
+        table[:] = 1
+        rows = torch.from_numpy(table)
+        gathered = torch.empty(pairs, values, dtype=torch.float16)      # as a pinned one is reused
+        order = torch.randperm(pairs)
+
+        def load(with_features):
+            items = [data[i, i] for i in range(pairs)]
+            if with_features:
+                items = [{**item, "features": torch.from_numpy(np.array(table[item["row"]]))}
+                         for item in items]
+            return collate(items)
+
+        print_row(f"worker, {pairs} cached pairs: features -> their rows", *interleaved(
+            rounds, lambda: load(True), lambda: load(False), clock=time.process_time))
+        print_row(f"main, {pairs} cached pairs: stacked -> gathered in place", *interleaved(
+            rounds, lambda: torch.stack([rows[i] for i in order]),
+            lambda: torch.index_select(rows, 0, order, out=gathered), clock=time.process_time))
 
 
 def step_rows(model, captions, bank, rounds, batch=32, size=224):
@@ -356,8 +405,8 @@ def parse_args(argv=None):
     add("--device", choices=["cpu", "cuda"], default="cpu",
         help="cuda adds whole steps (default: %(default)s)")
     add("--rounds", type=int, default=3, help="measurements of each way (default: %(default)s)")
-    add("--rows", nargs="*", default=["image", "annotation", "windows", "text", "step"],
-        help="(default: all)")
+    rows = ["image", "annotation", "windows", "text", "losses", "cache", "step"]
+    add("--rows", nargs="*", default=rows, help="(default: all)")
     return parser.parse_args(argv)
 
 
@@ -379,6 +428,10 @@ def main(argv=None):
     if "text" in args.rows:
         text_rows(model, captions, args.rounds)
         lookup_rows(args.rounds)
+    if "losses" in args.rows:
+        loss_rows(args.rounds)
+    if "cache" in args.rows:
+        cache_rows(captions, bank, args.rounds)
     if "step" in args.rows:
         step_rows(model, captions, bank, args.rounds)
     if args.device == "cuda":

@@ -126,7 +126,7 @@ class FeatureCache:
         with (progress(is_shown=rank == 0, total=len(mine), unit=" images",
                        desc=f"features, process {rank + 1} of {world}") as bar,
               ThreadPoolExecutor(1) as writer):
-            written = writer.submit(int)            # one batch is written while the next is computed
+            written = writer.submit(int)            # a batch is written while the next is computed
             for rows, (pixels, readable) in zip(batches, loader):
                 computed = features(pixels)
                 computed = torch.cat([computed[name].flatten(1).half() for name in self.layout],
