@@ -79,8 +79,8 @@ class RunSettings:
         None, "folder for the frozen backbone's features, computed once: much faster steps, but no "
         "random crops", changes_result=False)
     workers: int = setting(
-        lambda: min(8, cores_per_process()), "processes that load images, per process", least=0,
-        changes_result=False)
+        cores_per_process, "processes that load images, per process; by default one per core",
+        least=0, changes_result=False)
     eval_data: str = setting(
         "none", "scored at the end: toy, a segmentation folder or none", changes_result=False)
     resume: str | None = setting(

@@ -285,8 +285,8 @@ class MaskGenerator(nn.Module):
         _, tokens, (h, w) = patch_tokens(self.trunk, self.normalise(pixels))        # (B, N, D)
         if self.clusters > h * w:
             raise ValueError(f"--clusters is {self.clusters}; an image has only {h * w} patches")
-        first = [torch.randperm(h * w, generator=torch.Generator().manual_seed(int(seed)))
-                 for seed in seeds]
+        first = [torch.randperm(h * w, generator=torch.Generator().manual_seed(seed))
+                 for seed in seeds.tolist()]
         first = torch.stack(first)[:, :self.clusters].to(tokens.device)             # (B, K)
         labels = kmeans(tokens, self.clusters, KMEANS_STEPS, first, KMEANS_TOLERANCE)
         masks = F.one_hot(labels, self.clusters).mT.unflatten(2, (h, w))            # (B, K, h, w)
