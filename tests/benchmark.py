@@ -3,6 +3,7 @@
     python tests/benchmark.py --captions data/coco/annotations/captions_train2017.json \
         --parser en_core_web_sm
     python tests/benchmark.py --device cuda             # also whole steps of the recipe on one GPU
+    python tests/benchmark.py --device cuda --rows      # only these (not run on a GPU yet)
 
 Both ways run in turn, and the medians of all measurements are compared. The backbone is DINOv2's
 ViT-B/14 with random weights, which are as fast as any. About eight minutes on two CPU cores.
@@ -355,13 +356,33 @@ def gpu_rows(model, captions, device="cuda", batches=(1024, 8192), micro=1024, s
         loaded = {name: value.to(device, non_blocking=True) for name, value in loaded.items()}
         return model.features(loaded)
 
-    def step(batch, seen):
+    def step(batch, seen, end_part=lambda name: None):
         loaded = join((load(rows, seen) for rows in tokens[:batch].split(micro)), batch)
+        end_part("copy and vision")
+        encoded = encode_in_micro_batches(model.encode, loaded, micro)
+        end_part("text")
+        losses = model.losses(encoded, loaded)
+        end_part("losses")
         optimizer.zero_grad()
-        losses = model.losses(encode_in_micro_batches(model.encode, loaded, micro), loaded)
         losses["loss"].backward()
+        end_part("backward")
         optimizer.step()
-        return losses["loss"].item()                # waits for the device
+        value = losses["loss"].item()               # waits for the device
+        end_part("optimizer")
+        return value
+
+    def print_timeline(batch, seen):
+        """Seconds of each part of one step, each waited for."""
+        ends = [("", time.perf_counter())]
+
+        def end_part(name):
+            if kind == "cuda":
+                torch.cuda.synchronize()
+            ends.append((name, time.perf_counter()))
+
+        step(batch, seen, end_part)
+        parts = [f"{name} {end - start:.3f} s" for (_, start), (name, end) in zip(ends, ends[1:])]
+        print("    " + ", ".join(parts))
 
     def build_cache():
         model.features({"pixels": pixels[:64].to(device)})["class_token"].cpu()
@@ -380,6 +401,7 @@ def gpu_rows(model, captions, device="cuda", batches=(1024, 8192), micro=1024, s
             print(f"step of {batch:5}, {name:6}: {taken:8.3f} s, {batch / taken:8.0f} pairs/s, "
                   f"{flops / 1e12:7.1f} TFLOP, {flops / taken / peak:6.1%} of the bf16 peak, "
                   f"{memory:5.1f} GiB")
+            print_timeline(batch, seen)
     build_cache()
     [cache] = interleaved(10 * rounds, build_cache)
     largest = max(batches)
