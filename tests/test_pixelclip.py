@@ -279,7 +279,8 @@ def test_prompts_of_the_placeholder_are_the_plain_text():
     table = model.text.tower.token_embedding.weight
     assert torch.cdist(prompts.words.flatten(0, 1), table).min(dim=1).values.max() < 1e-3
     prompts.words[:] = table[39025]
-    text = F.normalize(model.text.tower(prompts.tokens[None]), dim=-1)
+    padded = F.pad(prompts.tokens, (0, 77 - len(prompts.tokens)))
+    text = F.normalize(model.text.tower(padded[None]), dim=-1)
     torch.testing.assert_close(prompts(model.text), text.expand(8, -1))
 
 
