@@ -19,6 +19,8 @@ from machinery.settings import (abbreviate, as_mapping, check_value, merge, nest
 from machinery.tokenizer import VOCABULARY
 
 FORMAT = "simzss-3"
+FROZEN_PARAMETERS = 10 ** 8                         # that a network may have beside those in its
+FROZEN_TENSORS = 10 ** 4                            # file: a header may ask for any size
 
 
 def model_file(path):
@@ -186,8 +188,8 @@ def load_own(path, backbone_weights, method=None, changes=None):
     protocol = changed_protocol(method_class, protocol, changes)
     size = sum(tensor.numel() for tensor in tensors.values())
     try:
-        # Twice: a network may set a parameter again
-        with at_most(2 * size, 2 * len(tensors),
+        # Twice: a network may set a parameter again. What is frozen is not in the file
+        with at_most(max(2 * size, FROZEN_PARAMETERS), max(2 * len(tensors), FROZEN_TENSORS),
                      f"{path} does not hold the tensors of its own settings, which are"):
             model = method_class(settings, bank)
     except (ValueError, OSError):
