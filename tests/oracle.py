@@ -25,7 +25,8 @@ from machinery.errors import one_line_errors
 from machinery.images import to_pixels
 from machinery.networks.checkpoint import load_model
 from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, open_dataset
-from machinery.scoring.pictures import add_title, grid, legend, paint, palette
+from machinery.scoring.pictures import (add_title, class_colours, grid, legend,
+                                        paint)
 from machinery.scoring.protocol import embed
 from machinery.settings import read, read_recipe
 from methods.parts.clustering import kmeans
@@ -81,6 +82,8 @@ def picture(dataset, model, ways, short_side, rows=6):
     """See the docstring of this file. ways: as of `oracle_scores`, "masks" and "teacher"."""
     names = [synonyms[0] for synonyms in dataset.classes]
     C = len(names)
+    # Colours of regions are not those of classes
+    colours = [*names, *(f"region {i}" for i in range(model.settings.queries))]
     embeddings = embed(model, dataset.classes)
     panels = []
     for i in range(min(rows, len(dataset))):
@@ -92,15 +95,14 @@ def picture(dataset, model, ways, short_side, rows=6):
         scores, covered = model.patch_scores(pixels[None], embeddings)              # (1, C, h, w)
         predicted = F.interpolate(scores, covered, mode="bilinear")[0, :, :H, :W].argmax(dim=0)
         photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        many = model.settings.queries + C           # colours of regions are not those of classes
-        row = {"photo": photo, "truth": paint(photo, truth.numpy(), C, 1),
-               "teacher's clusters": paint(photo, clusters.numpy() + C, many, 1),
-               "masks": paint(photo, masks.numpy() + C, many, 1),
-               "masks, true names": paint(photo, named_by_truth(masks, truth, C).numpy(), C, 1),
-               "prediction": paint(photo, predicted.numpy(), C, 1)}
+        row = {"photo": photo, "truth": paint(photo, truth.numpy(), names, 1),
+               "teacher's clusters": paint(photo, clusters.numpy() + C, colours, 1),
+               "masks": paint(photo, masks.numpy() + C, colours, 1),
+               "masks, true names": paint(photo, named_by_truth(masks, truth, C).numpy(), names, 1),
+               "prediction": paint(photo, predicted.numpy(), names, 1)}
         panels.append([add_title(panel, title) for title, panel in row.items()])
     whole = grid(panels, gap=4)
-    return grid([[whole, legend(list(zip(palette(C), names)), whole.height, 14)]])
+    return grid([[whole, legend(list(zip(class_colours(names), names)), whole.height, 14)]])
 
 
 def main(argv=None):

@@ -476,7 +476,7 @@ def test_a_broken_json_is_named(tmp_path, oracle, fails):
     content = json.loads(text)
     content["annos_segmentation"][0]["segmentation"]["counts"] = "132"
     path.write_text(json.dumps(content))
-    fails(eval.main, arguments(tmp_path, "context"), "covers 6 pixels, expected 16 x 21")
+    fails(eval.main, arguments(tmp_path, "context"), "does not cover the pixels, expected 16 x 21")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -63,10 +63,10 @@ def test_flags_change_single_values():
     toy = ["--recipe", "toy"]
     recipe = read_command_line([*toy, "--batch", "24", "--lambda", "0", "--set",
                                 "run.weight_decay=1", "--set", "protocol.window=96"])
-    assert (recipe.run.batch, recipe.run.epochs, recipe.run.weight_decay) == (24, 16, 1)
+    assert (recipe.run.batch, recipe.run.epochs, recipe.run.weight_decay) == (24, 8, 1)
     assert (recipe.model.local_weight, recipe.model.backbone.name) == (0, "toy")
     assert (recipe.protocol.window, recipe.protocol.short_side) == (96, 128)
-    for flags, epochs, steps in (([], 16, None), (["--steps", "3"], None, 3),
+    for flags, epochs, steps in (([], 8, None), (["--steps", "3"], None, 3),
                                  (["--epochs", "2"], 2, None)):
         run = read_command_line([*toy, *flags]).run
         assert (run.epochs, run.steps) == (epochs, steps)
@@ -180,7 +180,7 @@ def test_eight_captioned_images_can_be_overfitted():
     captions = ["a cow on the grass", "a boat on the sea", "two sheep under the sky", "the grass",
                 "a cow and a boat", "a sheep on the grass", "the sea under the sky",
                 "a boat under the sky"]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)                  # eight scenes of which no two are alike
     bank = ConceptBank(BANK)
     model = tiny(local_weight=1.0).train()
     pairs = CaptionedImages([toy_scene(rng)[0] for _ in captions], captions,

@@ -182,7 +182,7 @@ def test_a_signal_ends_a_run_without_data(tmp_path, monkeypatch):
     monkeypatch.setattr(training_run, "GIVE_UP", 0.2)
     loader = DataLoader(range(2), collate_fn=lambda items: time.sleep(PATIENCE), num_workers=1,
                         worker_init_fn=start_data_worker, timeout=PATIENCE)
-    stream = BatchStream(SimpleNamespace(positions=None), loader, 1, "cpu")
+    stream = BatchStream(SimpleNamespace(positions=None, cache=None), loader, 1, "cpu")
     begun = training_run.Run(SimpleNamespace(output=tmp_path), {"step": 0, "steps": 2},
                              SimpleNamespace(trained=dict), None, None, stream,
                              SimpleNamespace(rank=1))
