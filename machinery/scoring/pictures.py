@@ -12,6 +12,8 @@ from machinery.files import save_png
 BACKGROUND = "background"                           # the class that is never painted
 NOT_SCORED = (216, 216, 216)                        # pixels without a class: no class is grey
 LEAST_SHARE = 0.01                                  # of a picture that a class in a legend fills
+NATURAL = {"sky": (120, 185, 250), "sea": (25, 75, 170), "grass": (60, 160, 50),
+           "sand": (225, 195, 125), "road": (115, 115, 120), "snow": (240, 245, 255)}
 
 
 def count_pixels(mask, count, weights=None):
