@@ -7,8 +7,9 @@ from PIL import Image
 
 from machinery.contract import Protocol
 from machinery.images import IGNORE
-from machinery.scoring.pictures import (NOT_SCORED, cielab, class_colours, comparison, overlay,
-                                        palette, place_word, save_mask, similarity_view, to_ascii)
+from machinery.scoring.pictures import (NATURAL, NOT_SCORED, cielab, class_colours, comparison,
+                                        overlay, palette, place_word, save_mask, similarity_view,
+                                        to_ascii)
 from segment import draw_tokens
 
 
@@ -53,6 +54,15 @@ def test_colours_do_not_change_with_the_background():
     assert (class_colours(["background", "cat", "sofa", "dog"]) == [(0, 0, 0), *alone]).all()
     assert (class_colours(["cat", "sofa", "dog", "sky"])[:3] == alone).all()
     assert len(class_colours(["thing"] * 5000)) == 5000
+
+
+def test_what_has_a_colour_of_its_own_keeps_it():
+    """The sky is blue and the grass green, whatever is beside them, and no other class is alike."""
+    names = ["sky", *(f"class {i}" for i in range(100)), "grass"]
+    colours = class_colours(names)
+    assert tuple(colours[0]) == NATURAL["sky"] and tuple(colours[-1]) == NATURAL["grass"]
+    distance = np.linalg.norm(cielab(colours[1:-1])[:, None] - cielab([*NATURAL.values()]), axis=-1)
+    assert distance.min() > 25
 
 
 def test_cielab_by_hand():
@@ -140,8 +150,8 @@ def test_a_comparison_has_titles_and_one_legend():
     two = comparison([(photo, truth, truth)] * 2, ["sky", "bird", "sea"], width=100)
     assert two.height == one.height + 50 + 4
     key = np.array(one)[:, 4 * 104:].reshape(-1, 3)
-    shown = [(key == colour).all(axis=1).any() for colour in class_colours([""] * 3)]
-    assert shown == [True, False, True]
+    colours = class_colours(["sky", "bird", "sea"])
+    assert [(key == colour).all(axis=1).any() for colour in colours] == [True, False, True]
 
 
 # --------------------------------------------------------------------------------------------------

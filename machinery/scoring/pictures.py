@@ -38,13 +38,16 @@ def palette(count):
 @lru_cache
 def distinct_colours(count):
     """count RGB colours, (count, 3) uint8, for pictures: each is as far from all before it as can
-    be, in CIELAB. The first n are those of any longer list. Beyond some hundreds they repeat."""
+    be, in CIELAB, and none is near one of NATURAL. The first n are those of any longer list. Beyond
+    some hundreds they repeat."""
     levels = np.linspace(0, 255, 12).round()
     rgb = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
     lab = cielab(rgb)
     vivid = (np.abs(lab[:, 0] - 60) < 28) & (np.hypot(lab[:, 1], lab[:, 2]) > 30)
-    rgb = rgb[vivid]
-    lab = lab[vivid]
+    natural = cielab(list(NATURAL.values()))
+    far = np.linalg.norm(lab[:, None] - natural, axis=-1).min(axis=1) > 25
+    rgb = rgb[vivid & far]
+    lab = lab[vivid & far]
     chosen = [np.abs(lab - cielab([230, 25, 75])).sum(axis=1).argmin()]     # begins with a red
     distance = np.full(len(lab), np.inf)            # to the nearest one chosen
     while len(chosen) < min(count, len(lab)):
@@ -66,12 +69,11 @@ def cielab(rgb):
 
 
 def class_colours(names):
-    """A colour for each name, (C, 3) uint8, in pictures. A class "background" is black, and the
-    others have the colours that they have without it."""
-    colours = np.zeros((len(names), 3), np.uint8)
-    others = [i for i, name in enumerate(names) if name != BACKGROUND]
-    colours[others] = distinct_colours(len(others))
-    return colours
+    """A colour for each name, (C, 3) uint8, in pictures: that of NATURAL, or the next of
+    `distinct_colours`. A class "background" is black, and changes no other's colour."""
+    distinct = iter(distinct_colours(len(names)))
+    return np.array([(0, 0, 0) if name == BACKGROUND else NATURAL.get(name) or next(distinct)
+                     for name in names], np.uint8).reshape(-1, 3)
 
 
 def to_ascii(text):
