@@ -51,6 +51,7 @@ def look(model, pixels, names, bank):
 def untrained(model):
     """The model with a text encoder that has learned nothing."""
     model = copy.deepcopy(model)
+    model.checkpoint_file = {}                      # it is no longer that file's model
     torch.manual_seed(0)
     model.text = TextEncoder(model.backbone.width, **vars(model.settings.text))
     return model.eval()
@@ -65,31 +66,30 @@ def caption_line(caption, colours, width):
     line = Image.new("RGB", (width, 36), "white")
     x = 6
     for i, letter in enumerate(to_ascii(caption)):
-        colour = next((tuple(colour) for (first, end), colour in colours.items()
+        colour = next((tuple(map(int, colour)) for (first, end), colour in colours.items()
                        if first <= i < end), (60, 60, 60))
         ImageDraw.Draw(line).text((x, 18), letter, fill=colour, font=font, anchor="lm")
         x += font.getlength(letter)
     return line
 
 
-def heat_map(photo, attention):
-    """The photo in grey under the attention; yellow is the most that one patch gets."""
-    heat = 4 * attention / attention.max()
+def heat_map(photo, attention, most):
+    """The photo in grey under the attention, from dark, none, to yellow, the most."""
+    heat = 4 * attention / most
     colours = np.stack([np.interp(heat, range(5), channel) for channel in HEAT.T], axis=-1)
     colours = Image.fromarray(colours.astype(np.uint8)).resize(photo.size, Image.BILINEAR)
     return Image.blend(photo.convert("L").convert("RGB"), colours, 0.7)
 
 
-def bars(scores, bank, own):
+def bars(scores, bank, own, width):
     """The highest cosines with concepts of the bank as bars, the right one in green."""
-    panel = Image.new("RGB", (SIDE, SIDE), "white")
+    panel = Image.new("RGB", (width, 26 * BARS), "white")
     draw = ImageDraw.Draw(panel)
     font = ImageFont.load_default(size=14)
-    best = np.argsort(-scores)[:BARS]
-    for line, c in enumerate(best):
-        y = (line + 0.5) * SIDE / BARS
-        length = SIDE * max(scores[c], 0)
-        draw.rectangle((0, y - 12, length, y + 12), fill="#8cc88c" if c == own else "#dddddd")
+    for line, c in enumerate(np.argsort(-scores)[:BARS]):
+        y = 26 * line + 12
+        colour = "#8cc88c" if c == own else "#dddddd"
+        draw.rectangle((0, y - 11, width * max(scores[c], 0), y + 11), fill=colour)
         draw.text((6, y), f"{to_ascii(bank[c])} {scores[c]:.2f}", "black", font, anchor="lm")
     return panel
 
@@ -101,18 +101,20 @@ def figure(model, image, caption, names, bank):
     photo = image.resize((round(image.width * SIDE / image.height), SIDE), Image.BICUBIC)
     pixels = to_pixels(image)
     pixels = resize(pixels, model.trained_with.get("image_size", min(pixels.shape[1:])))
-    top = [add_title(photo, "photo")]
-    rows = [[] for _ in names]
-    for when, one in {"before": untrained(model), "after": model}.items():
-        mask, _ = segment_image(one, image, embed(one, [[name] for name in names]),
-                                **window_settings(model.protocol))
-        painted = paint(image, mask.numpy(), names, 0.7).resize(photo.size, Image.NEAREST)
-        top.append(add_title(painted, f"mask {when} training"))
-        attention, cosines = look(one, pixels, names, bank)
-        for k, name in enumerate(names):
-            rows[k] += [add_title(heat_map(photo, attention[k]), f"{name} looks at, {when}"),
-                        add_title(bars(cosines[k], bank, bank.index(name)), "it pooled")]
-    body = grid([top, *rows], gap=8)
+    mask, _ = segment_image(model, image, embed(model, [[name] for name in names]),
+                            **window_settings(model.protocol))
+    painted = paint(image, mask.numpy(), names, 0.7).resize(photo.size, Image.NEAREST)
+    before, _ = look(untrained(model), pixels, names, bank)
+    after, cosines = look(model, pixels, names, bank)
+    rows = [[add_title(photo, "the photo")], [add_title(painted, "its mask, after training")],
+            [Image.new("RGB", photo.size, "white").resize((1, 1))]]
+    for name, first, last, scores in zip(names, before, after, cosines):
+        most = max(first.max(), last.max())
+        rows[0].append(add_title(heat_map(photo, first, most), f'"{name}" untrained'))
+        rows[1].append(add_title(heat_map(photo, last, most), f'"{name}" trained'))
+        best = bars(scores, bank, bank.index(name), photo.width)
+        rows[2].append(add_title(best, "its region is most like"))
+    body = grid(rows, gap=8)
     places = {(caption.find(name), caption.find(name) + len(name)): colour
               for name, colour in zip(names, colours)}
     return grid([[caption_line(caption, places, body.width)], [body]])

@@ -1,20 +1,22 @@
 """minimal.py is SimZSS: its losses are model.py's, it learns; one-batch.md shows its tensors."""
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import minimal
+from conftest import BANK, ROOT, noise, tiny
 from eval import confusion_matrix, scores
 from machinery.settings import read
 from model import SimZSS, SimZSSSettings
 
-ROOT = Path(__file__).parents[1]
 NUMBER = r"-?\d+\.\d+"
 sys.path.insert(0, str(ROOT / "docs"))
+import exercises
+import figure
 import one_batch
 
 
@@ -58,21 +60,43 @@ def test_minimal_has_the_losses_of_the_method():
 
 
 def test_one_batch_is_what_the_page_shows(trained):
-    images, _, captions = minimal.draw(one_batch.BATCH, one_batch.SEED)
+    batch = minimal.draw(one_batch.BATCH, one_batch.SEED)
     torch.manual_seed(0)
     with torch.no_grad():
-        before = one_batch.compute(*minimal.train(steps=0), images, captions)
-        after = one_batch.compute(*trained, images, captions)
-    printed = "\n".join(one_batch.page(before, after, captions))
-    shown = (ROOT / "docs" / "one-batch.md").read_text().rstrip("\n")
-    assert re.sub(f"{NUMBER}|[0-9] of", "#", printed) == re.sub(f"{NUMBER}|[0-9] of", "#", shown)
+        before = one_batch.compute(*minimal.train(steps=0), *batch)
+        after = one_batch.compute(*trained, *batch)
+    printed = "\n".join(one_batch.page(before, after, batch[-1])).rstrip()
+    shown = (ROOT / "docs" / "one-batch.md").read_text().rstrip()
+    changing = f"{NUMBER}|[0-9]+ (?=%|of)"
+    assert re.sub(changing, "#", printed) == re.sub(changing, "#", shown)
     # What training gives differs a little from processor to processor; what it starts from does not
-    start = shown.index("| pooled for |")
+    start = shown.index("| photo, concept |")
     for mine, line in zip(one_batch.cosine_table(before), shown[start:].splitlines()):
         np.testing.assert_allclose(numbers(mine), numbers(line), atol=0.011)
-    found = after["present"][(after["u"] @ after["w"].T).argmax(dim=1)]
+    found = after["own"][(after["u"] @ after["w"].T).argmax(dim=1)]
     assert (found == after["ids"]).sum() >= len(found) - 1
+    assert after["gets"].mean() > 2 * before["gets"].mean()
 
 
 def numbers(line):
     return [float(number) for number in re.findall(NUMBER, line)]
+
+
+@pytest.mark.parametrize("name", exercises.CHANGES)
+def test_an_exercise_changes_what_it_says(name):
+    """Each text that an exercise replaces stands in minimal.py once, and what results is Python."""
+    text = exercises.changed(name, 1)
+    compile(text, name, "exec")
+    assert text.count("manual_seed(1)") == 1
+    assert name == "as it is" or text != exercises.changed("as it is", 1)
+
+
+def test_the_figure_is_drawn_for_any_photo():
+    """Two rows of heat maps and the mask, one column for each concept; the model is not changed."""
+    model = tiny()
+    before = model.text.tower.token_embedding.weight.clone()
+    image = Image.fromarray(noise(0, 60, 80))
+    one, two = (figure.figure(model, image, "a cow on the grass", names, BANK)
+                for names in (["cow"], ["cow", "grass"]))
+    assert two.width - one.width == 267 + 8 and two.height == one.height    # 200 x 80 / 60 pixels
+    assert before.equal(model.text.tower.token_embedding.weight)
