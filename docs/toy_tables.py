@@ -96,8 +96,8 @@ ROWS = {
     "ovsegmentor-2": Row("OVSegmentor, stages 1 and 2",
                          [trained("ovsegmentor-2-toy --init {ovsegmentor-1}")]),
     "sseg": Row("S-Seg", [trained("sseg-toy")]),
-    "sseg-local": Row("S-Seg, `local`, not the paper's",
-                      [trained("sseg-toy --feature local --epochs 6 --set model.batch_norm=true")]),
+    "sseg-local": Row("S-Seg, `local`, not the paper's", [
+        trained("sseg-toy --feature local --set model.batch_norm=true --base-rate 0.006")]),
     "sseg-plus": Row("S-Seg+, from the labels of the row above", [
         "-m machinery.toy {out}/scenes --count 150",
         "segment.py {out}/scenes/images --classes {out}/scenes/classes.txt --output {out}/labels "
