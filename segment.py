@@ -197,7 +197,8 @@ def segment_image(model, image, class_embeddings, window=448, stride=224, short_
     maps = score_maps(model, photo, class_embeddings, protocol, batch)              # (C, h, w)
     mask, score = best_classes(maps, *photo.shape[-2:])
     if score.isnan().any():
-        raise ValueError("the model's scores are no numbers: its weights or settings cannot be right")
+        raise ValueError("the model's scores are no numbers: its weights or settings cannot be "
+                         "right")
     return mask.cpu(), score.cpu()
 
 

@@ -175,8 +175,8 @@ def train(recipe, processes):
     state = find_state(settings.resume, output) if settings.resume else None
     if state and state.header["method"] != recipe.method.name:
         raise ValueError(f"{state.path} is of another run: the method was "
-                         f"{state.header['method']}, is {recipe.method.name}; go on with its own --recipe, or begin anew in "
-                         "another --output")
+                         f"{state.header['method']}, is {recipe.method.name}; go on with its own "
+                         "--recipe, or begin anew in another --output")
     if not settings.resume and state_files(output):
         raise ValueError(f"{output} holds an unfinished run ({state_files(output)[0].name}): go on "
                          "with --resume auto, or name another folder with --output")

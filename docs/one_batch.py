@@ -121,10 +121,10 @@ def page(before, after, captions):
     first = minimal.bank[after["ids"][0]]
     yield f"""# One batch by hand
 
-Printed by `python docs/one_batch.py`: four scenes, and every tensor of a training step on them. The
-text encoder is that of `minimal.py`, untrained, and after {minimal.STEPS} steps; these four were not
-among its training scenes. The [README](../README.md) has the formulas, [method.md](method.md) explains
-them.
+Printed by `python docs/one_batch.py`: four scenes, and every tensor of a training step on them.
+The text encoder is that of `minimal.py`, untrained, and after {minimal.STEPS} steps; these four were
+not among its training scenes. The [README](../README.md) has the formulas,
+[method.md](method.md) explains them.
 
 ![The four scenes: photo, truth, prediction after training](one-batch.png)
 
@@ -149,8 +149,8 @@ Pixels, v_g and v do not change: vision is frozen.
     yield """
 ## Where the words look
 
-Each concept spreads an attention of 100 % over the patches of its photo. Untrained, a region gets what
-it fills of the photo, more or less; trained, a word looks at its own region:
+Each concept spreads an attention of 100 % over the patches of its photo. Untrained, a region gets
+what it fills of the photo, more or less; trained, a word looks at its own region:
 """
     yield from attention_table(before, after)
     yield """
@@ -158,16 +158,17 @@ it fills of the photo, more or less; trained, a word looks at its own region:
 """
     yield from loss_table(before, after)
     yield f"""
-L_g asks which caption belongs to which photo. Untrained it is worse than chance: the scale, 1 / 0.07,
-makes sure of what is random. L_l asks which concept a pooled region belongs to. Of "{first}" it is, after
-training, minus the log of the softmax in its own column below, -log {chance:.2f} = {-chance.log():.2f}; the mean
-of all {K} rows is L_l. The whole loss is L_g + 0.05 L_l.
+L_g asks which caption belongs to which photo. Untrained it is worse than chance: the scale,
+1 / 0.07, makes sure of what is random. L_l asks which concept a pooled region belongs to. Of
+"{first}" it is, after training, minus the log of the softmax in its own column below,
+-log {chance:.2f} = {-chance.log():.2f}; the mean of all {K} rows is L_l. The whole loss is
+L_g + 0.05 L_l.
 
 ## What L_l looks at
 
-The cosines u_k . w_c; the logits of L_l are these, divided by 0.07. A row is one concept found, its own
-column in bold. Untrained, what a word pools is hardly more than the mean of its photo, so the rows of
-one photo are nearly alike:
+The cosines u_k . w_c; the logits of L_l are these, divided by 0.07. A row is one concept found,
+its own column in bold. Untrained, what a word pools is hardly more than the mean of its photo, so
+the rows of one photo are nearly alike:
 """
     yield from cosine_table(before)
     yield f"""

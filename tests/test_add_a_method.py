@@ -1,7 +1,6 @@
 """docs/add-a-method.md: its method and its recipe, as they stand there, train, go on and score."""
 import re
 import signal
-from pathlib import Path
 
 import pytest
 

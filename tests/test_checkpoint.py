@@ -186,7 +186,8 @@ def test_headers_with_nonsense_are_refused(checkpoint, tmp_path, change, words):
 
 
 @pytest.mark.parametrize("backbone", [
-    {"name": "hf-hub:someone/else"}, {"name": "local-dir:/tmp"}, {"options": {"checkpoint_path": "other.pth"}},
+    {"name": "hf-hub:someone/else"}, {"name": "local-dir:/tmp"},
+    {"options": {"checkpoint_path": "other.pth"}},
     {"options": {"pretrained_cfg_overlay": {"file": "other.pth"}}}])
 def test_a_header_opens_no_other_file(tmp_path, backbone):
     """A header that names a hub, a folder or an option that loads is refused."""

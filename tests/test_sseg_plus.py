@@ -124,7 +124,8 @@ def test_image_and_labels_are_cut_out_together():
 @pytest.fixture
 def sample(tmp_path):
     """sample(name, size): what S-Seg+ needs of an image of that name and size, beside which "a",
-    "b" and "d" have label maps of 40 x 30: "b" has one beyond its two classes, "d" one that is no PNG.
+    "b" and "d" have label maps of 40 x 30: "b" has one beyond its two classes, "d" one that is no
+    PNG.
     """
     for name, label in (("a", 1), ("b", 3), ("d", 0)):
         content = {"names": ["cow", "sea"], "classes": []}
