@@ -194,9 +194,10 @@ def create_clip(name, weights):
     config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None:
         raise ValueError(f"unknown CLIP {abbreviate(f'{name}/{weights}')}; expected MODEL/WEIGHTS "
-                         "with a model of open_clip.list_models(), such as ViT-B-16-quickgelu/openai; or a CLIP of "
-                         "the toy world, which this trains: python train.py --recipe toy "
-                         "--lambda 0 --class-embedding caption --output runs/toy-clip")
+                         "with a model of open_clip.list_models(), such as "
+                         "ViT-B-16-quickgelu/openai; or a CLIP of the toy world, which this "
+                         "trains: python train.py --recipe toy --lambda 0 "
+                         "--class-embedding caption --output runs/toy-clip")
     text = config["text_cfg"]
     if (text.get("context_length"), text.get("vocab_size")) != (CONTEXT_LENGTH, VOCABULARY):
         raise ValueError(f"{name}: expected CLIP's own text tower, with {VOCABULARY:,} tokens and "
