@@ -432,13 +432,18 @@ class SimZSS(Method):
         weights = tensors_sha256(self.backbone.state_dict())
         return {**as_mapping(self.settings.backbone), "weights": weights}
 
+    def order(self, batch):
+        """By the captions' lengths, so that micro-batches have few groups of like length."""
+        return self.text.ends(batch["tokens"]).argsort(stable=True)                 # (B,)
+
     def encode(self, batch):
         """Returns caption (B, D) and concepts, the occurrences' embeddings (B, M, D). Captions of
         like length are computed together: that saves padding."""
-        ends, order = self.text.ends(batch["tokens"]).sort(stable=True)             # (B,)
-        sizes, longest = zip(*groups_of_like_length((ends + 1).tolist()))   # waits for the device
+        order = self.order(batch)                                                   # (B,)
         tokens = batch["tokens"][order]                                             # (B, 77)
         spans = batch["concepts"][order, :, 1:]                                     # (B, M, 2)
+        lengths = (self.text.ends(tokens) + 1).tolist()                     # waits for the device
+        sizes, longest = zip(*groups_of_like_length(lengths))
         with self.autocast():
             # Looked up once: the gradient of the embedding table is as large as the vocabulary
             embedded = self.text.tower.token_embedding(tokens[:, :longest[-1]])     # (B, T, width)

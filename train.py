@@ -251,7 +251,8 @@ def run_steps(run):
     peak = settings.base_rate * settings.batch / 256
     encode = method.encode
     if settings.micro_batch and settings.micro_batch < stream.local_batch:
-        encode = partial(encode_in_micro_batches, method.encode, size=settings.micro_batch)
+        encode = partial(encode_in_micro_batches, method.encode, method.order,
+                         size=settings.micro_batch)
     with run:
         for step in run.steps:
             seed_step(settings.seed, step)

@@ -137,6 +137,12 @@ class Method(nn.Module):
         tensors."""
         raise NotImplementedError
 
+    def order(self, batch):
+        """Numbers of the batch's rows (B,), those that are best encoded together side by side:
+        --micro-batch cuts the batch in this order. Default: as they lie."""
+        value = next(iter(batch.values()))
+        return torch.arange(len(value), device=value.device)
+
     def losses(self, encoded, batch):
         """Scalars by name: "loss", the global batch's, and its parts, which are logged.
 

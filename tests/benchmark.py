@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import model as model_file
 from concepts import ConceptBank, Concepts, annotate, load_parser
 from data import CaptionedImages, Pair, collate, open_loader
+from machinery.contract import Method
 from machinery.images import load_image, to_pixels
 from machinery.parallel import Processes
 from machinery.settings import read
@@ -143,6 +144,14 @@ def text_rows(model, captions, rounds, batch=128):
         padding = sum(size * longest for size, longest in groups) / sum(lengths)
         print(f"# text of 1,024 in groups {name}: {len(groups)} groups, {operations.count:,} "
               f"operations, {padding:.2f} x the tokens")
+    loaded = load(8192)
+    for name, order in (("as they lie", partial(Method.order, small)), ("by length", small.order)):
+        with Operations() as operations:
+            small.zero_grad()
+            encoded = encode_in_micro_batches(small.encode, order, loaded, 1024)
+            (encoded["caption"].sum() + encoded["concepts"].sum()).backward()
+        print(f"# text of 8,192 in micro-batches of 1,024, captions {name}: "
+              f"{operations.count:,} operations")
 
 
 def lookup_rows(rounds):
@@ -359,7 +368,7 @@ def gpu_rows(model, captions, device="cuda", batches=(1024, 8192), micro=1024, s
     def step(batch, seen, end_part=lambda name: None):
         loaded = join((load(rows, seen) for rows in tokens[:batch].split(micro)), batch)
         end_part("copy and vision")
-        encoded = encode_in_micro_batches(model.encode, loaded, micro)
+        encoded = encode_in_micro_batches(model.encode, model.order, loaded, micro)
         end_part("text")
         losses = model.losses(encoded, loaded)
         end_part("losses")

@@ -337,8 +337,30 @@ def test_micro_batches_are_the_whole_batch(model, size):
     """Encoded in micro-batches, some of them smaller, a batch has the same losses and the same
     gradients of all parameters."""
     batch = many_captions()
-    in_parts = partial(encode_in_micro_batches, model.encode, size=size)
+    in_parts = partial(encode_in_micro_batches, model.encode, model.order, size=size)
     assert_close(gradients(model, in_parts, batch), gradients(model, model.encode, batch))
+
+
+def test_micro_batches_are_of_like_length(model, monkeypatch):
+    """Four micro-batches have together hardly more groups of like length than the whole batch has;
+    of the batch, what is not encoded is not copied."""
+    batch = many_captions()
+    batch["patch_tokens"] = torch.zeros(40, 5, 10_000)
+    encode_texts = model.encode_texts
+    groups = []
+
+    def note(tokens, spans, embedded=None):
+        groups.append(len(tokens))
+        return encode_texts(tokens, spans, embedded)
+
+    monkeypatch.setattr(model, "encode_texts", note)
+    with torch.no_grad():
+        model.encode(batch)
+        whole = len(groups)
+        with Called() as called:
+            encode_in_micro_batches(model.encode, model.order, batch, size=10)
+    assert len(groups) - whole <= whole + 3
+    assert called.largest < 10 * 5 * 10_000
 
 
 def test_encoding_again_keeps_its_precision(model):
@@ -347,7 +369,7 @@ def test_encoding_again_keeps_its_precision(model):
     model.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     batch = many_captions()
     losses, expected = gradients(model, model.encode, batch)
-    in_parts = partial(encode_in_micro_batches, model.encode, size=40)
+    in_parts = partial(encode_in_micro_batches, model.encode, model.order, size=40)
     again, found = gradients(model, in_parts, batch)
     assert torch.equal(again["loss"], losses["loss"])
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())

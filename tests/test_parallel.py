@@ -50,7 +50,7 @@ def compute(model, case, rank=0, world=1):
     model.zero_grad()
     model.encode = partial(SimZSS.encode, model)
     if way == "one by one":
-        model.encode = partial(encode_in_micro_batches, model.encode, size=1)
+        model.encode = partial(encode_in_micro_batches, model.encode, model.order, size=1)
     return losses_and_gradients(model, whole_batch(IDS[ids]), rank, world)
 
 

@@ -484,7 +484,8 @@ def test_micro_batches_are_the_whole_batch():
     for name, value in batch.items():
         torch.testing.assert_close(torch.cat([row[name] for row in rows]), value)
     whole, expected = gradients_of(model, batch, model.encode(batch))
-    parts, found = gradients_of(model, batch, encode_in_micro_batches(model.encode, batch, 1))
+    parts, found = gradients_of(
+        model, batch, encode_in_micro_batches(model.encode, model.order, batch, 1))
     torch.testing.assert_close(parts["loss"], whole["loss"])
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6)

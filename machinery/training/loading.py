@@ -3,7 +3,7 @@
 A process's local batch is loaded in several loader batches, which one data worker each prepares.
 """
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -122,13 +122,32 @@ def pad_second(value, length):
     return torch.cat([value, missing], dim=1)
 
 
-def encode_in_micro_batches(encode, batch, size):
+class Rows(Mapping):
+    """Some rows of a batch. A tensor is copied when it is asked for: mostly the largest are not."""
+
+    def __init__(self, batch, rows):
+        self.batch = batch
+        self.rows = rows
+
+    def __getitem__(self, name):
+        return self.batch[name][self.rows]
+
+    def __iter__(self):
+        return iter(self.batch)
+
+    def __len__(self):
+        return len(self.batch)
+
+
+def encode_in_micro_batches(encode, order, batch, size):
     """`Method.encode` of a batch, size rows at a time, with the exact gradient and little memory.
 
     Gradient caching (arXiv 2101.06983): each micro-batch is encoded without keeping activations,
-    and encoded again when the gradient of the loss of the whole batch reaches it.
+    and encoded again when the gradient of the loss of the whole batch reaches it. order: function
+    of the batch, `Method.order`; the rows are taken by it and put back.
     """
-    names = list(batch)
-    encoded = [checkpoint(encode, dict(zip(names, rows)), use_reentrant=False)
-               for rows in zip(*[batch[name].split(size) for name in names])]
-    return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
+    order = order(batch)                                                            # (B,)
+    encoded = [checkpoint(encode, Rows(batch, rows), use_reentrant=False)
+               for rows in order.split(size)]
+    back = order.argsort()
+    return {name: torch.cat([one[name] for one in encoded])[back] for name in encoded[0]}
