@@ -28,14 +28,14 @@ from machinery.errors import CommandLine, one_line_errors
 from machinery.names import (BENCHMARK_NAMES, CLASSES, check_classes, merge_equal_names, named_file,
                              normalise_name, plural, read_classes, read_labels)
 from machinery.parallel import progress
-from machinery.tokenizer import CONTEXT_LENGTH, clean, forget_words, tokenizer
+from machinery.tokenizer import CONTEXT_LENGTH, clean, forget_words, token_ids, tokenizer
 from machinery.training.captions import (Annotations, read_annotations, read_captions,
                                          save_annotations)
 from machinery.training.shards import bad_line, captions_of_tar, count_bad, find_tars, is_tars
 from machinery.training.workers import start_data_worker
 
 DEFAULT_PARSER = "en_core_web_trf"                  # the paper's; en_core_web_sm is the light one
-CACHE_VERSION = 4                                   # raise it when annotations change
+CACHE_VERSION = 5                                   # raise it when annotations change
 PIECE = 1000                                        # captions that a process parses at a time
 
 
@@ -272,8 +272,10 @@ class Concepts:
         return f"{self.version} {status.st_size} {status.st_mtime_ns}"
 
     def in_captions(self, captions):
-        """Rows of (bank id, first token, end token) of each caption, see `annotate`."""
-        return self.without_memory(annotate(captions, self.bank, self.pipeline))
+        """(rows of (bank id, first token, end token), see `annotate`; token ids) of each caption.
+        """
+        rows = annotate(captions, self.bank, self.pipeline)
+        return self.without_memory(zip(rows, map(token_ids, captions)))
 
     def nouns(self, piece):
         """Counter of what every noun chunk of a piece names, in a bank or not. piece: captions, or
@@ -295,7 +297,7 @@ class Concepts:
         pieces = in_pieces(captions)
         found = progress(self.in_processes(self.in_captions, pieces), desc="concepts",
                          total=len(pieces), unit=f" x {PIECE} captions")
-        return Annotations.of_lists([rows for piece in found for rows in piece])
+        return Annotations.of_lists([one for piece in found for one in piece])
 
     def of_file(self, path, captions):
         """`Annotations` of the captions of a file, from its cache if that is valid."""
@@ -329,8 +331,8 @@ class Concepts:
         key = self.key(path)
         captions = list(captions_of_tar(path))
         usable = [caption for caption in captions if isinstance(caption, str)]
-        rows = iter(self.in_captions(usable))
-        annotations = Annotations.of_lists([next(rows) if isinstance(caption, str) else []
+        found = iter(self.in_captions(usable))
+        annotations = Annotations.of_lists([next(found) if isinstance(caption, str) else ([], [])
                                             for caption in captions])
         bad = count_bad([caption for caption in captions if not isinstance(caption, str)])
         save_annotations(path, key, annotations, bad)

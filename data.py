@@ -39,16 +39,18 @@ class Pair:
     size: pixels a side that training wants.
     caption: str.
     concepts: (M, 3) int64, rows of (bank id, first token, end token), or None.
+    tokens: (77,) int64 of the caption, if they are known.
     bank: the `ConceptBank` of these ids, or None.
     features: with --cache-features, what stands for the image's features in an item, else None.
     find_partner: function rng -> see `partner`, or None.
     In place of image or caption there may be a `BadSample`, which is raised when it is asked for.
     """
 
-    def __init__(self, image, size, caption="", concepts=None, bank=None, features=None,
-                 find_partner=None):
+    def __init__(self, image, size, caption="", concepts=None, tokens=None, bank=None,
+                 features=None, find_partner=None):
         self._image = image
         self._caption = caption
+        self._tokens = tokens
         self.size = size
         self.concepts = concepts
         self.bank = bank
@@ -88,7 +90,8 @@ class Pair:
 
     def tokens(self):
         """(77,) int64: the caption's byte pairs between start and end token, then zeros."""
-        return tokenize(self.caption)
+        caption = self.caption                      # raises what is wrong with it
+        return tokenize(caption) if self._tokens is None else self._tokens
 
     def masks(self):
         """(H, W) bool arrays of the whole image, one after another, from the JSON in SA-1B's format
@@ -152,15 +155,15 @@ class CaptionedImages(Dataset):
         self.used = np.sort(drawn)
 
     def pair(self, i):
-        concepts = None
-        find_partner = None
+        concepts = tokens = find_partner = None
         if self.annotations is not None:
             concepts = self.annotations.of(i)
+            tokens = self.annotations.tokens_of(i)
             find_partner = partial(self.partner, i)
         # A row of the cache, for which `BatchStream` puts the features
         features = {"row": torch.tensor(self.cache.row_of(i))} if self.cache else None
-        return Pair(self.images[i], self.size, self.captions[i], concepts, self.bank, features,
-                    find_partner)
+        return Pair(self.images[i], self.size, self.captions[i], concepts, tokens, self.bank,
+                    features, find_partner)
 
     def partner(self, i, rng):
         drawn = self.annotations.partner(i, rng)
@@ -263,15 +266,19 @@ class CaptionedTars(IterableDataset):
         """The pairs of a tar, also those that cannot be used."""
         found = self.concepts and self.concepts.of_tar(path)
         for number, (caption, image) in enumerate(samples_of_tar(path)):
-            concepts = None
+            concepts = tokens = None
             if found:
                 concepts = found[0].of(number)
+                tokens = found[0].tokens_of(number)
             elif self.concepts and isinstance(caption, str):
                 if self.concepts.parser == "match":
-                    concepts = Annotations.of_lists(self.concepts.in_captions([caption])).of(0)
+                    annotations = Annotations.of_lists(self.concepts.in_captions([caption]))
+                    concepts = annotations.of(0)
+                    tokens = annotations.tokens_of(0)
                 else:                               # too slow here; its cache is lost
                     caption = BadSample("no concepts")
-            yield Pair(image, self.size, caption, concepts, self.concepts and self.concepts.bank)
+            yield Pair(image, self.size, caption, concepts, tokens,
+                       self.concepts and self.concepts.bank)
 
     def name(self, key):
         """Where the sample of a key (3,) comes from, for messages."""

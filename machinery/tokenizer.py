@@ -2,6 +2,8 @@
 import re
 from functools import lru_cache
 
+import numpy as np
+
 from machinery.names import visible
 
 CONTEXT_LENGTH = 77                                 # CLIP's: tokens, start and end included
@@ -33,6 +35,12 @@ def clean(caption):
 def tokenize(caption, context=CONTEXT_LENGTH):
     """Caption -> (context,) int64: start token, byte pairs (cut to fit), end token, zeros."""
     return tokenizer()(caption, context_length=context)[0]
+
+
+def token_ids(caption):
+    """The tokens of `tokenize` without the zeros, a uint16 array."""
+    tokens = tokenize(caption).numpy()
+    return tokens[:tokens.argmax() + 1].astype(np.uint16)       # the end token has the highest id
 
 
 def forget_words():

@@ -191,7 +191,8 @@ def loss_rows(rounds, B=128, M=2, D=768, bank=50_000):
 
 def cache_rows(captions, bank, rounds, pairs=256, values=257 * 768):
     """What a cached pair costs: its features copied and stacked by a worker, as would be plain, and
-    only its row, its tokens and its concepts; then the features of all rows in one call."""
+    only its row, its tokens and its concepts; its caption tokenised, and its tokens stored; then
+    the features of all rows in one call."""
     images = [np.full((1, 1, 3), i, np.uint8) for i in range(pairs)]
     captions = [captions[i % len(captions)] for i in range(pairs)]
     annotations = Concepts(bank, "match").of_captions(captions)
@@ -214,6 +215,15 @@ def cache_rows(captions, bank, rounds, pairs=256, values=257 * 768):
 
         print_row(f"worker, {pairs} cached pairs: features -> their rows", *interleaved(
             rounds, lambda: load(True), lambda: load(False), clock=time.process_time))
+        stored = data.annotations.tokens_of
+
+        def load_with(tokens_of):
+            data.annotations.tokens_of = tokens_of
+            load(False)
+
+        print_row(f"worker, {pairs} cached pairs: tokens made -> stored", *interleaved(
+            10 * rounds, lambda: load_with(lambda i: None), lambda: load_with(stored),
+            clock=time.process_time))
         print_row(f"main, {pairs} cached pairs: stacked -> gathered in place", *interleaved(
             rounds, lambda: torch.stack([rows[i] for i in order]),
             lambda: torch.index_select(rows, 0, order, out=gathered), clock=time.process_time))

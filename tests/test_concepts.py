@@ -17,7 +17,7 @@ from concepts import (ConceptBank, Concepts, annotate, class_names, load_parser,
 from conftest import parser_of_cats
 from machinery.names import (BENCHMARK_NAMES, CLASSES, name_classes, plural, read_classes,
                              read_labels)
-from machinery.tokenizer import clean, tokenize, tokenizer
+from machinery.tokenizer import clean, token_ids, tokenize, tokenizer
 from machinery.training.captions import Annotations, read_captions
 
 TOKENIZER = SimpleTokenizer()
@@ -738,9 +738,21 @@ def test_cache_that_cannot_be_written(tmp_path, capsys):
 
 
 def test_only_some_captions():
-    """Of the captions that are left the concepts stay their own."""
-    found = Annotations.of_lists(ANNOTATED).only(np.array([True, False, False, True]))
+    """Of the captions that are left concepts and tokens stay their own."""
+    found = Annotations.of_lists(zip(ANNOTATED, map(token_ids, CAPTIONS)))
+    found = found.only(np.array([True, False, False, True]))
     assert lists(found) == [ANNOTATED[0], ANNOTATED[3]]
+    for i, caption in enumerate((CAPTIONS[0], CAPTIONS[3])):
+        assert torch.equal(found.tokens_of(i), tokenize(caption))
+
+
+@pytest.mark.parametrize("caption", ["a dog", "\u200b", "a dog <end_of_text> \U0001f436",
+                                     "cow " * 75, "cow " * 300])
+def test_stored_tokens_are_the_captions(caption):
+    """Tokens are kept as they are, also of captions without words, and of those that are cut."""
+    found = Annotations.of_lists([([], []), ([], token_ids(caption)), ([], [])])
+    assert torch.equal(found.tokens_of(1), tokenize(caption))
+    assert found.tokens_of(0).sum() == found.tokens_of(2).sum() == 0
 
 
 def test_partners_share_a_concept():
@@ -748,7 +760,7 @@ def test_partners_share_a_concept():
     concept can be drawn, also after captions without any; a caption without concepts has none."""
     found = [[], [(4, 1, 2), (7, 3, 4)], [], [], [(7, 1, 2)], [(2, 1, 2)],
              [(4, 2, 3), (4, 5, 6)], []]
-    annotations = Annotations.of_lists(found)
+    annotations = Annotations.of_lists([(rows, []) for rows in found])
     rng = np.random.default_rng(0)
     for i, rows in enumerate(found):
         drawn = {annotations.partner(i, rng) for _ in range(200)}

@@ -526,8 +526,12 @@ def write_coco(folder, captions, missing=()):
 
 
 def check_aligned(pairs):
-    """Each pair's concepts are the annotations of its own caption."""
+    """Each pair's concepts are the annotations of its own caption, and its tokens, which are stored
+    with them, the caption's."""
     found = [pairs[0, i]["concepts"].tolist() for i in range(len(pairs))]
+    assert all(torch.equal(pairs[0, i]["tokens"], tokenize(caption))
+               for i, caption in enumerate(pairs.captions))
+    assert len(pairs.annotations.token_offsets) == len(pairs) + 1
     annotations = annotate(list(pairs.captions), BANK, "match")
     assert found == [[list(row) for row in rows] for rows in annotations] and any(found)
 

@@ -523,8 +523,8 @@ def damaged(folder):
 
 
 def test_cached_concepts_equal_the_matcher(tmp_path):
-    """Batches with concepts from the caches are in everything the batches with concepts that are
-    found while reading; and they do come from the caches."""
+    """Batches with concepts and tokens from the caches are in everything the batches with those
+    that are found while reading; and they do come from the caches."""
     folder = damaged(tmp_path)
     live = list(islice(stream(folder)[0], 12))
     for path in find_tars(folder):
@@ -532,8 +532,10 @@ def test_cached_concepts_equal_the_matcher(tmp_path):
     assert all(map(same, islice(stream(folder)[0], 12), live))
     for path in folder.glob("*.npz"):
         arrays = stored_arrays(path)
-        np.savez(path, **{**arrays, "rows": np.zeros_like(arrays["rows"]) + [2, 1, 2]})
-    assert next(stream(folder)[0])["concepts"][0, 0].tolist() == [2, 1, 2]
+        np.savez(path, **{**arrays, "rows": np.zeros_like(arrays["rows"]) + [2, 1, 2],
+                          "tokens": np.full_like(arrays["tokens"], 9)})
+    item = next(stream(folder)[0])
+    assert item["concepts"][0, 0].tolist() == [2, 1, 2] and item["tokens"].unique().tolist() == [0, 9]
 
 
 def test_cache_of_a_tar(tmp_path):

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from machinery.files import save_arrays
+from machinery.tokenizer import CONTEXT_LENGTH
 from machinery.training.shards import BadSample, bad_line, count_bad, usable_caption
 
+ARRAYS = ("offsets", "rows", "token_offsets", "tokens")     # of `Annotations`
 MAX_MISSING = 0.01                                  # fraction of missing images that is no mistake
 
 
@@ -120,22 +122,29 @@ def find_images(path, pairs, images=None):
 # Concepts found in captions
 
 class Annotations:
-    """The concepts of a source's captions, by caption, and captions that have one in common.
+    """The concepts and tokens of a source's captions, by caption, and captions that have a concept
+    in common.
 
     rows: (occurrences, 3) integers, of (concept id, first token, end token).
     offsets: (captions + 1,) integers; rows[offsets[i]:offsets[i + 1]] are those of caption i.
+    tokens: (all,) uint16, of all captions, each from its start token to its end token.
+    token_offsets: (captions + 1,) integers, likewise.
     """
 
-    def __init__(self, offsets, rows):
+    def __init__(self, offsets, rows, token_offsets, tokens):
         self.offsets = offsets
         self.rows = rows
+        self.token_offsets = token_offsets
+        self.tokens = tokens
 
     @classmethod
     def of_lists(cls, found):
-        """From lists of rows, one list per caption."""
-        offsets = np.cumsum([0, *map(len, found)], dtype=np.int32)
-        rows = [row for rows in found for row in rows]
-        return cls(offsets, np.array(rows, dtype=np.int32).reshape(-1, 3))
+        """From (list of rows, token ids) of each caption."""
+        rows, tokens = zip(*found)
+        return cls(np.cumsum([0, *map(len, rows)], dtype=np.int32),
+                   np.array([row for rows in rows for row in rows], np.int32).reshape(-1, 3),
+                   np.cumsum([0, *map(len, tokens)]),
+                   np.concatenate([np.asarray(ids, np.uint16) for ids in tokens]))
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -144,11 +153,17 @@ class Annotations:
         """Rows (M, 3) int64 tensor of caption i."""
         return torch.from_numpy(self.rows[self.offsets[i]:self.offsets[i + 1]]).long()
 
+    def tokens_of(self, i):
+        """(77,) int64 of caption i, as `tokenize` gives them."""
+        ids = self.tokens[self.token_offsets[i]:self.token_offsets[i + 1]]
+        padded = np.zeros(CONTEXT_LENGTH, np.int64)
+        padded[:len(ids)] = ids
+        return torch.from_numpy(padded)
+
     def only(self, kept):
         """The annotations of some captions. kept: (captions,) bool."""
-        sizes = np.diff(self.offsets)
-        return Annotations(np.concatenate([[0], np.cumsum(sizes[kept])]),
-                           self.rows[np.repeat(kept, sizes)])
+        return Annotations(*only_parts(self.offsets, self.rows, kept),
+                           *only_parts(self.token_offsets, self.tokens, kept))
 
     @cached_property
     def by_concept(self):
@@ -169,12 +184,19 @@ class Annotations:
         return int(np.searchsorted(self.offsets, row, side="right")) - 1, int(concept)
 
 
-# Their cache, SOURCE.concepts.npz beside a captions file or a tar: arrays key, offsets, rows, bad
+def only_parts(offsets, values, kept):
+    """offsets and values of the parts values[offsets[i]:offsets[i + 1]] with kept[i]."""
+    sizes = np.diff(offsets)
+    return np.concatenate([[0], np.cumsum(sizes[kept])]), values[np.repeat(kept, sizes)]
+
+
+# Their cache, SOURCE.concepts.npz beside a captions file or a tar: arrays key, those of
+# `Annotations`, bad
 
 def save_annotations(source, key, annotations, bad):
     """Write the cache of a source. bad: (len(BAD),) counts of bad samples. Raises OSError."""
-    save_arrays(f"{source}.concepts.npz", key=key, offsets=annotations.offsets,
-                rows=annotations.rows, bad=bad)
+    save_arrays(f"{source}.concepts.npz", key=key, bad=bad,
+                **{name: getattr(annotations, name) for name in ARRAYS})
 
 
 def read_annotations(source, key):
@@ -183,7 +205,7 @@ def read_annotations(source, key):
     try:
         with np.load(f"{source}.concepts.npz", allow_pickle=False) as file:
             if str(file["key"]) == key:
-                return Annotations(file["offsets"], file["rows"]), file["bad"]
+                return Annotations(*[file[name] for name in ARRAYS]), file["bad"]
     except Exception:                               # a broken file raises almost anything
         pass
     return None
