@@ -399,6 +399,7 @@ class SimZSS(Method):
     Settings = SimZSSSettings
     Protocol = SimZSSProtocol
     ROWS_INDEPENDENT = True
+    ROW_BYTES = (0.8e6, 3.1e6)                      # of ViT-B/14 and captions of 14 tokens
     FROZEN = ("backbone.trunk.",)                   # not in states and checkpoints
 
     def __init__(self, settings, bank=(), training=False):

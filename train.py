@@ -35,7 +35,8 @@ from machinery.settings import (MISSING, add_flags, add_set_flag, as_mapping, gi
                                 read_recipe, setting)
 from machinery.toy import save_scene
 from machinery.training.features import open_cache
-from machinery.training.loading import BatchStream, encode_in_micro_batches, join
+from machinery.training.loading import (BatchStream, encode_in_micro_batches, fitting_micro_batch,
+                                        join)
 from machinery.training.resume import agree_on, find_state, seed_step, state_files
 from machinery.training.run import Run, only_run
 from machinery.training.workers import cores_per_process
@@ -67,7 +68,7 @@ class RunSettings:
     batch: int = setting(MISSING, "pairs in the global batch, over all processes", least=1)
     micro_batch: int | None = setting(
         None, "pairs that a process encodes at a time, for little memory; changes no result; none "
-        "= all of its local batch", least=1, changes_result=False)
+        "= all of its local batch, or as many as a GPU's free memory takes", least=1, changes_result=False)
     epochs: float | None = setting(None, "passes over the data", above=0, changes_result=False)
     steps: int | None = setting(
         None, "steps to train for, instead of epochs", least=1, changes_result=False)
@@ -232,6 +233,10 @@ def train(recipe, processes):
     loader = open_loader(pairs, settings, processes, range(training["step"], length["steps"]),
                          positions)
     stream = BatchStream(pairs, loader, settings.batch // processes.world, processes.device)
+    if settings.micro_batch is None and method.ROW_BYTES and processes.device_type == "cuda":
+        free, _ = torch.cuda.mem_get_info(processes.device)
+        settings.micro_batch = fitting_micro_batch(stream.local_batch, method.ROW_BYTES, precision,
+                                                   free)
     if state and processes.rank == 0:               # those so far are counted once
         stream.left_out += torch.tensor(state.left_out)
     run = Run(settings, training, method, optimizer, scaler, stream, processes)

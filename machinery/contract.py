@@ -86,6 +86,9 @@ class Method(nn.Module):
     Protocol = Protocol             # dataclass of its settings at test time, "protocol" in a recipe
     NEEDS_CONCEPTS = True           # whether training needs the captions' concepts
     ROWS_INDEPENDENT = False        # `encode` treats each row by itself, so --micro-batch is exact
+    ROW_BYTES = None                # of a row of the batch with its features, and of what `encode`
+                                    # keeps of it for the backward pass in bf16: by these a GPU's
+                                    # micro-batch is chosen; None = it is the whole batch
     FROZEN = ()                     # name prefixes of tensors that never change and are not saved:
                                     # the constructor always makes the same ones
     TRAINING_ONLY = ()              # name prefixes of parts that only training needs (a teacher)

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from concepts import token_spans
 from conftest import tiny
 from machinery.tokenizer import tokenize
-from machinery.training.loading import encode_in_micro_batches
-from model import (TextEncoder, best_synonym, class_weights, concept_embeddings, concept_loss,
-                   global_loss, groups_of_like_length, only_present, prompt_ensemble,
+from machinery.training.loading import encode_in_micro_batches, fitting_micro_batch
+from model import (SimZSS, TextEncoder, best_synonym, class_weights, concept_embeddings,
+                   concept_loss, global_loss, groups_of_like_length, only_present, prompt_ensemble,
                    similarity_pool)
 from reference import CAPTIONS, losses_of, same, training_batch
 
@@ -361,6 +361,16 @@ def test_micro_batches_are_of_like_length(model, monkeypatch):
             encode_in_micro_batches(model.encode, model.order, batch, size=10)
     assert len(groups) - whole <= whole + 3
     assert called.largest < 10 * 5 * 10_000
+
+
+@pytest.mark.parametrize("gigabytes, local_batch, precision, expected", [
+    (15, 8192, torch.bfloat16, 1024), (23, 8192, torch.bfloat16, 2048),
+    (39, 8192, torch.bfloat16, 4096), (79, 8192, torch.bfloat16, 8192),
+    (39, 8192, torch.float32, 2048), (15, 1024, torch.bfloat16, 1024), (2, 8192, torch.float32, 1)])
+def test_a_gpus_micro_batch(gigabytes, local_batch, precision, expected):
+    """The micro-batches of the table in docs/scale.md are those chosen by a GPU's free memory."""
+    assert fitting_micro_batch(local_batch, SimZSS.ROW_BYTES, precision,
+                               gigabytes * 1e9) == expected
 
 
 def test_encoding_again_keeps_its_precision(model):

@@ -535,7 +535,8 @@ def test_cached_concepts_equal_the_matcher(tmp_path):
         np.savez(path, **{**arrays, "rows": np.zeros_like(arrays["rows"]) + [2, 1, 2],
                           "tokens": np.full_like(arrays["tokens"], 9)})
     item = next(stream(folder)[0])
-    assert item["concepts"][0, 0].tolist() == [2, 1, 2] and item["tokens"].unique().tolist() == [0, 9]
+    assert item["concepts"][0, 0].tolist() == [2, 1, 2]
+    assert item["tokens"].unique().tolist() == [0, 9]
 
 
 def test_cache_of_a_tar(tmp_path):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from machinery.training.features import CachedFeatures
 from machinery.training.shards import BAD
 
+GPU_PART = 0.8                                      # of free memory, for a batch and its encoding
 LOADER_BATCH = 256                                  # pairs that a data worker loads at a time
 
 
@@ -90,6 +91,19 @@ def loader_batch_size(local_batch, micro_batch=None):
     """The largest divisor of local_batch that is at most micro_batch and LOADER_BATCH."""
     most = min(micro_batch or local_batch, local_batch, LOADER_BATCH)
     return max(size for size in range(1, most + 1) if local_batch % size == 0)
+
+
+def fitting_micro_batch(local_batch, row_bytes, precision, free):
+    """The local batch, halved until it fits in a GPU's memory, free bytes before the first step.
+
+    row_bytes: `Method.ROW_BYTES`. precision: dtype of the networks' arithmetic.
+    """
+    loaded, encoded = row_bytes
+    left = GPU_PART * free - local_batch * loaded
+    size = local_batch
+    while size > 1 and size * encoded * precision.itemsize / 2 > left:
+        size //= 2
+    return size
 
 
 def join(loaded, rows):

@@ -140,6 +140,9 @@ class Run:
         line = (f"{amount}, {self.steps.stop} steps of {self.settings.batch}, "
                 f"{self.trained_parameters / 1e6:.1f} M trained parameters, "
                 f"{self.processes.world} x {self.processes.device}, {self.training['arithmetic']}")
+        micro_batch = self.settings.micro_batch     # the user's, or chosen by free memory
+        if micro_batch and micro_batch < self.stream.local_batch:
+            line += f", micro-batch {micro_batch}"
         print(line + f", resumed at step {self.steps.start}" * (self.steps.start > 0))
 
     def end_step(self, step, values, rate, is_finite, is_overflow):
