@@ -130,11 +130,15 @@ def best_synonym(features, class_embeddings):
     """Inference: similarity of features to the best name of each class (section 10).
 
     features: (B, N, D), or any number of dimensions in place of N, which stay. class_embeddings:
-    (C, D), or (C, S, D) with S names of each class. Returns (B, C, N).
+    (C, D), or (C, S, D) with S names of each class. Returns (B, C, N), also under autocast
+    float32: bfloat16 knows no difference below 0.002 in a cosine of 0.3.
     """
     if class_embeddings.ndim == 2:
         class_embeddings = class_embeddings[:, None]                                # (C, 1, D)
-    return torch.einsum("b...d,csd->bcs...", features, class_embeddings).amax(dim=2)
+    with torch.autocast(features.device.type, enabled=False):
+        products = torch.einsum("b...d,csd->bcs...", features.to(class_embeddings.dtype),
+                                class_embeddings)
+    return products.amax(dim=2)
 
 
 @torch.no_grad()
@@ -264,6 +268,7 @@ class VisionBackbone(nn.Module):
         self.denoiser = backbones.create_denoiser(self.width, denoiser) if denoiser else None
         statistics = self.trunk.pretrained_cfg
         self.normalise = Normalise(mean or statistics["mean"], std or statistics["std"])
+        self.copies = {}                            # of the trunk, see `backbones.cast_once`
         self.eval().requires_grad_(False)           # frozen
 
     def train(self, mode=True):
@@ -274,7 +279,8 @@ class VisionBackbone(nn.Module):
         """images: normalised (B, 3, H, W), any size. Returns class token (B, D) and patch tokens
         (B, N, D), float32 and unit-norm, and their grid (h, w), which may reach beyond the image.
         """
-        prefix, patches, grid = patch_tokens(self.trunk, images)
+        trunk = backbones.cast_once(self.trunk, self.copies, images.device.type)
+        prefix, patches, grid = patch_tokens(trunk, images)
         class_token = prefix[:, 0] if self.uses_class_token else patches.mean(dim=1)        # (B, D)
         if self.denoiser:
             patches = self.denoiser(patches, grid)

@@ -421,8 +421,8 @@ def segment_file(segmenter, photo, image, output, views=()):
     result = {"photo": str(photo), "width": image.width, "height": image.height, "names": names,
               "classes": segmenter.classes, "found": found, **files, **model.checkpoint_file,
               "method": model.name, "settings": as_mapping(model.settings),
-              "protocol": as_mapping(segmenter.protocol), "training": model.trained_with,
-              **made_with()}
+              "protocol": as_mapping(segmenter.protocol), "precision": model.precision,
+              "training": model.trained_with, **made_with()}
     write_text(f"{stem}.json", json.dumps(result, indent=1))
     return result
 

@@ -97,6 +97,8 @@ class Method(nn.Module):
     WEIGHTS = "backbone.weights"    # the setting that --backbone-weights of segment.py replaces
     autocast = nullcontext          # precision of the networks' arithmetic; train.py sets it
 
+    precision = "fp32"              # at test time, see scoring/protocol.py
+
     def __init__(self, settings, bank=(), training=False):
         super().__init__()
         self.settings = settings

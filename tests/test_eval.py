@@ -254,6 +254,7 @@ def test_a_folder_is_scored(checkpoint, folder, tmp_path, capsys):
     assert result["data"] == {"masks": f"masks by {folder}/classes.txt", "names": None,
                               "without": []}
     assert result["dataset"] == str(folder) and not result["partial"]
+    assert result["precision"] == "fp32"
     assert result["method"] == "simzss" and result["settings"]["backbone"]["name"] == "toy"
     assert result["checkpoint"] == str(checkpoint)
     assert result["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()

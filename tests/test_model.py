@@ -15,8 +15,8 @@ from conftest import tiny
 from machinery.tokenizer import tokenize
 from machinery.training.loading import encode_in_micro_batches, fitting_micro_batch
 from model import (SimZSS, TextEncoder, best_synonym, class_weights, concept_embeddings,
-                   concept_loss, global_loss, groups_of_like_length, only_present, prompt_ensemble,
-                   similarity_pool)
+                   concept_loss, global_loss, groups_of_like_length, only_present, patch_tokens,
+                   prompt_ensemble, similarity_pool)
 from reference import CAPTIONS, losses_of, same, training_batch
 
 
@@ -383,6 +383,30 @@ def test_encoding_again_keeps_its_precision(model):
     again, found = gradients(model, in_parts, batch)
     assert torch.equal(again["loss"], losses["loss"])
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_resnet", "test_convnext", "toy"])
+def test_frozen_weights_are_cast_once(name):
+    """In bfloat16 the backbone's features are, bit for bit, those of autocast, which casts all
+    weights in every pass; a checkpoint's tensors stay as they are."""
+    options = {} if name == "toy" else {"weights": "random"}
+    model = tiny(backbone={"name": name, **options})
+    kept = model.state_dict()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with Called() as plain:
+            prefix, patches, _ = patch_tokens(model.backbone.trunk, images)
+        model.backbone(images)
+        with Called() as called:
+            found = model.backbone(images)[1]
+    assert torch.equal(found, F.normalize(patches.float(), dim=-1))
+    weights = sum(type(module) in (torch.nn.Linear, torch.nn.Conv2d)
+                  for module in model.backbone.trunk.modules())
+    saved = plain.names.count("aten::_to_copy") - called.names.count("aten::_to_copy")
+    assert (saved > 0) == (weights > 0)
+    assert model.state_dict().keys() == kept.keys()
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values()
+               if value.is_floating_point())
 
 
 def test_cached_features_are_the_live_ones(model):

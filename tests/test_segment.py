@@ -16,13 +16,13 @@ import concepts
 import eval
 import segment
 import train
-from conftest import tiny
+from conftest import noise, tiny
 from machinery.files import save_tensors
 from machinery.images import to_image
 from machinery.names import read_templates
 from machinery.networks.checkpoint import load_model, save_model
 from machinery.scoring.pictures import class_colours
-from machinery.scoring.protocol import embed, open_model
+from machinery.scoring.protocol import embed, open_model, set_precision
 from machinery.settings import as_mapping
 from machinery.tokenizer import VOCABULARY, tokenizer
 from machinery.toy import save_scene, toy_scene
@@ -291,7 +291,8 @@ def test_the_files_agree(checkpoint, photo, tmp_path, capsys):
     """Mask, overlay and JSON say the same: size, classes found with their share and colour,
     protocol, the method and its settings."""
     (tmp_path / "names.txt").write_text("cow, cattle\ngrass\nsea\nsky\nboat\n")
-    run(checkpoint, tmp_path / "out", photo, "--classes", tmp_path / "names.txt", "--stride", 16)
+    run(checkpoint, tmp_path / "out", photo, "--classes", tmp_path / "names.txt", "--stride", 16,
+        "--precision", "bf16")
     result = json.loads((tmp_path / "out" / "photo.json").read_text())
     mask = np.array(Image.open(result["mask"]))
     assert (result["height"], result["width"]) == mask.shape == (100, 128)
@@ -309,7 +310,7 @@ def test_the_files_agree(checkpoint, photo, tmp_path, capsys):
         assert -1 <= found["score"] <= 1
     protocol = as_mapping(load_model(checkpoint).protocol)
     changed = {**protocol, "stride": 16, "blend": "triangle", "propagate": 0.8}
-    assert result["protocol"] == json.loads(json.dumps(changed))
+    assert result["protocol"] == json.loads(json.dumps(changed)) and result["precision"] == "bf16"
     assert result["method"] == "simzss" and result["settings"]["backbone"]["name"] == "toy"
     assert result["checkpoint"] == str(checkpoint) and len(result["checkpoint_sha256"]) == 64
     said = capsys.readouterr()
@@ -405,6 +406,22 @@ def test_segment_and_eval_give_the_identical_mask(checkpoint, folder, tmp_path, 
     result = json.loads(output.read_text())
     assert result["mIoU"] == result["mAcc"] == result["aAcc"] == 1 and 1 < len(seen) < 40
     assert result["IoU"] == [1 if i in seen else None for i in range(40)]
+
+
+def test_the_networks_precision():
+    """In bfloat16 only the networks compute: scores and tokens are float32, and differ a little;
+    fp32 changes nothing."""
+    model = tiny(backbone={"name": "test_vit", "weights": "random"})
+    pixels = torch.from_numpy(noise(0)).permute(2, 0, 1)[None]
+    classes = F.normalize(torch.randn(3, 1, model.backbone.width), dim=-1)
+    exact = model.patch_scores(pixels, classes)[0]
+    set_precision(model, "fp32")
+    assert torch.equal(model.patch_scores(pixels, classes)[0], exact)
+    set_precision(model, "bf16")
+    scores = model.patch_scores(pixels, classes)[0]
+    assert scores.dtype == model.image_scores(pixels, classes).dtype == torch.float32
+    assert not torch.equal(scores, exact) and not torch.equal(scores, scores.bfloat16().float())
+    torch.testing.assert_close(scores, exact, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("settings", [

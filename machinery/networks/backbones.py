@@ -3,6 +3,7 @@
 model.py makes the networks (`create_trunk`) and reads their tokens (`patch_tokens`).
 """
 import contextlib
+import copy
 import sys
 from functools import partial
 
@@ -150,6 +151,22 @@ def patch_size(trunk):
     else:
         size = trunk.feature_info[-1]["reduction"]
     return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+def cast_once(trunk, copies, device_type):
+    """A frozen network or, under autocast, its copy whose weights of matrix products are in
+    autocast's type. Autocast itself would cast them in each pass, a third of all kernels of a ViT;
+    the output is the same, bit for bit. copies: a dict that keeps the copy."""
+    if not torch.is_autocast_enabled(device_type):
+        return trunk
+    dtype = torch.get_autocast_dtype(device_type)
+    place = dtype, next(trunk.parameters(), torch.empty(0)).device
+    if place not in copies:
+        copies[place] = copy.deepcopy(trunk)
+        for module in copies[place].modules():
+            if type(module) in (nn.Linear, nn.Conv2d):      # others may compute with their weights
+                module.to(dtype)
+    return copies[place]
 
 
 def flat_map(trunk, features):
