@@ -99,8 +99,8 @@ def prepare_model(checkpoint=None, device="auto", protocol=None, backbone_weight
 
 
 def set_precision(model, precision):
-    """Let the networks that see images compute in "fp32", "tf32" (float32 of which a GPU's matrix
-    products read 19 bits) or "bf16". What is made of their output stays in float32."""
+    """Let the networks that see images compute in "fp32", in "tf32", float32 of which a GPU's
+    products read 19 bits, here all of them, or in "bf16": `best_synonym` stays in float32."""
     model.precision = precision
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
