@@ -272,10 +272,12 @@ class Concepts:
         return f"{self.version} {status.st_size} {status.st_mtime_ns}"
 
     def in_captions(self, captions):
-        """(rows of (bank id, first token, end token), see `annotate`; token ids) of each caption.
-        """
-        rows = annotate(captions, self.bank, self.pipeline)
-        return self.without_memory(zip(rows, map(token_ids, captions)))
+        """Rows of (bank id, first token, end token) of each caption, see `annotate`."""
+        return self.without_memory(annotate(captions, self.bank, self.pipeline))
+
+    def with_tokens(self, captions):
+        """(rows of `in_captions`, token ids) of each caption."""
+        return list(zip(self.in_captions(captions), map(token_ids, captions)))
 
     def nouns(self, piece):
         """Counter of what every noun chunk of a piece names, in a bank or not. piece: captions, or
@@ -295,7 +297,7 @@ class Concepts:
     def of_captions(self, captions):
         """`Annotations` of captions in memory."""
         pieces = in_pieces(captions)
-        found = progress(self.in_processes(self.in_captions, pieces), desc="concepts",
+        found = progress(self.in_processes(self.with_tokens, pieces), desc="concepts",
                          total=len(pieces), unit=f" x {PIECE} captions")
         return Annotations.of_lists([one for piece in found for one in piece])
 
@@ -331,7 +333,7 @@ class Concepts:
         key = self.key(path)
         captions = list(captions_of_tar(path))
         usable = [caption for caption in captions if isinstance(caption, str)]
-        found = iter(self.in_captions(usable))
+        found = iter(self.with_tokens(usable))
         annotations = Annotations.of_lists([next(found) if isinstance(caption, str) else ([], [])
                                             for caption in captions])
         bad = count_bad([caption for caption in captions if not isinstance(caption, str)])

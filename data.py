@@ -272,7 +272,7 @@ class CaptionedTars(IterableDataset):
                 tokens = found[0].tokens_of(number)
             elif self.concepts and isinstance(caption, str):
                 if self.concepts.parser == "match":
-                    annotations = Annotations.of_lists(self.concepts.in_captions([caption]))
+                    annotations = Annotations.of_lists(self.concepts.with_tokens([caption]))
                     concepts = annotations.of(0)
                     tokens = annotations.tokens_of(0)
                 else:                               # too slow here; its cache is lost

@@ -31,7 +31,6 @@ from concepts import ConceptBank
 from data import Pair, collate
 from machinery.networks.checkpoint import save_model
 from machinery.parallel import all_reduce, pick_precision
-from machinery.tokenizer import tokenize
 from machinery.training.loading import fitting_micro_batch
 from train import read_command_line
 
