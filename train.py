@@ -68,7 +68,8 @@ class RunSettings:
     batch: int = setting(MISSING, "pairs in the global batch, over all processes", least=1)
     micro_batch: int | None = setting(
         None, "pairs that a process encodes at a time, for little memory; changes no result; none "
-        "= all of its local batch, or as many as a GPU's free memory takes", least=1, changes_result=False)
+        "= all of its local batch, or as many as a GPU's free memory takes", least=1,
+        changes_result=False)
     epochs: float | None = setting(None, "passes over the data", above=0, changes_result=False)
     steps: int | None = setting(
         None, "steps to train for, instead of epochs", least=1, changes_result=False)

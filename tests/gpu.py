@@ -31,7 +31,7 @@ from concepts import ConceptBank
 from data import Pair, collate
 from machinery.networks.checkpoint import save_model
 from machinery.parallel import all_reduce, pick_precision
-from machinery.training.loading import fitting_micro_batch
+from machinery.training.loading import encode_in_micro_batches, fitting_micro_batch
 from train import read_command_line
 
 LAST_START = 480                                    # seconds after which no check begins
@@ -43,7 +43,7 @@ METHODS = {
     "simzss-prompts": ("--recipe simzss-prompts --backbone-weights random --batch 64",
                        "--recipe simzss-prompts-toy --image-size 64 --batch 4"),
     "sseg": ("--recipe sseg --backbone-weights random --batch 32",
-             "--recipe sseg-toy --image-size 64 --batch 4"),
+             "--recipe sseg-toy --image-size 64 --batch 4 --set model.dropout=0.1"),
     "sseg-plus": ("--recipe sseg-plus --train-data . --labels . --backbone-weights random "
                   "--batch 16", "--recipe sseg-plus --train-data . --labels . --backbone toy "
                   "--head-width 32 --image-size 64 --batch 4"),
@@ -173,6 +173,21 @@ class Checks:
                                for name in ("global", "local"))
                    + f"; cosine of the gradients {torch.cosine_similarity(other, gradient, 0):.5f}")
 
+    def random_numbers(self):
+        """S-Seg, which has dropout: what is encoded again draws the same numbers. One micro-batch
+        of all rows then has the very gradient of the batch."""
+        method, recipe = self.build("sseg")
+        batch = self.batch(method, recipe)
+        found = []
+        for encode in (method.encode, partial(encode_in_micro_batches, method.encode, method.order,
+                                              size=recipe.run.batch)):
+            method.encode = encode
+            self.gradient(method, batch)
+            found.append(torch.cat([p.grad.flatten() for p in method.trained().values()]))
+        cosine = torch.cosine_similarity(*found, 0).item()
+        assert cosine > 0.999, f"cosine of the gradients {cosine}"
+        return f"cosine of the gradients {cosine:.5f}"
+
     def fp16_steps(self):
         """Ten steps on one batch in float16, with its scaler: the loss falls."""
         model, recipe = self.build("simzss")
@@ -243,6 +258,7 @@ class Checks:
         yield "NCCL", self.nccl
         yield "memory", self.memory_of_a_row
         yield "precision", self.precisions
+        yield "random numbers", self.random_numbers
         yield "fp16, scaler", self.fp16_steps
         yield "recipe", self.recipe_steps
         for name in METHODS:

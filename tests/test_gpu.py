@@ -9,7 +9,7 @@ def test_all_checks_pass(capsys):
     gpu.main(["--tiny", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith("failed: none")
-    for name in ("NCCL", "memory", "precision", "fp16", "recipe", "eval, segment",
+    for name in ("NCCL", "memory", "precision", "random", "fp16", "recipe", "eval, segment",
                  *(f"step of {method}" for method in gpu.METHODS)):
         assert any(line.startswith(name) for line in lines), name
 

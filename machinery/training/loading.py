@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from machinery.training.features import CachedFeatures
 from machinery.training.shards import BAD
 
-GPU_PART = 0.8                                      # of free memory, for a batch and its encoding
+FREE_PART = 0.8                                     # of free memory, for a batch and its encoding
 LOADER_BATCH = 256                                  # pairs that a data worker loads at a time
 
 
@@ -99,7 +99,7 @@ def fitting_micro_batch(local_batch, row_bytes, precision, free):
     row_bytes: `Method.ROW_BYTES`. precision: dtype of the networks' arithmetic.
     """
     loaded, encoded = row_bytes
-    left = GPU_PART * free - local_batch * loaded
+    left = FREE_PART * free - local_batch * loaded
     size = local_batch
     while size > 1 and size * encoded * precision.itemsize / 2 > left:
         size //= 2
@@ -160,8 +160,11 @@ def encode_in_micro_batches(encode, order, batch, size):
     and encoded again when the gradient of the loss of the whole batch reaches it. order: function
     of the batch, `Method.order`; the rows are taken by it and put back.
     """
+    def encode_rows(rows):
+        return encode(Rows(batch, rows))
+
     order = order(batch)                                                            # (B,)
-    encoded = [checkpoint(encode, Rows(batch, rows), use_reentrant=False)
-               for rows in order.split(size)]
+    # By the device of its argument the checkpoint knows which random numbers to repeat
+    encoded = [checkpoint(encode_rows, rows, use_reentrant=False) for rows in order.split(size)]
     back = order.argsort()
     return {name: torch.cat([one[name] for one in encoded])[back] for name in encoded[0]}
