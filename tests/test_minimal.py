@@ -20,10 +20,22 @@ import figure
 import one_batch
 
 
+def train(steps, scenes):
+    """(tower, log_scale) of minimal.py, with fewer scenes than it has."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minimal, "SCENES", scenes)
+        return minimal.train(steps)
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return train(0, scenes=1)
+
+
 @pytest.fixture(scope="module")
 def trained():
-    torch.manual_seed(0)
-    return minimal.train()
+    return train(120, scenes=1000)                  # enough for the tests, in half the time
 
 
 def test_minimal_is_short():
@@ -36,9 +48,8 @@ def test_minimal_learns(trained):
     assert scores(confusion_matrix(masks, truth, len(minimal.bank)))["mIoU"] > 0.5
 
 
-def test_minimal_has_the_losses_of_the_method():
-    torch.manual_seed(0)
-    tower, log_scale = minimal.train(steps=0)
+def test_minimal_has_the_losses_of_the_method(untrained):
+    tower, log_scale = untrained
     images, _, captions = minimal.draw(16, seed=3)
     L_g, L_l = minimal.losses(tower, log_scale, *minimal.see(images), captions)
 
@@ -59,11 +70,10 @@ def test_minimal_has_the_losses_of_the_method():
     torch.testing.assert_close(L_g + 0.05 * L_l, losses["loss"])
 
 
-def test_one_batch_is_what_the_page_shows(trained):
+def test_one_batch_is_what_the_page_shows(untrained, trained):
     batch = minimal.draw(one_batch.BATCH, one_batch.SEED)
-    torch.manual_seed(0)
     with torch.no_grad():
-        before = one_batch.compute(*minimal.train(steps=0), *batch)
+        before = one_batch.compute(*untrained, *batch)
         after = one_batch.compute(*trained, *batch)
     printed = "\n".join(one_batch.page(before, after, batch[-1])).rstrip()
     shown = (ROOT / "docs" / "one-batch.md").read_text().rstrip()
