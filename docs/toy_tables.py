@@ -31,8 +31,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from machinery.networks.checkpoint import load_model
-from machinery.scoring.pictures import (add_title, class_colours, comparison, grid, legend,
-                                        paint)
+from machinery.scoring.pictures import add_title, class_colours, grid, legend, paint
 from machinery.scoring.protocol import embed
 from machinery.toy import TOY_CLASSES, ToyScenes
 from segment import segment_image, window_settings
@@ -293,9 +292,6 @@ def draw_pictures():
         files = [folder(row, seed) / "result.json" for row in TABLES[name] if row != "lit"
                  for seed in THREE]
         plot(setting, f"docs/{name}.png", [file for file in files if file.exists()])
-    classes = [name for [name] in TOY_CLASSES]
-    rows = [(*ToyScenes()[i][1:], mask) for i, mask in zip(SHOWN, masks_of("simzss"))]
-    comparison(rows, classes).save("docs/toy.png")
     methods = ["simzss", "ovsegmentor-1", "pixelclip", "sseg", "sseg-local"]
     draw_methods(methods).save("docs/methods.png")
     shutil.copy(folder("ovsegmentor-1", 0) / "groups.png", "docs/ovsegmentor.png")
