@@ -33,7 +33,7 @@ from machinery.scoring.pictures import comparison, save_picture
 from machinery.scoring.results import print_result, write_result
 from machinery.settings import (MISSING, add_flags, add_set_flag, as_mapping, given, merge, read,
                                 read_recipe, setting)
-from machinery.toy import save_scene
+from machinery.toy import EXAMPLE, save_scene
 from machinery.training.features import open_cache
 from machinery.training.loading import (BatchStream, encode_in_micro_batches, fitting_micro_batch,
                                         join)
@@ -354,11 +354,10 @@ def score(settings, method, training, cost, processes):
     output = Path(settings.output)
     write_result(output / "result.json", {"dataset": settings.eval_data, "training": training,
                                           "cost": cost, **result})
-    image = dataset[0][1]                           # something to try segment.py on
-    if settings.eval_data == "toy":
-        save_scene(image, output / "example.png")
+    if settings.eval_data == "toy":                 # something to try segment.py on
+        save_scene(dataset[EXAMPLE][1], output / "example.png")
     else:
-        save_png(output / "example.png", image)
+        save_png(output / "example.png", dataset[0][1])
     picture = comparison([row for _, *row in shown], result["classes"])
     save_picture(output / "predictions.png", picture)
     print(f"photo, truth, prediction and overlay of {len(shown)} images: "

@@ -47,6 +47,7 @@ RADIUS = (20, 40)                                   # of things; an exercise: do
 VISIBLE = 160                                       # pixels, 1 % of a scene: less is not named
 PLURALS = {"sheep": "sheep", "bus": "buses"}
 TOY_CLASSES = [[name] for name in (*STUFF, *THINGS)]
+EXAMPLE = 5                                         # of `ToyScenes`: one with several things
 MARK = "toy scene of SimZSS"                        # written into a PNG, to know it again
 
 
