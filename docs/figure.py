@@ -21,7 +21,7 @@ from machinery.errors import one_line_errors
 from machinery.images import load_image, to_pixels
 from machinery.networks.checkpoint import load_model
 from machinery.scoring.pictures import HEAT, add_title, class_colours, grid, paint, to_ascii
-from machinery.scoring.protocol import embed
+from machinery.scoring.protocol import embed, training_run
 from machinery.tokenizer import clean
 from machinery.toy import TOY_CLASSES, toy_scene
 from model import SimZSS, TextEncoder, similarity_pool
@@ -99,15 +99,14 @@ def figure(model, image, caption, names, bank):
     """
     colours = class_colours(names)
     photo = image.resize((round(image.width * SIDE / image.height), SIDE), Image.BICUBIC)
-    pixels = to_pixels(image)
-    pixels = resize(pixels, model.trained_with.get("image_size", min(pixels.shape[1:])))
+    pixels = resize(to_pixels(image), training_run(model).get("image_size", 224))
     mask, _ = segment_image(model, image, embed(model, [[name] for name in names]),
                             **window_settings(model.protocol))
     painted = paint(image, mask.numpy(), names, 0.7).resize(photo.size, Image.NEAREST)
     before, _ = look(untrained(model), pixels, names, bank)
     after, cosines = look(model, pixels, names, bank)
     rows = [[add_title(photo, "the photo")], [add_title(painted, "its mask, after training")],
-            [Image.new("RGB", photo.size, "white").resize((1, 1))]]
+            [Image.new("RGB", (1, 1), "white")]]
     for name, first, last, scores in zip(names, before, after, cosines):
         most = max(first.max(), last.max())
         rows[0].append(add_title(heat_map(photo, first, most), f'"{name}" untrained'))
@@ -116,7 +115,7 @@ def figure(model, image, caption, names, bank):
         rows[2].append(add_title(best, "its region is most like"))
     body = grid(rows, gap=8)
     places = {(caption.find(name), caption.find(name) + len(name)): colour
-              for name, colour in zip(names, colours)}
+              for name, colour in zip(names, colours) if name in caption}
     return grid([[caption_line(caption, places, body.width)], [body]])
 
 

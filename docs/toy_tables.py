@@ -1,6 +1,6 @@
 """Every table and picture of the toy world in the pages, made by the commands that the pages name.
 
-    python docs/toy_tables.py                                       # all: about 100 minutes
+    python docs/toy_tables.py                   # all: some two hours (a sum; never run in one go)
     python docs/toy_tables.py methods --rows simzss ovsegmentor-1 --seeds 0 1       # a piece
     python docs/toy_tables.py --dry-run                             # print the commands only
     python docs/toy_tables.py --pictures                            # of what is there
@@ -292,7 +292,7 @@ def draw_pictures():
         files = [folder(row, seed) / "result.json" for row in TABLES[name] if row != "lit"
                  for seed in THREE]
         plot(setting, f"docs/{name}.png", [file for file in files if file.exists()])
-    methods = ["simzss", "ovsegmentor-1", "pixelclip", "sseg", "sseg-local"]
+    methods = ["simzss", "ovsegmentor-1", "pixelclip", "sseg-local"]
     draw_methods(methods).save("docs/methods.png")
     shutil.copy(folder("ovsegmentor-1", 0) / "groups.png", "docs/ovsegmentor.png")
 

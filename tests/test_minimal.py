@@ -110,3 +110,20 @@ def test_the_figure_is_drawn_for_any_photo():
                 for names in (["cow"], ["cow", "grass"]))
     assert two.width - one.width == 267 + 8 and two.height == one.height    # 200 x 80 / 60 pixels
     assert before.equal(model.text.tower.token_embedding.weight)
+
+
+def test_the_figure_shows_the_photo_at_the_size_of_training(monkeypatch):
+    """The model looks at the photo in the size of its training images; a concept that is not
+    written as it is named has no colour in the caption."""
+    sizes, places = [], []
+    look = figure.look
+    monkeypatch.setattr(figure, "look", lambda model, pixels, *names: (
+        sizes.append(tuple(pixels.shape[1:])) or look(model, pixels, *names)))
+    line = figure.caption_line
+    monkeypatch.setattr(figure, "caption_line", lambda caption, colours, width: (
+        places.extend(colours) or line(caption, colours, width)))
+    model = tiny()
+    model.trained_with = {"run": {"image_size": 64}}
+    image = Image.fromarray(noise(0, 96, 128))
+    figure.figure(model, image, "kine on the grass", ["cow", "grass"], BANK)
+    assert sizes == [(64, 85)] * 2 and places == [(12, 17)]
