@@ -39,8 +39,9 @@ from machinery.names import check_classes, name_classes, split_names
 from machinery.networks.checkpoint import load_model, save_model    # for use from Python
 from machinery.parallel import progress
 from machinery.scoring import pictures
-from machinery.scoring.protocol import (add_model_flags, embed, open_model, prepare_model,
-                                        propagate_photos, refuse_toy_model, training_run)
+from machinery.scoring.protocol import (PHOTO_PROTOCOL, add_model_flags, embed, open_model,
+                                        prepare_model, refuse_toy_model, training_run,
+                                        use_for_photos)
 from machinery.scoring.propagate import propagate_windows
 from machinery.scoring.refine import refine
 from machinery.scoring.results import made_with
@@ -271,8 +272,8 @@ class Segmenter:
         parse_background(protocol.get("background"))
         self.model = checkpoint
         if checkpoint is None or isinstance(checkpoint, (str, Path)):
-            self.model = prepare_model(checkpoint, device, {**COMMAND_PROTOCOL, **protocol})
-            propagate_photos(self.model, protocol)
+            self.model = prepare_model(checkpoint, device, protocol)
+            use_for_photos(self.model, protocol)
         elif protocol:
             values = {**as_mapping(self.model.protocol), **protocol}
             self.model.protocol = read(self.model.Protocol, values,
@@ -302,9 +303,6 @@ class Segmenter:
 # --------------------------------------------------------------------------------------------------
 # The command
 
-COMMAND_PROTOCOL = {"blend": "triangle"}            # no seams; benchmarks average windows evenly
-
-
 def parse_args(argv=None):
     parser = CommandLine(description="Segment photos with the classes that you name.")
     add = parser.add_argument
@@ -316,7 +314,7 @@ def parse_args(argv=None):
         help="also draw a heat map per class, or patch tokens and classes in one space of colours; "
              "may be repeated")
     add("--output", default="segmented", help="folder to write to (default: %(default)s)")
-    add_model_flags(parser, COMMAND_PROTOCOL)
+    add_model_flags(parser, PHOTO_PROTOCOL)
     return parser.parse_args(argv)
 
 
@@ -446,7 +444,7 @@ def main(argv=None):
         classes = read_words(args.classes)
         parse_background(vars(args).get("protocol.background"))
         model = open_model(args)
-        propagate_photos(model, given(args).get("protocol", {}))
+        use_for_photos(model, given(args).get("protocol", {}))
         refuse_toy_model(model, photos)
         segmenter = Segmenter(classes, model, batch=args.batch)
         Path(args.output).mkdir(parents=True, exist_ok=True)

@@ -70,8 +70,17 @@ def trained_on(pairs):
     return trained(f"toy --pairs {pairs} --steps 500")
 
 
+def sseg_variant(title, switches, rate="--base-rate 0.006"):
+    command = f"sseg-toy {switches} --set model.batch_norm=true {rate}"
+    return Row(title, [trained(command.rstrip())], (0,))
+
+
 def of_size(pixels):
     return scored(f"{{simzss}} --short-side {pixels} --window {pixels} --stride {pixels // 2}")
+
+
+def oracle(model):
+    return f"tests/oracle.py --dataset toy --checkpoint {model} --picture {model}/masks.png"
 
 
 def switched(switches):
@@ -106,8 +115,16 @@ ROWS = {
                 "--set protocol.short_side=128 --set protocol.window=128 "
                 "--set protocol.stride=64"),
         scored("{out}")]),
-    "sseg-oracle": Row("oracle of its masks",
-                       ["tests/oracle.py --dataset toy --checkpoint {sseg}"], (0,)),
+    "sseg-full-rate": sseg_variant("local, teacher's map, BatchNorm, the recipe's rate",
+                                   "--feature local", rate=""),
+    "sseg-student": sseg_variant("local, student's map, BatchNorm",
+                                 "--feature local --set model.local_map=student"),
+    "sseg-no-norm": Row("local, teacher's map, no BatchNorm",
+                        [trained("sseg-toy --feature local --base-rate 0.006")], (0,)),
+    "sseg-pool": sseg_variant("pool, BatchNorm", "--feature pool"),
+    "sseg-query": sseg_variant("query, the paper's, BatchNorm", "--feature query"),
+    "sseg-oracle": Row("oracle of its masks", [oracle("{sseg}")]),
+    "sseg-local-oracle": Row("oracle of the masks of `local`", [oracle("{sseg-local}")]),
 
     "ovsegmentor-1-oracle": Row("oracle of the groups, stage 1",
                                 [grouped("{ovsegmentor-1}")]),
@@ -132,13 +149,17 @@ ROWS = {
         "-c \"from machinery import toy; open('{out}.txt', 'w').write('\\n'.join(toy.THINGS))\"",
         trained("toy --bank {out}.txt")], (0,)),
     "propagate-0.8": switched("--propagate 0.8"),
+    "propagate-0.9": switched("--propagate 0.9"),
     "propagate-0.95": switched("--propagate 0.95"),
     "image-weight": switched("--image-weight 0.5"),
+    "image-weight-1": switched("--image-weight 1"),
     "blend": switched("--blend triangle"),
     "scales-0.5": switched("--scales 0.5 1"),
     "scales": switched("--scales 1 1.5"),
     "refine": switched("--refine-steps 10"),
+    "propagate-blend": switched("--propagate 0.8 --blend triangle"),
     "propagate-image-weight": switched("--propagate 0.8 --image-weight 0.5"),
+    "propagate-scales-0.5": switched("--propagate 0.8 --scales 0.5 1"),
     "propagate-scales": switched("--propagate 0.8 --scales 1 1.5"),
     "propagate-refine": switched("--propagate 0.8 --refine-steps 10"),
     "pixels-64": Row("64 pixels at test time", [of_size(64)]),
@@ -148,15 +169,18 @@ ROWS = {
 TABLES = {
     "methods": ["simzss", "simzss-caption", "simzss-prompts", "simzss-prompts-concept", "lit",
                 "dense-clip", "pixelclip", "ovsegmentor-1", "ovsegmentor-2", "sseg",
-                "sseg-local", "sseg-plus", "sseg-oracle"],
+                "sseg-local", "sseg-plus", "sseg-oracle", "sseg-local-oracle"],
     "ovsegmentor": ["ovsegmentor-1", "ovsegmentor-1-oracle", "ovsegmentor-2",
                     "ovsegmentor-2-oracle", "ovsegmentor-five", "ovsegmentor-random",
                     "ovsegmentor-entity"],
+    "sseg": ["sseg-local", "sseg-full-rate", "sseg-no-norm", "sseg-student", "sseg-pool",
+             "sseg-query", "sseg"],
     "lambda": ["lit", "lambda-0.01", "simzss", "lambda-0.2", "lambda-1"],
     "pairs": ["pairs-32", "pairs-125", "pairs-500", "simzss"],
     "switches": ["simzss", "target", "bank"],
-    "test-time": ["simzss", "propagate-0.8", "propagate-0.95", "image-weight", "blend",
-                  "scales-0.5", "scales", "refine", "propagate-image-weight", "propagate-scales",
+    "test-time": ["simzss", "propagate-0.8", "propagate-0.9", "propagate-0.95", "image-weight",
+                  "image-weight-1", "blend", "scales-0.5", "scales", "refine", "propagate-blend",
+                  "propagate-image-weight", "propagate-scales-0.5", "propagate-scales",
                   "propagate-refine", "pixels-64", "pixels-192", "pixels-256"],
 }
 

@@ -52,8 +52,8 @@ class Protocol:
         0, "steps of pixel-adaptive refinement, which moves borders to those of the photo's "
         "colours; 10 is usual", least=0, most=1000)
     propagate: float = setting(
-        0.0, "how far patches that look alike, and lie near, share their scores; 0 = not; "
-        "segment.py has 0.8 by itself where the method can", least=0, most=0.999)
+        0.0, "how far patches that look alike, and lie near, share their scores, if the method has "
+        "patch tokens of unit norm; 0 = not", least=0, most=0.999)
     image_weight: float = setting(
         0.0, "weight of the whole image's score for a class, which is added to each patch's; helps "
         "if a photo shows few of the classes")
@@ -111,6 +111,12 @@ class Method(nn.Module):
     @property
     def device(self):
         return next(self.parameters()).device
+
+    def train(self, mode=True):
+        """As of `nn.Module`. What is trained further is no longer the checkpoint's."""
+        if mode:
+            self.checkpoint_file = {}
+        return super().train(mode)
 
     # Training data
 

@@ -233,6 +233,20 @@ def test_class_embeddings_are_kept(checkpoint, tmp_path):
     assert embed(model, classes).equal(fresh)
 
 
+def test_a_model_that_is_trained_further_embeds_anew(checkpoint, tmp_path):
+    """Neither the embeddings that are kept, nor the file's name, are those of a model that went on
+    to train; training it leaves no file."""
+    model = opened(checkpoint, tmp_path)
+    before = embed(model, [["cow"], ["grass"]])
+    model.train()
+    with torch.no_grad():
+        for parameter in model.trained().values():
+            parameter.add_(0.1)
+    after = embed(model.eval(), [["cow"], ["grass"]])
+    assert not after.equal(before) and not model.checkpoint_file
+    assert len(list((tmp_path / "embeddings").iterdir())) == 1
+
+
 @pytest.mark.parametrize("classes, settings, seed", [
     ([["grass"], ["cow", "cattle"]], {}, 0), ([["cow"], ["cattle"], ["grass"]], {}, 0),
     ([["cow", "cattle"], ["grass"]], {"templates": "simple7"}, 0),

@@ -1,15 +1,18 @@
-"""The script that prints the toy tables of the pages (docs/toy_tables.py)."""
+"""The scripts that print the tables of the pages (docs/toy_tables.py, docs/test_time.py)."""
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import eval
 import segment
 import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+import test_time
 import toy_tables
 from toy_tables import ROWS, TABLES, Row, commands
 
@@ -81,3 +84,29 @@ def test_a_picture_of_methods(checkpoint, monkeypatch):
     monkeypatch.setattr(toy_tables, "folder", lambda name, seed: checkpoint)
     width, height = toy_tables.draw_methods(["simzss", "sseg"]).size
     assert width > 4 * 192 and height > len(toy_tables.SHOWN) * 192
+
+
+def test_costs_of_switches(checkpoint, tmp_path, monkeypatch, capsys):
+    """Each switch is put alone on the protocol that the model was loaded with, at each size, and
+    costs the median of three runs."""
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "photo.png")
+    monkeypatch.setattr(test_time, "SIZES", [(320, 240), (100, 100)])
+    used = []
+    monkeypatch.setattr(segment, "segment_image", lambda *args, **protocol:
+                        used.append(protocol) or (torch.zeros(2, 2), torch.zeros(2, 2)))
+    monkeypatch.setattr(test_time, "apart", lambda segmenter, photo:
+                        segmenter(photo) and (len(used), photo.width))
+    test_time.costs(str(tmp_path / "photo.png"), "cow, sea", str(checkpoint))
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 2 * len(test_time.COSTS)
+    assert rows[0] == "| 320 x 240 | as it is | 2.00 | 320.00 |"
+    off, propagated, weighted = used[0], used[3], used[6]
+    assert propagated == {**off, "propagate": 0.8} and weighted == {**off, "image_weight": 0.5}
+    assert off["propagate"] == 0 and off["blend"] == "mean"
+
+
+def test_a_photo_is_segmented_apart(checkpoint):
+    """Seconds and GiB of the child."""
+    segmenter = segment.Segmenter("cow, sea", str(checkpoint))
+    seconds, memory = test_time.apart(segmenter, Image.new("RGB", (64, 48)))
+    assert 0 < seconds < 60 and 0.05 < memory < 50

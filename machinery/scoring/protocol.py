@@ -21,13 +21,14 @@ from machinery.settings import add_flags, add_set_flag, as_mapping, given
 from machinery.tokenizer import tokenizer
 from machinery.toy import is_scene
 
-PHOTOS_PROPAGATE = 0.8                              # better on photographs and on the toy world
+# Of segment.py, not of benchmarks: docs/benchmarks.md, "At test time", has what they give
+PHOTO_PROTOCOL = {"blend": "triangle", "propagate": 0.8}
 EMBEDDINGS = 2                                      # raise it when `embed_classes` changes values
 
 
-def add_model_flags(parser, protocol=()):
-    """Add the flags of a model and its `Protocol`. protocol: values that the script has in place of
-    the model's, by name."""
+def add_model_flags(parser, protocol=None):
+    """Add the flags of a model and its `Protocol`. protocol: values that --help shows in place of
+    its defaults, by name."""
     pretrained = "".join(f", or {name}, which needs no training here" for name in PRETRAINED)
     model = parser.add_argument_group("model").add_argument
     model("--checkpoint",
@@ -47,8 +48,7 @@ def add_model_flags(parser, protocol=()):
                "scores a little (default: %(default)s)")
     heading = "protocol (what the model was trained with replaces these defaults)"
     group = parser.add_argument_group(heading)
-    add_flags(group, Protocol, "protocol", dict(protocol))
-    parser.set_defaults(**{f"protocol.{name}": value for name, value in dict(protocol).items()})
+    add_flags(group, Protocol, "protocol", protocol)
     group.add_argument(
         "--class-embedding", dest="protocol.class_embedding", default=SUPPRESS,
         choices=["caption", "concept"],
@@ -127,11 +127,12 @@ def has_unit_tokens(model):
     return type(model).unit_tokens is not Method.unit_tokens
 
 
-def propagate_photos(model, said):
-    """Switch propagation on, as segment.py does and eval.py does not (docs/benchmarks.md, "At test
-    time"), where the method can. said: the protocol's settings that the user gave."""
-    if "propagate" not in said and has_unit_tokens(model):
-        model.protocol.propagate = PHOTOS_PROPAGATE
+def use_for_photos(model, said):
+    """Put PHOTO_PROTOCOL into the model's protocol, propagation only where the method can. said:
+    the settings that the user gave, by name, which stay."""
+    for name, value in PHOTO_PROTOCOL.items():
+        if name not in said and (name != "propagate" or has_unit_tokens(model)):
+            setattr(model.protocol, name, value)
 
 
 def training_run(model):
