@@ -239,7 +239,7 @@ class Concepts:
     bank: `ConceptBank`.
     parser: name for `load_parser`.
     processes: that parse, each with a pipeline of its own.
-    device: where they do: "cpu", "cuda", or "auto", which takes a GPU if spaCy can use one.
+    device: where they do: "cpu", "cuda", "mps", or "auto", which takes a GPU if spaCy can use one.
     """
 
     def __init__(self, bank, parser, processes=1, device="cpu"):
@@ -251,9 +251,9 @@ class Concepts:
 
     @cached_property
     def pipeline(self):
-        if self.device in ("auto", "cuda") and self.parser != "match":
+        if self.device != "cpu" and self.parser != "match":
             import spacy
-            use_gpu = spacy.require_gpu if self.device == "cuda" else spacy.prefer_gpu
+            use_gpu = spacy.prefer_gpu if self.device == "auto" else spacy.require_gpu
             self.on_gpu = use_gpu()
         return load_parser(self.parser, self.bank)
 

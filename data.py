@@ -41,7 +41,8 @@ class Pair:
     concepts: (M, 3) int64, rows of (bank id, first token, end token), or None.
     tokens: (77,) int64 of the caption, if they are known.
     bank: the `ConceptBank` of these ids, or None.
-    features: with --cache-features, what stands for the image's features in an item, else None.
+    features: with --cache-features {"row": the image's row in the cache}, which an item has in
+        place of pixels; else None.
     find_partner: function rng -> see `partner`, or None.
     In place of image or caption there may be a `BadSample`, which is raised when it is asked for.
     """
@@ -108,8 +109,8 @@ class Pair:
 
 
 def draw_sample(sample, pair, seed):
-    """sample(pair, rng), with rng, NumPy's, and torch's generator seeded by a tuple of numbers;
-    torch's then goes on as if nothing had been drawn."""
+    """Call sample(pair, rng). rng and torch's generator are seeded by a tuple of numbers; torch's
+    generator is afterwards as it was before."""
     with torch.random.fork_rng(devices=[]):
         state, = np.random.SeedSequence(seed).generate_state(1, np.uint64)
         torch.default_generator.manual_seed(int(state))
@@ -145,6 +146,7 @@ class CaptionedImages(Dataset):
         self.bank = bank
         self.cache = None
         self.used = np.arange(len(images))          # numbers of the pairs in use
+        self.used_annotations = annotations
 
     def __len__(self):
         return len(self.used)
@@ -153,6 +155,9 @@ class CaptionedImages(Dataset):
         """Use so many of the pairs only, drawn by the seed; with a larger count these stay."""
         drawn = np.random.default_rng(self.seed).permutation(len(self.images))[:count]
         self.used = np.sort(drawn)
+        if self.annotations is not None:
+            kept = np.isin(np.arange(len(self.images)), self.used)
+            self.used_annotations = self.annotations.only(kept)
 
     def pair(self, i):
         concepts = tokens = find_partner = None
@@ -166,8 +171,8 @@ class CaptionedImages(Dataset):
                     features, find_partner)
 
     def partner(self, i, rng):
-        drawn = self.annotations.partner(i, rng)
-        return drawn and (self.pair(drawn[0]), drawn[1])
+        drawn = self.used_annotations.partner(np.searchsorted(self.used, i), rng)
+        return drawn and (self.pair(self.used[drawn[0]]), drawn[1])
 
     def __getitem__(self, place):
         position, wanted = place
@@ -415,7 +420,7 @@ def open_loader(pairs, settings, processes, steps, positions=None):
     """DataLoader of this process's batches, `loader_batch_size` pairs at a time.
 
     pairs: of `load_pairs`.
-    settings: of the run: batch, micro_batch, epoch_pairs, pairs, workers, timeout_minutes, seed.
+    settings: of the run: batch, micro_batch, epoch_pairs, workers, timeout_minutes, seed.
     processes: of this run.
     steps: range of the steps to come.
     positions: of tars, see `CaptionedTars.deal`.

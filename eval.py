@@ -110,8 +110,8 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     dataset: `ScoredImages`.
     protocol: the method's `Protocol`; without a background of its own, the dataset's holds.
     batch: windows at a time.
-    pictures: of how many images `shown` has (number, photo, truth, prediction): of as many equal
-        parts of the dataset those with the most pixels that are scored.
+    pictures: how many images to show. The dataset is cut into that many equal parts, and each part
+        shows its image with the most scored pixels: `shown` has (number, photo, truth, prediction).
     limit: score the first images only.
     workers: processes that load images.
 
@@ -132,8 +132,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     matrix = torch.zeros(C, C, dtype=torch.int64, device=device)
     sweep = ThresholdSweep(C, background) if kind == "threshold" else None
     wanted = len(own_indices(min(pictures, total)))
-    shown = {}                                      # part of the dataset -> its image
-    most = torch.zeros(wanted)                      # pixels that are scored in it
+    shown = {}                                      # part of the dataset: pixels scored, its image
     start = time.time()
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers,
                         collate_fn=list,            # as they are: not through shared memory
@@ -149,9 +148,8 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
         matrix += confusion_matrix(mask.to(device), truth.to(device), C, IGNORE)
         part = i * wanted // total
         scored = (truth != IGNORE).sum()
-        if wanted and (part not in shown or scored > most[part]):
-            shown[part] = i, image, truth, mask
-            most[part] = scored
+        if wanted and (part not in shown or scored > shown[part][0]):
+            shown[part] = scored, i, image, truth, mask
     matrix = sum_counts(matrix.cpu())
     if not matrix.any():
         raise ValueError(f"{dataset.name} has no pixel to score: all are ignored")
@@ -160,7 +158,7 @@ def evaluate(model, dataset, protocol, batch=8, pictures=0, limit=None, workers=
     if sweep:
         sum_counts(sweep.pixels)
         result["sweep"] = sweep.curve(scores)
-    return result, [*shown.values()]
+    return result, [image for _, *image in shown.values()]
 
 
 def describe(model, dataset, total, start):
@@ -279,7 +277,8 @@ def parse_args(argv=None):
     add("--allow-partial", action="store_true",
         help="score a benchmark of which images are missing")
     add("--limit", type=positive, metavar="N",
-        help="score the first N images only; the result is marked as partial")
+        help="score the first N images only, of a classification N spread over all classes; the "
+             "result is marked as partial")
     add("--save-images", type=int, default=0, metavar="N",
         help="of N images, spread over the dataset, save photo, truth, prediction and overlay side "
              "by side")
@@ -294,6 +293,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for_masks = [args.check, "protocol.background" in vars(args), args.sweep_background,
                  args.without, args.save_images]
+    if args.check and args.dataset == "toy":
+        parser.error("--check looks at files; --dataset toy is drawn and has none")
     if args.task == "segmentation" and args.dataset == "imagenet":
         parser.error("--dataset imagenet has no masks; it is for --task classification")
     if args.task == "classification" and any(for_masks):

@@ -37,8 +37,8 @@ from machinery.tokenizer import CONTEXT_LENGTH, tokenize
 TEXT_TOWERS = {384: (384, 6), 1024: (768, 12)}      # D -> (width, heads) of CLIP's tower
 DEFAULT_TEXT_TOWER = (512, 8)                       # for ViT-B's D, 768, and any other
 MAX_LOGIT_SCALE = 100.0                             # CLIP's bound on the learned 1 / temperature
-LONGER = 1.2                                        # longest / shortest of captions encoded
-GROUP = 4096                                        # together, and how many these are, at most
+LONGER = 1.2                                        # longest / shortest caption of a group, and
+GROUP = 4096                                        # captions of a group, at most: encoded together
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,8 +241,10 @@ def patch_tokens(trunk, images):
     images = F.pad(images, (0, -W % pw, 0, -H % ph))
     h = images.shape[-2] // ph
     w = images.shape[-1] // pw
-    with backbones.size_refusals(H, W):
+    try:
         tokens = backbones.flat_map(trunk, trunk.forward_features(images))          # (B, P + N, D)
+    except AssertionError as error:                 # its position table has a fixed size
+        raise ValueError(f"the backbone takes no images of {H} x {W}: {error}") from None
     prefix, patches = tokens.tensor_split([getattr(trunk, "num_prefix_tokens", 0)], dim=1)
     if patches.shape[1] != h * w:
         raise ValueError(f"the backbone gives {patches.shape[1]} patches for {H} x {W} pixels, "
@@ -257,8 +259,8 @@ class VisionBackbone(nn.Module):
     checkpoint.
     """
 
-    def __init__(self, name="vit_base_patch14_reg4_dinov2.lvd142m", weights="pretrained",
-                 options=None, mean=None, std=None, denoiser=None, image_token="class"):
+    def __init__(self, name, weights="pretrained", options=None, mean=None, std=None,
+                 denoiser=None, image_token="class"):
         super().__init__()
         self.trunk = create_trunk(name, weights, options)
         self.width = self.trunk.num_features                                        # D
@@ -497,12 +499,9 @@ class SimZSS(Method):
 
     # Inference
 
-    def embed_classes(self, classes, templates=("{}",), class_embedding=None):
-        """See `Method.embed_classes`. class_embedding: of `SimZSSProtocol`; None = the protocol's.
-        """
-        class_embedding = class_embedding or self.protocol.class_embedding
-        if class_embedding not in ("caption", "concept"):
-            raise ValueError(f"class embedding {class_embedding!r}: expected caption or concept")
+    def embed_classes(self, classes, templates=("{}",)):
+        """See `Method.embed_classes`."""
+        class_embedding = self.protocol.class_embedding
         if class_embedding == "concept" and self.settings.local_weight == 0:
             raise ValueError("with lambda = 0 no concept embeddings are trained; embed classes by "
                              "their prompt's end token: --class-embedding caption")

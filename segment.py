@@ -39,8 +39,8 @@ from machinery.names import check_classes, name_classes, split_names
 from machinery.networks.checkpoint import load_model, save_model    # for use from Python
 from machinery.parallel import progress
 from machinery.scoring import pictures
-from machinery.scoring.protocol import (PHOTO_PROTOCOL, add_model_flags, embed, open_model,
-                                        prepare_model, refuse_toy_model, training_run,
+from machinery.scoring.protocol import (PHOTO_PROTOCOL, add_model_flags, embed, has_unit_tokens,
+                                        open_model, prepare_model, refuse_toy_model, training_run,
                                         use_for_photos)
 from machinery.scoring.propagate import propagate_windows
 from machinery.scoring.refine import refine
@@ -242,7 +242,8 @@ def put_background(mask, score, threshold, index=0):
 # One photo, or many, with the same words
 
 class Segmentation(NamedTuple):
-    mask: np.ndarray                                # (H, W) uint8, int16 of many classes
+    mask: np.ndarray                                # (H, W) uint8; int16 with a threshold, or
+                                                    # of more than 256 classes
     names: list                                     # what its values mean
     score: np.ndarray                               # (H, W) float32, of the best class
 
@@ -261,7 +262,7 @@ class Segmenter:
 
     words: ["cat", "sofa"], or with synonyms [["cat", "kitten"], "sofa"]; or as --classes.
     checkpoint: as --checkpoint, None = the newest under runs/; or a model of `load_model`, whose
-        own protocol then holds.
+        own protocol then holds; settings that are given here stay in it.
     device: as --device.
     batch: windows at a time.
     protocol: settings of a `Protocol` by name, such as background="threshold:0.2".
@@ -288,6 +289,7 @@ class Segmenter:
         """photo: what `to_image` takes. Returns a `Segmentation`."""
         if isinstance(photo, (str, Path)):
             refuse_toy_model(self.model, [photo])
+        self.model.protocol = self.protocol         # a later Segmenter of this model has its own
         mask, score = segment_image(self.model, photo, self.embeddings, batch=self.batch,
                                     **window_settings(self.protocol))
         if self.background == "threshold":
@@ -446,6 +448,9 @@ def main(argv=None):
         model = open_model(args)
         use_for_photos(model, given(args).get("protocol", {}))
         refuse_toy_model(model, photos)
+        if "pca" in args.view and not has_unit_tokens(model):
+            raise ValueError(f"--view pca: {model.name} has no patch tokens in one space with the "
+                             "words; leave it out")
         segmenter = Segmenter(classes, model, batch=args.batch)
         Path(args.output).mkdir(parents=True, exist_ok=True)
         remove_partial(args.output)

@@ -53,7 +53,8 @@ class RunSettings:
     """What is trained on, how the optimizer is set, and what happens when something goes wrong."""
     train_data: str = setting(
         MISSING, "toy, a COCO captions JSON, a TSV or JSONL of (image, caption), or tar shards of "
-        'img2dataset: a folder, or names such as "shards/{00000..00295}.tar"')
+        'img2dataset: a folder, or names such as "shards/{00000..00295}.tar"; or, where no '
+        "captions are needed, a folder of images")
     output: str = setting(MISSING, "folder to write to", changes_result=False)
     images: str | None = setting(
         None, "folder of the images; none = COCO's place, or the captions file's folder",
@@ -84,7 +85,8 @@ class RunSettings:
         cores_per_process, "processes that load images, per process; by default one per core",
         least=0, changes_result=False)
     eval_data: str = setting(
-        "none", "scored at the end: toy, a segmentation folder or none", changes_result=False)
+        "none", "scored at the end: toy, a benchmark, a segmentation folder or none",
+        changes_result=False)
     resume: str | None = setting(
         None, "a state file to go on from, or auto: the newest one in the output folder, if any",
         changes_result=False)
@@ -121,8 +123,8 @@ class RunSettings:
         None, "class file with other names and synonyms of eval_data's classes, in order",
         flag=False, changes_result=False)
     max_bad: float = setting(
-        0.01, "part of the images that may be unreadable before the run ends", least=0, most=1,
-        flag=False, changes_result=False)
+        0.01, "part of the pairs that may be left out, for whatever reason, before the run ends",
+        least=0, most=1, flag=False, changes_result=False)
     save_minutes: float = setting(
         10.0, "minutes between states", least=0, flag=False, changes_result=False)
     timeout_minutes: float = setting(
@@ -374,7 +376,7 @@ def read_command_line(argv=None):
                        help="a file in recipes/ by its name, or any .toml (default: simzss)")
     name = first.parse_known_args(argv)[0].recipe   # the method, and so the flags, depend on it
     recipe = read_recipe(name)
-    method = find_method(recipe["method"])
+    method = find_method(recipe.pop("method"))
 
     parser = CommandLine(
         parents=[first], allow_abbrev=False,
@@ -394,7 +396,7 @@ def read_command_line(argv=None):
     values = merge({**recipe, "run": run}, said)
     classes = {"run": RunSettings, "model": method.Settings, "protocol": method.Protocol}
     for table in values:
-        if table not in ("method", *classes):
+        if table not in classes:
             raise ValueError(f"recipe {name}: there is no table {table!r}; expected "
                              f"{', '.join(classes)}")
     return Recipe(method, *[read(cls, values.get(table, {}), f"recipe {name}: {table}")

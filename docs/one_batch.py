@@ -122,8 +122,8 @@ def page(before, after, captions):
     yield f"""# One batch by hand
 
 Printed by `python docs/one_batch.py`: four scenes, and every tensor of a training step on them.
-The text encoder is that of `minimal.py`, untrained, and after {minimal.STEPS} steps; these four were
-not among its training scenes. The [README](../README.md) has the formulas,
+The text encoder is that of `minimal.py`, untrained, and after {minimal.STEPS} steps; these four
+were not among its training scenes. The [README](../README.md) has the formulas,
 [method.md](method.md) explains them.
 
 ![The four scenes: photo, truth, prediction after training](one-batch.png)
@@ -158,11 +158,11 @@ what it fills of the photo, more or less; trained, a word looks at its own regio
 """
     yield from loss_table(before, after)
     yield f"""
-L_g asks which caption belongs to which photo. Untrained it is worse than chance: the scale,
-1 / 0.07, makes sure of what is random. L_l asks which concept a pooled region belongs to. Of
-"{first}" it is, after training, minus the log of the softmax in its own column below,
--log {chance:.2f} = {-chance.log():.2f}; the mean of all {K} rows is L_l. The whole loss is
-L_g + 0.05 L_l.
+L_g asks which caption belongs to which photo. Untrained it is worse than chance: similarities are
+random, and the scale, 1 / 0.07, makes them confident answers, most of them wrong. L_l asks which
+concept a pooled region belongs to. Of "{first}" it is, after training, minus the log of the
+softmax in its own column below, -log {chance:.2f} = {-chance.log():.2f}; the mean of all {K}
+rows is L_l. The whole loss is L_g + 0.05 L_l.
 
 ## What L_l looks at
 

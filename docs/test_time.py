@@ -76,9 +76,9 @@ def apart(segmenter, photo):
         os.write(writing, json.dumps(used).encode())
         os._exit(0)
     os.wait()
-    seconds, kilobytes = json.loads(os.read(reading, 100))
-    os.close(reading)
-    os.close(writing)
+    os.close(writing)                               # else one waits for ever for a child that died
+    with open(reading) as sent:
+        seconds, kilobytes = json.load(sent)
     return seconds, kilobytes / 2 ** 20
 
 

@@ -1,4 +1,5 @@
-"""Every table and picture of the toy world in the pages, made by the commands that the pages name.
+"""The toy tables of methods.md, ovsegmentor.md, sseg.md, ablations.md and benchmarks.md, and their
+pictures, made by the commands that these pages name.
 
     python docs/toy_tables.py                   # all: some two hours (a sum; never run in one go)
     python docs/toy_tables.py methods --rows simzss ovsegmentor-1 --seeds 0 1       # a piece
@@ -47,8 +48,8 @@ SHOWN = (5, 14, 46)                                 # scored scenes that have se
 
 class Row(NamedTuple):
     """title, as in the table. commands: {seed} is the seed, {out} the row's own folder, and the
-    name of another row in braces that row's folder. The figure is the first mIoU that the last
-    command prints. seeds: those that are measured unless --seeds says others."""
+    name of another row in braces that row's folder. The figure is the first mIoU that the commands
+    print. seeds: those that are measured unless --seeds says others."""
     title: str
     commands: list
     seeds: tuple = THREE

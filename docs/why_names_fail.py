@@ -29,7 +29,7 @@ from machinery.toy import TOY_CLASSES, toy_scene
 from methods.parts.maskformer import mlp
 from model import TextEncoder, VisionBackbone, concept_loss, global_loss, similarity_pool
 
-R = 6                                               # of a toy scene: two grounds and three things
+R = 6                                               # a toy scene has up to 2 grounds and 3 things
 WIDTH = 64                                          # of head, attention block and text encoder
 RATE = 1e-3                                         # peak learning rate
 BATCH = 64
@@ -66,7 +66,7 @@ class Regions:
 
 @torch.no_grad()
 def draw_regions(count, seed):
-    """The visible classes of so many toy scenes, with the mean patch token under each."""
+    """All classes that have a pixel in so many toy scenes, with the mean patch token under each."""
     backbone = VisionBackbone("toy")
     C = len(TOY_CLASSES)
     scenes = []
@@ -154,12 +154,10 @@ def learn(regions, mixing, one_by_one, steps, seed):
     """Train a `Namer`. Returns it and its mean caption loss over the last tenth of the steps."""
     torch.manual_seed(seed)
     namer = Namer(mixing, regions.vectors.shape[-1])
-    block_rate = 0.1 if mixing == "gentle" else 1.0
-    groups = {1.0: [], block_rate: []}
-    for name, parameter in namer.named_parameters():
-        groups[block_rate if name.startswith("mix.") else 1.0].append(parameter)
-    optimizer = torch.optim.AdamW([{"params": group, "lr": RATE * rate}
-                                   for rate, group in groups.items()], weight_decay=0, fused=True)
+    block_rate = 0.1 * RATE if mixing == "gentle" else RATE
+    groups = [{"params": parameter, "lr": block_rate if name.startswith("mix.") else RATE}
+              for name, parameter in namer.named_parameters()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         1, (step + 1) / (0.05 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2)
     losses = []

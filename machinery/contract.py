@@ -86,14 +86,14 @@ class Method(nn.Module):
     Protocol = Protocol             # dataclass of its settings at test time, "protocol" in a recipe
     NEEDS_CONCEPTS = True           # whether training needs the captions' concepts
     ROWS_INDEPENDENT = False        # `encode` treats each row by itself, so --micro-batch is exact
-    ROW_BYTES = None                # of a row of the batch with its features, and of what `encode`
-                                    # keeps of it for the backward pass in bf16: by these a GPU's
-                                    # micro-batch is chosen; None = it is the whole batch
+    ROW_BYTES = None                # (bytes of one row of the batch with its features, bytes that
+                                    # `encode` keeps of it for the backward pass in bf16). train.py
+                                    # chooses a GPU's micro-batch by them; None = the whole batch
     FROZEN = ()                     # name prefixes of tensors that never change and are not saved:
                                     # the constructor always makes the same ones
     TRAINING_ONLY = ()              # name prefixes of parts that only training needs (a teacher)
-    TOKEN_TABLE = "text.tower.token_embedding.weight"   # parameter with a row for each token: what
-                                    # had a gradient there, training has seen
+    TOKEN_TABLE = "text.tower.token_embedding.weight"   # name of the token embeddings: a token
+                                    # whose row had a gradient counts as seen in training
     WEIGHTS = "backbone.weights"    # the setting that --backbone-weights of segment.py replaces
     autocast = nullcontext          # precision of the networks' arithmetic; train.py sets it
 
@@ -169,12 +169,18 @@ class Method(nn.Module):
         """Parameters that are trained, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def factors(self, name, parameter):
+        """(decay, rate) of a trained parameter: they multiply weight_decay and the learning rate.
+        Default: weight decay on matrices, none on vectors and scalars."""
+        return float(parameter.ndim >= 2), 1.0
+
     def parameter_groups(self):
-        """Parameter groups for AdamW: dicts of params, decay (times weight_decay), rate (times
-        the learning rate). Default: weight decay on matrices, none on vectors and scalars."""
-        parameters = list(self.trained().values())
-        return [{"params": [p for p in parameters if p.ndim >= 2], "decay": 1.0, "rate": 1.0},
-                {"params": [p for p in parameters if p.ndim < 2], "decay": 0.0, "rate": 1.0}]
+        """Parameter groups for AdamW: dicts of params, decay and rate, see `factors`."""
+        groups = {}
+        for name, parameter in self.trained().items():
+            groups.setdefault(self.factors(name, parameter), []).append(parameter)
+        return [{"params": groups[decay, rate], "decay": decay, "rate": rate}
+                for decay, rate in sorted(groups, reverse=True)]
 
     # What is kept
 

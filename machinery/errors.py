@@ -61,10 +61,8 @@ def answers(address, seconds=5):
     """Whether anything answers at a web address."""
     try:
         urllib.request.urlopen(address, timeout=seconds).close()
-    except urllib.error.HTTPError:                  # an answer, too
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)            # an answer, too
     return True
 
 

@@ -6,7 +6,6 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -49,12 +48,6 @@ def save_png(path, picture, **options):
     """A PIL image as PNG, whole or not at all."""
     with whole_file(path) as partial:
         picture.save(partial, "PNG", **options)
-
-
-def save_arrays(path, **arrays):
-    """np.savez, whole or not at all."""
-    with whole_file(path) as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays)
 
 
 def save_tensors(path, tensors, header=None):

@@ -76,24 +76,19 @@ def load_image(path, least=None, most_pixels=None):
     size if that leaves as many. most_pixels: bound on width x height of what is decoded.
     """
     try:
-        with warnings.catch_warnings():             # broken EXIF data, huge sizes: once an image
-            warnings.simplefilter("ignore")
-            return _load_image(path, least, most_pixels)
+        # Without the warnings of broken EXIF data and huge sizes
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            if least:
+                image.draft(None, (least, least))
+            if most_pixels and image.width * image.height > most_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels, at most {most_pixels:,} "
+                                 "are decoded here")
+            ImageOps.exif_transpose(image, in_place=True)       # reads the pixels, too
+            return to_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image {path}") from None
     except Exception as error:                      # Pillow raises almost anything on a broken file
         raise ValueError(f"{path} is no readable image ({error})") from None
-
-
-def _load_image(path, least, most_pixels):
-    with Image.open(path) as image:
-        if least:
-            image.draft(None, (least, least))
-        if most_pixels and image.width * image.height > most_pixels:
-            raise ValueError(f"{image.width} x {image.height} pixels, at most {most_pixels:,} are "
-                             "decoded here")
-        ImageOps.exif_transpose(image, in_place=True)       # reads the pixels, too
-        return to_rgb(image)
 
 
 def to_rgb(image):

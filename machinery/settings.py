@@ -7,7 +7,7 @@
 `add_flags` makes flags of a dataclass; `read` turns a mapping that comes from a file (a recipe, the
 header of a checkpoint or state) into the dataclass and checks it. The dataclass may have a method
 `check`: it raises ValueError for values that do not go together, and may make a path absolute.
-Nothing else changes settings after they were read.
+After that only train.py's choice of a micro-batch and segment.py's own protocol change settings.
 """
 import argparse
 import dataclasses
@@ -262,7 +262,8 @@ def given(args):
     for text in getattr(args, "set", ()):
         place, equals, value = text.partition("=")
         if not equals or "." not in place:
-            raise ValueError(f"--set {text}: expected TABLE.NAME=VALUE, such as run.beta2=0.99")
+            raise ValueError(f"--set {text}: expected TABLE.NAME=VALUE; see the example in "
+                             "--help")
         try:
             value = tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:             # a plain word

@@ -241,20 +241,18 @@ class OVSegmentor(Method):
     def __init__(self, settings, bank=(), training=False):
         super().__init__(settings, bank)
         image = settings.image
-        patch = image.patch
-        channels = 3
-        self.backbone = None
-        self.patch_size = (patch, patch)            # in pixels
-        self.normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
         if settings.patches == "frozen":
             self.backbone = VisionBackbone(**backbones.arguments(settings.backbone, training))
             if settings.backbone.weights in backbones.STORED:
                 self.FROZEN = ()    # random weights exist nowhere else: a checkpoint holds them
-            patch = 1
-            channels = self.backbone.width
-            self.patch_size = self.backbone.patch_size
+            self.patch_size = self.backbone.patch_size                  # in pixels
             self.normalise = self.backbone.normalise
-        self.image = ImageEncoder(image, channels, patch)
+            self.image = ImageEncoder(image, self.backbone.width, patch=1)
+        else:
+            self.backbone = None
+            self.patch_size = (image.patch, image.patch)
+            self.normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
+            self.image = ImageEncoder(image, 3, image.patch)
         if settings.text.encoder == "scratch":
             self.text = ScratchText(settings.text)
         else:
@@ -295,17 +293,11 @@ class OVSegmentor(Method):
         self.text.requires_grad_(False)
         self.teacher = copy.deepcopy(self.image).requires_grad_(False)
 
-    def parameter_groups(self):
+    def factors(self, name, parameter):
         """Weight decay on all but vectors: also on theta, the positions and the group tokens. The
         blocks of the image encoder have a rate of their own."""
-        groups = {}
-        for name, parameter in self.trained().items():
-            mixes = name.removeprefix("image.").startswith(MIXING)
-            rate = self.settings.blocks_rate if mixes else 1.0
-            decay = 0.0 if parameter.ndim == 1 else 1.0
-            groups.setdefault((decay, rate), []).append(parameter)
-        return [{"params": parameters, "decay": decay, "rate": rate}
-                for (decay, rate), parameters in groups.items()]
+        mixes = name.removeprefix("image.").startswith(MIXING)
+        return float(parameter.ndim != 1), self.settings.blocks_rate if mixes else 1.0
 
     # Training
 
@@ -432,7 +424,7 @@ class OVSegmentor(Method):
 
         def embed(prompts):
             tokens = [tokenize("".join(prompt), text.encoder, text.context) for prompt in prompts]
-            return self.embed_text(torch.stack(tokens).to(self.device))             # (P, D)
+            return self.embed_text(torch.stack(tokens).to(self.device))
 
         return prompt_ensemble(classes, templates, embed, normalise_each=False)
 

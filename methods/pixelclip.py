@@ -117,8 +117,9 @@ def common(name, default):
 
 @dataclass
 class PixelCLIPProtocol(Protocol):
-    """The authors': the whole photo as one window, larger than any. A ViT that was not trained here
-    is used as NACLIP does, see `windows_of_naclip`."""
+    """The authors': one window of 2048 pixels, which holds any resized photo, so that the whole
+    photo is seen at once. A ViT that was not trained here is used as NACLIP does, see
+    `windows_of_naclip`."""
     templates: str = common("templates", "pixelclip")
     short_side: int = common("short_side", 640)
     window: int = common("window", 2048)
@@ -470,19 +471,13 @@ class PixelCLIP(Method):
     def after_step(self, step, steps):
         moving_average(self.teacher, self.backbone, 1 - self.settings.ema)
 
-    def parameter_groups(self):
+    def factors(self, name, parameter):
         """Three learning rates; weight decay on all but the layers that normalise."""
-        norms = [module for module in self.modules()
-                 if isinstance(module, (nn.LayerNorm, nn.GroupNorm))]
-        undecayed = {id(p) for module in norms for p in module.parameters()}
+        layer = self.get_submodule(name.rpartition(".")[0])
         rates = {"decoder": 1.0, "backbone": self.settings.visual_rate,
                  "prompts": self.settings.prompt_rate}
-        found = {}
-        for name, p in self.trained().items():
-            key = (rates[name.partition(".")[0]], 0.0 if id(p) in undecayed else 1.0)
-            found.setdefault(key, []).append(p)
-        return [{"params": params, "rate": rate, "decay": decay}
-                for (rate, decay), params in found.items()]
+        normalises = isinstance(layer, (nn.LayerNorm, nn.GroupNorm))
+        return float(not normalises), rates[name.partition(".")[0]]
 
     # Networks
 

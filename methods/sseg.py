@@ -204,7 +204,7 @@ class MaskNetwork(nn.Module):
                                           settings.decoder_ffn, settings.dropout)
         self.mask_head = mlp(width, width, width, width)
         described = teacher_width or (channels[1] if settings.feature == "local" else width)
-        self.feature_head = nn.Linear(described, width)                     # for the class head
+        self.feature_head = nn.Linear(described, width)             # in place of the class head
         self.feature = settings.feature
 
     def forward(self, images, teacher_map=None):
@@ -324,8 +324,8 @@ class SSeg(Method):
                     "text": self.read_texts(batch["tokens"])}
 
     def read_texts(self, tokens):
-        """tokens (P, 77) -> states at the end token (P, text width)."""
-        states, end = self.text.states(tokens)                              # (P, T, text width)
+        """tokens (B, 77) of B texts -> states at the end token (B, text width)."""
+        states, end = self.text.states(tokens)                              # (B, T, text width)
         return states[torch.arange(len(states), device=states.device), end]
 
     def losses(self, encoded, batch):
@@ -347,15 +347,11 @@ class SSeg(Method):
     def after_step(self, step, steps):
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
-    def parameter_groups(self):
-        """As `Method.parameter_groups`, but tables of embeddings have no weight decay, either."""
+    def factors(self, name, parameter):
+        """As of `Method`, but tables of embeddings have no weight decay, either."""
         tables = ("token_embedding.weight", "positional_embedding", "decoder.code",
                   "relative_position_bias_table")
-        groups = {True: [], False: []}
-        for name, p in self.trained().items():
-            groups[p.ndim >= 2 and not name.endswith(tables)].append(p)
-        return [{"params": params, "decay": float(decays), "rate": 1.0}
-                for decays, params in groups.items()]
+        return float(parameter.ndim >= 2 and not name.endswith(tables)), 1.0
 
     # Inference (section 1)
 

@@ -206,8 +206,7 @@ class SSegPlus(Method):
     def encode(self, batch):
         """logits (B, K, h, w)."""
         with self.autocast():
-            logits, _ = self.logits(batch["pixels"])
-        return {"logits": logits}
+            return {"logits": self.logits(batch["pixels"])[0]}
 
     def losses(self, encoded, batch):
         labels = batch["labels"]                                                    # (B, H, W)

@@ -3,9 +3,11 @@ script fails.
 
 Everything runs on the CPU, without network and without downloads.
 """
+import io
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +55,22 @@ def parser_of_cats(folder):
     ruler.add_patterns([{"label": "CONCEPT", "pattern": "cat", "id": "cat"}])
     pipeline.to_disk(folder)
     return str(folder)
+
+
+def seen(pair, rng):
+    """What SimZSS takes of a pair."""
+    return {"pixels": pair.crop(rng), "tokens": pair.tokens(), "concepts": pair.concepts}
+
+
+def write_tar(path, files):
+    """A tar of (name, content) in that order."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
 
 
 def read_log(folder):

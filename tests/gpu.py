@@ -17,6 +17,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from concepts import ConceptBank
 from data import Pair, collate
 from machinery.networks.checkpoint import save_model
 from machinery.parallel import all_reduce, pick_precision
+from machinery.training.features import CachedFeatures
 from machinery.training.loading import encode_in_micro_batches, fitting_micro_batch
 from train import read_command_line
 
@@ -203,6 +205,18 @@ class Checks:
         assert losses[-1] < losses[0], f"the loss did not fall: {losses}"
         return f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, scale {scaler.get_scale():.0f}"
 
+    def cached_features(self):
+        """Rows of a feature cache, on the device, are those of its file."""
+        values = self.rng.standard_normal((1000, 6)).astype(np.float16)
+        values.tofile(self.folder / "features.bin")
+        cache = SimpleNamespace(file=self.folder / "features.bin", shape=values.shape,
+                                layout={"tokens": (2, 3)})
+        rows = torch.tensor([7, 0, 999])
+        found = CachedFeatures(cache, self.device).of(rows)["tokens"]
+        assert found.device.type == self.device
+        assert found.cpu().flatten(1).equal(torch.from_numpy(values)[rows])
+        return "on the device"
+
     def recipe_steps(self):
         """Whole steps of the recipe, live and cached; see tests/benchmark.py."""
         sizes = {"batches": (8,), "micro": 4, "size": 64, "rounds": 1} if self.tiny else {}
@@ -260,6 +274,7 @@ class Checks:
         yield "precision", self.precisions
         yield "random numbers", self.random_numbers
         yield "fp16, scaler", self.fp16_steps
+        yield "cached features", self.cached_features
         yield "recipe", self.recipe_steps
         for name in METHODS:
             yield f"step of {name}", partial(self.one_step, name)

@@ -102,10 +102,15 @@ def check_resumed(whole, folder, method, step, flags):
     first = Processes(folder.parent, 1, ended_after, step, method, command)
     assert first.wait() == [128 + signal.SIGTERM], first.output()
     train.main([*command, "--resume", "auto"])
-    assert without_times(folder) == without_times(whole)
-    expected, found = (load_model(run).checkpoint() for run in (whole, folder))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert same_runs(folder, whole)
+
+
+def same_runs(folder, reference):
+    """Whether two runs are equal, in each step and in all that their checkpoints hold."""
+    logs = [without_times(of) for of in (folder, reference)]
+    kept = [load_model(of).checkpoint() for of in (folder, reference)]
+    return logs[0] == logs[1] and kept[0].keys() == kept[1].keys() and all(
+        torch.equal(kept[0][name], value) for name, value in kept[1].items())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -440,6 +440,17 @@ def test_images_that_are_not_there_make_the_result_partial(tmp_path, oracle, fai
     fails(eval.main, arguments(tmp_path, "ade20k", "--allow-partial"), "value 151")
 
 
+@pytest.mark.parametrize("layout", ["voc", "context, JSON"])
+def test_listed_images_that_are_missing_can_be_left_out(layout, tmp_path, oracle, fails):
+    """Where a file lists the images, a missing one is refused, and left out by --allow-partial."""
+    benchmark = plant(tmp_path, layout)
+    [photo] = tmp_path.rglob("2008_000000.jpg")
+    photo.unlink()
+    fails(eval.main, arguments(tmp_path, benchmark), "no image", "2008_000000")
+    result = result_of(tmp_path, benchmark, "--allow-partial")
+    assert result["partial"] and result["images"] == 2 and result["mIoU"] == 1
+
+
 def test_check_tells_the_share_of_each_class(tmp_path, oracle, capsys):
     """--check of correct data prints each class's share of the pixels, scores nothing and ends with
     status zero."""

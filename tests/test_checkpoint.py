@@ -243,3 +243,9 @@ def test_a_checkpoint_names_its_backbone(checkpoint, tmp_path):
     assert "image_token='mean'" in refusal(checkpoint, image_token="mean")
     save_model(tmp_path, tiny(backbone={"name": "test_vit", "weights": "random"}), {})
     assert "leave --backbone-weights out" in refusal(tmp_path, backbone_weights="x.pth")
+
+
+@pytest.mark.parametrize("flag", ["backbone", "backbone_weights", "image_token"])
+def test_clip_takes_no_other_backbone(flag):
+    """--checkpoint clip names its network itself, and how one names a file."""
+    assert "clip:MODEL/FILE" in refusal("clip:ViT-B-16/random", **{flag: "mean"})

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from concepts import ConceptBank, Concepts, annotate
-from conftest import noise
+from conftest import noise, seen
 from data import MAX_PIXELS, CaptionedImages, GlobalBatches, Pair, collate, draw_sample, load_pairs
 from machinery import toy
 from machinery.images import load_image, to_pixels
@@ -283,11 +283,6 @@ def test_random_numbers_follow_from_the_seed():
 # --------------------------------------------------------------------------------------------------
 # Pairs and batches
 
-def seen(pair, rng):
-    """What SimZSS takes of a pair."""
-    return {"pixels": pair.crop(rng), "tokens": pair.tokens(), "concepts": pair.concepts}
-
-
 def captioned(images, captions, size=16, seed=0):
     annotations = Concepts(BANK, "match").of_captions(captions)
     return CaptionedImages(images, captions, seen, size, seed, annotations, BANK)
@@ -337,6 +332,22 @@ def test_pairs_have_partners():
                 j = CAPTIONS.index(other.caption)
                 assert (np.array(other.image()) == noise(j)).all() and other.bank is BANK
                 assert concept in pairs.pair(i).concepts[:, 0] and concept in other.concepts[:, 0]
+
+
+def test_partners_are_among_the_pairs_in_use():
+    """With --pairs a partner is one of these pairs; with all pairs the same are drawn as without
+    it."""
+    pairs = captioned([noise(i) for i in range(10)], [f"dog {i}" for i in range(10)])
+
+    def partners(pairs):
+        return [int(pairs.pair(i).partner(np.random.default_rng(seed))[0].caption.split()[-1])
+                for i in pairs.used for seed in range(20)]
+
+    before = partners(pairs)
+    pairs.use(10)
+    assert partners(pairs) == before
+    pairs.use(3)
+    assert set(partners(pairs)) == set(pairs.used.tolist())
 
 
 def test_unreadable_image_is_replaced(tmp_path):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import noise
 from machinery.images import IGNORE
 from machinery.scoring.benchmarks import open_folder
 from machinery.scoring.check import check
@@ -16,13 +17,9 @@ def scored(tmp_path):
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
     (tmp_path / "classes.txt").write_text("background\ndog, puppy\ncat\n")
-    Image.fromarray(noise(2, 4)).save(tmp_path / "images" / "a.PNG")
+    Image.fromarray(noise(0, 2, 4)).save(tmp_path / "images" / "a.PNG")
     Image.fromarray(MASK).save(tmp_path / "masks" / "a.png")
     return tmp_path
-
-
-def noise(*size):
-    return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
 def test_folder(scored):
@@ -34,7 +31,7 @@ def test_folder(scored):
     ((name, image, mask),) = dataset
     assert name == "a" and len(dataset) == 1
     assert dataset.classes == [["background"], ["dog", "puppy"], ["cat"]]
-    assert (np.array(image) == noise(2, 4)).all()
+    assert (np.array(image) == noise(0, 2, 4)).all()
     assert mask.tolist() == [[0, 1, 2, IGNORE], [2, 2, 1, 0]]
 
 

@@ -35,6 +35,7 @@ from methods.parts.grouping import (EntityDecoder, ImageEncoder, ImageSettings, 
 from methods.parts.sentences import tokenize
 from methods.parts.views import random_erase
 from processes import check_resumed, check_two_processes
+from reference import losses_of
 
 B = 4                                               # images
 K = 4                                               # groups
@@ -99,11 +100,6 @@ def batch_of(captions=CAPTIONS):
             "caption": words(captions), "question": words(question for question, _ in masked),
             "answer": words(answer_sentence(names, "a photo of the {}.") for _, names in masked),
             "prompt": words(f"A photo of {names[0]}" for _, names in masked)}
-
-
-def losses_of(model, batch):
-    batch = model.features(batch)
-    return model.losses(model.encode(batch), batch)
 
 
 def reached(model, value):

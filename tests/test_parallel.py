@@ -157,8 +157,9 @@ def test_torchrun_logs_the_losses_of_one_process(runs, tmp_path, name):
             assert b[key] == close, f"step {a['step']}, {key}"
 
 
-def test_the_first_process_scores_all_images(runs):
-    """At the end of a run of two processes one scores the whole dataset, while the other waits."""
+def test_two_processes_score_together(runs):
+    """At the end of a run of two processes both score, and the first writes one result of all
+    images."""
     assert json.loads((runs[0] / "rare" / "result.json").read_text())["images"] == 100
 
 

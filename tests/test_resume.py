@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from PIL import Image
 import linear_method                                # noqa: F401, by its name in a recipe
 import train
 import troubled_method                              # noqa: F401
-from conftest import read_log, without_times
+from conftest import read_log, write_tar
 from data import GlobalBatches
 from machinery.files import read_tensors
 from machinery.networks.checkpoint import load_model
 from machinery.training.resume import find_state, state_files
-from processes import Processes, stopped
+from processes import Processes, same_runs, stopped
 
 TESTS = Path(__file__).parent
 RECIPES = {"simzss": TESTS / "troubled.toml", "linear": TESTS / "linear.toml"}
@@ -59,14 +58,6 @@ def interrupted(folder, *more):
     with pytest.raises(SystemExit) as ended:
         run(folder, *trouble("SIGTERM", [5]), *more)
     assert ended.value.code == 128 + signal.SIGTERM
-
-
-def same(folder, reference):
-    """Whether two runs are equal, in each step and in all that their checkpoints hold."""
-    logs = [without_times(of) for of in (folder, reference)]
-    kept = [load_model(of).checkpoint() for of in (folder, reference)]
-    return logs[0] == logs[1] and kept[0].keys() == kept[1].keys() and all(
-        torch.equal(kept[0][name], value) for name, value in kept[1].items())
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +98,7 @@ def test_interrupted_and_resumed_is_uninterrupted(reference, tmp_path, recipe, n
         assert len(names) <= 2
     second = Processes(tmp_path, world, go, folder, "--resume", "auto", "--workers", "1")
     assert second.wait() == [0] * world, second.output()
-    assert same(folder, reference[recipe, world])
+    assert same_runs(folder, reference[recipe, world])
     assert not state_files(folder) and not list(folder.glob("*.partial"))
 
 
@@ -119,7 +110,7 @@ def test_killed_again_and_again(reference, tmp_path):
                          *trouble(what, [step]))
         assert died.wait() != [0], died.output()
     run(tmp_path / "run", "--resume", "auto")
-    assert same(tmp_path / "run", reference["simzss", 1])
+    assert same_runs(tmp_path / "run", reference["simzss", 1])
 
 
 def test_half_precision_goes_on_with_its_scale(tmp_path, monkeypatch):
@@ -135,7 +126,7 @@ def test_half_precision_goes_on_with_its_scale(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         run(tmp_path / "run", *more, *trouble("SIGTERM", [33]))
     run(tmp_path / "run", "--resume", "auto", *more)
-    assert same(tmp_path / "run", tmp_path / "whole")
+    assert same_runs(tmp_path / "run", tmp_path / "whole")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,17 +135,13 @@ def test_half_precision_goes_on_with_its_scale(tmp_path, monkeypatch):
 @pytest.fixture
 def tars(tmp_path):
     """Flags of a run on four tars of six pairs, of which each first one has no caption."""
-    (tmp_path / "tars").mkdir()
     image = io.BytesIO()
     Image.new("RGB", (64, 64), "green").save(image, "PNG")
+    files = [("0.png", image.getvalue())]
+    for i in range(1, 7):
+        files += [(f"{i}.png", image.getvalue()), (f"{i}.txt", f"{i} dogs on grass".encode())]
     for number in range(4):
-        with tarfile.open(tmp_path / "tars" / f"{number:05}.tar", "w") as tar:
-            for name, content in [("0.png", image.getvalue())] + [
-                    (f"{i}{suffix}", content) for i in range(1, 7) for suffix, content in
-                    ((".png", image.getvalue()), (".txt", f"{i} dogs on grass".encode()))]:
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        write_tar(tmp_path / "tars" / f"{number:05}.tar", files)
     return ["--train-data", tmp_path / "tars", "--set", "run.epoch_pairs=24", "--set",
             "run.max_bad=0.5", "--workers", "2"]
 
@@ -245,7 +232,7 @@ def test_a_full_disk_leaves_the_last_state(reference, copied, fails):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert state_files(copied) == before and not list(copied.glob("*.partial"))
     run(copied, "--resume", "auto")
-    assert same(copied, reference["simzss", 1])
+    assert same_runs(copied, reference["simzss", 1])
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, fails):
@@ -282,9 +269,9 @@ def test_an_unfinished_run_is_not_overwritten(reference, tmp_path, fails):
     assert [line["step"] for line in read_log(tmp_path / "other")] == [*range(6, STEPS)]
     for _ in range(2):
         run(folder, "--resume", "auto")
-        assert same(folder, reference["simzss", 1])
+        assert same_runs(folder, reference["simzss", 1])
     run(folder, "--seed", "1")
-    assert not same(folder, reference["simzss", 1])
+    assert not same_runs(folder, reference["simzss", 1])
 
 
 def test_other_settings_are_refused(tmp_path, fails):
@@ -351,7 +338,7 @@ def test_broken_states_are_left_out(reference, copied, capsys):
     printed = capsys.readouterr()
     for name in (newest, "state-00000099.safetensors"):
         assert f"{name} cannot be read and is left out" in printed.err
-    assert "resumed at step 5" in printed.out and same(copied, reference["simzss", 1])
+    assert "resumed at step 5" in printed.out and same_runs(copied, reference["simzss", 1])
 
 
 @pytest.mark.parametrize("place, value", [

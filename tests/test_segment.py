@@ -23,9 +23,10 @@ from machinery.names import read_templates
 from machinery.networks.checkpoint import load_model, save_model
 from machinery.scoring.pictures import class_colours
 from machinery.scoring.protocol import embed, open_model, set_precision
-from machinery.settings import as_mapping
+from machinery.settings import as_mapping, read, read_recipe
 from machinery.tokenizer import VOCABULARY, tokenizer
 from machinery.toy import save_scene, toy_scene
+from methods.sseg import SSeg
 from model import SimZSS
 from segment import (Segmenter, in_words, parse_background, put_background, read_words, resize,
                      resized_size, segment_image, window_starts)
@@ -346,6 +347,26 @@ def test_a_folder_of_photos(checkpoint, tmp_path, fails):
     (tmp_path / "empty").mkdir()
     fails(segment.main, [tmp_path / "empty", "--classes", NAMES, "--checkpoint", checkpoint],
           "no images in the folder", "empty")
+
+
+def test_settings_of_one_segmenter_are_not_those_of_another(model):
+    """Two Segmenters of one model: each uses its own settings."""
+    image = Image.fromarray(noise(0))
+    strict = segment.Segmenter(["cow", "sea"], model, background="threshold:2")
+    lax = segment.Segmenter(["cow", "sea"], model, background="none", window=32, stride=32)
+    for _ in range(2):
+        assert strict(image).names == ["background", "cow", "sea"] and not strict(image).mask.any()
+        assert model.protocol.window == 64
+        assert lax(image).names == ["cow", "sea"] and model.protocol.window == 32
+
+
+def test_tokens_are_no_colours_where_scores_are_not_their_products(tmp_path, fails):
+    """--view pca is refused for a method without patch tokens of unit norm."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    settings = read_recipe("sseg-toy")["model"]
+    save_model(tmp_path, SSeg(read(SSeg.Settings, settings, "test")), {})
+    fails(segment.main, [tmp_path / "a.png", "--classes", NAMES, "--checkpoint", tmp_path,
+                         "--view", "pca"], "--view pca: sseg has no patch tokens")
 
 
 def test_a_folder_with_its_results_is_segmented_again(checkpoint, tmp_path):

@@ -22,6 +22,7 @@ from machinery.settings import read
 from machinery.training.shards import BadSample
 from methods.sseg_plus import SSegPlus, cut_out, read_class_list
 from processes import check_two_processes
+from reference import losses_of
 
 CLASSES = ["background", "cow, cattle", "grass"]
 STEPS = 4
@@ -36,10 +37,6 @@ def tiny(name="toy", **options):
     backbone = {"name": name, "options": options, "mean": [0.5] * 3, "std": [0.5] * 3}
     settings = {"labels": "labels", "backbone": backbone, "head_width": 32}
     return SSegPlus(read(SSegPlus.Settings, settings, "test"), CLASSES)
-
-
-def losses_of(model, batch):
-    return model.losses(model.encode(batch), batch)
 
 
 @pytest.fixture(scope="module")

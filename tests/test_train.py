@@ -89,6 +89,12 @@ def test_recipes_that_are_refused(tmp_path, fails, text, words):
     fails(train.main, ["--recipe", path], *words)
 
 
+def test_a_setting_of_no_table_is_refused(fails):
+    """The method's settings are set as model.NAME; the recipe's line method = is no table."""
+    fails(train.main, ["--recipe", "toy", "--set", "method.pool_temperature=0.5"],
+          "no table 'method'", "run, model, protocol")
+
+
 def test_an_old_python_is_refused():
     """On a Python older than 3.11 whatever imports something of machinery/, as each script does,
     ends with one line."""
@@ -324,12 +330,6 @@ def test_missing_data_is_named_with_what_is_expected(coco, tmp_path, fails):
     fails(train.main, [*SMALL, "--train-data", coco], coco, "holds no captions")
 
 
-def test_missing_images_are_counted(coco, fails):
-    """More than 1 % missing images stop the run with their number and an example."""
-    (coco.parent.parent / "train2017" / f"{7:012d}.jpg").unlink()
-    fails(train.main, [*SMALL, "--train-data", coco], "1 of the 12 images", f"{7:012d}.jpg", "1%")
-
-
 @pytest.mark.parametrize("more, words", [
     (["--recipe", "simszs"], ["no recipe 'simszs'", "simzss", ".toml"]),
     (["--batch", "64", "--epochs", "1"], ["1.0 passes of 16 pairs", "batch of 64", "--batch"]),
@@ -418,6 +418,6 @@ def test_many_unreadable_images_stop_the_run(photos, tmp_path, fails, workers):
     every batch or all of them."""
     more = ["--steps", "5", "--workers", workers, "--output", tmp_path / "run"]
     fails(train.main, [*SMALL, *photos(lambda i: i % 3 == 0), *more],
-          "pairs could not be read (bad image", "1%", "run.max_bad")
+          "pairs could not be used (bad image", "1%", "run.max_bad")
     fails(train.main, [*SMALL, *photos(lambda i: False), *more],
           "ten pairs in a row cannot be used")

@@ -56,7 +56,7 @@ def at_most(parameters, tensors, what="it has"):
         yield
     finally:
         hook.remove()
-        bounds.remove(left)
+        bounds.pop()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,15 +114,6 @@ def one_line_refusals(name, flag, downloads=True):
     except Exception as error:                      # whatever odd options make timm raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"backbone {name!r} cannot be made so: {reason}") from None
-
-
-@contextlib.contextmanager
-def size_refusals(height, width):
-    """What a network with a fixed position table says to images of another size, as ValueError."""
-    try:
-        yield
-    except AssertionError as error:
-        raise ValueError(f"the backbone takes no images of {height} x {width}: {error}") from None
 
 
 def load_trunk(trunk, path, flag):

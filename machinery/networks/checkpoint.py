@@ -19,8 +19,8 @@ from machinery.settings import (abbreviate, as_mapping, check_value, merge, nest
 from machinery.tokenizer import VOCABULARY
 
 FORMAT = "simzss-3"
-FROZEN_PARAMETERS = 10 ** 8                         # that a network may have beside those in its
-FROZEN_TENSORS = 10 ** 4                            # file: a header may ask for any size
+FROZEN_PARAMETERS = 10 ** 8                         # parameters beside those in the file, at most
+FROZEN_TENSORS = 10 ** 4                            # the same of tensors: headers may ask for more
 
 
 def model_file(path):
@@ -128,6 +128,9 @@ def load_model(path, device="cpu", backbone_weights=None, backbone=None, image_t
     Raises FileNotFoundError or ValueError.
     """
     if str(path).partition(":")[0] in PRETRAINED:
+        if backbone_weights or backbone or image_token:
+            raise ValueError(f"--checkpoint {path} takes no --backbone-weights, --backbone or "
+                             "--image-token; name a local file as clip:MODEL/FILE")
         return load_pretrained(str(path), protocol).to(device).eval()
     path = model_file(path)
     if not path.is_file():

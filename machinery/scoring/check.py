@@ -88,7 +88,10 @@ def open_datasets(args):
     missing = []
     for name in BENCHMARKS if args.dataset == "all" else [args.dataset]:
         try:
-            datasets[name] = open_dataset(name, args.without, args.names, args.data, args.ignore)
+            dataset = open_dataset(name, args.without, args.names, args.data, args.ignore)
+            if args.allow_partial:                  # a list may name images that are missing
+                dataset.files = [file for file in dataset.files if file[1].is_file()]
+            datasets[name] = dataset
         except FileNotFoundError:
             if args.dataset != "all":
                 raise

@@ -13,15 +13,17 @@ Windows overlap, so a place may be seen k times. Each of these patches counts 1 
 m, so that a place counts once. With R the root of these shares, this is the system
 (I - A R S R) R scores' = (1 - A) R scores, symmetric again, and D_n = sum over m of R_m^2 W_nm.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 POWER = 3                                           # of a similarity
 DECAY = 0.01                                        # of a weight, per pixel of the resized photo
-DENSE = 2048                                        # patches up to which the system is solved whole
-NEIGHBOURS = 400                                    # beyond: patches most alike that one is tied to
-STEPS = 10                                          # of conjugate gradients, beyond
-BLOCK = 2 ** 24                                     # similarities that are held at a time, beyond
+DENSE = 2048                                        # up to so many patches: the system as a whole
+NEIGHBOURS = 400                                    # of more: how many others each is tied to,
+STEPS = 10                                          # ... steps of conjugate gradients,
+BLOCK = 2 ** 24                                     # ... and similarities in memory at a time
 
 
 def propagate(tokens, places, share, scores, strength):
@@ -36,14 +38,9 @@ def propagate(tokens, places, share, scores, strength):
     tokens, scores = tokens.float(), scores.float()
     if len(tokens) <= DENSE:
         weights = edge_weights(tokens @ tokens.T, places[:, None] - places)         # (N, N)
-
-        def tied(values):
-            return weights @ values
+        tied = partial(torch.matmul, weights)
     else:
-        ways = both_ways(*nearest_patches(tokens, places))
-
-        def tied(values):
-            return tied_sums(ways, values)
+        tied = partial(tied_sums, both_ways(*nearest_patches(tokens, places)))
 
     degree = tied(share[:, None])                                                   # D, (N, 1)
     root = share.sqrt()[:, None]                                                    # R
@@ -63,7 +60,7 @@ def edge_weights(similarity, offset):
 
 
 def nearest_patches(tokens, places):
-    """The NEIGHBOURS patches most like each, itself among them: (N, K) int32, and W there."""
+    """Each patch and the NEIGHBOURS most like it: (N, K) int32, and W there."""
     N = len(tokens)
     K = min(NEIGHBOURS + 1, N)
     nearest = torch.empty(N, K, dtype=torch.int32, device=tokens.device)

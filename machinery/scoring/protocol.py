@@ -46,7 +46,8 @@ def add_model_flags(parser, protocol=None):
     model("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
           help="of the networks' arithmetic: tf32 and bf16 are faster on a GPU, and change the "
                "scores a little (default: %(default)s)")
-    heading = "protocol (what the model was trained with replaces these defaults)"
+    own = f", but for {' and '.join(f'--{name}' for name in protocol)}" if protocol else ""
+    heading = f"protocol (what the model was trained with replaces these defaults{own})"
     group = parser.add_argument_group(heading)
     add_flags(group, Protocol, "protocol", protocol)
     group.add_argument(
@@ -99,8 +100,9 @@ def prepare_model(checkpoint=None, device="auto", protocol=None, backbone_weight
 
 
 def set_precision(model, precision):
-    """Let the networks that see images compute in "fp32", in "tf32", float32 of which a GPU's
-    products read 19 bits, here all of them, or in "bf16": `best_synonym` stays in float32."""
+    """Set the precision of the networks that see images: "fp32"; "tf32", in which a GPU reads only
+    19 bits of each float32 factor, here in all products of the process; or "bf16", in which
+    `best_synonym` stays in float32."""
     model.precision = precision
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -185,8 +187,8 @@ def embed(model, classes):
         return model.embed_classes(classes, templates)
     common = {field.name for field in dataclasses.fields(Protocol)}
     own = {name: value for name, value in as_mapping(model.protocol).items() if name not in common}
-    key = [EMBEDDINGS, model.checkpoint_file["checkpoint_sha256"], classes, templates, own,
-           model.device.type]
+    key = [EMBEDDINGS, model.checkpoint_file["checkpoint_sha256"], as_mapping(model.settings),
+           classes, templates, own, model.device.type, model.precision]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(model.checkpoint_file["checkpoint"]).parent / "embeddings" / f"{name}.safetensors"
     with contextlib.suppress(OSError, safetensors.SafetensorError, KeyError):   # missing, or broken

@@ -114,9 +114,9 @@ def flatten(settings, before=""):
 
 
 def compare(paths, run_settings):
-    """Print mean and spread over seeds of the mIoU of runs, a row for each set of the settings in
-    which they differ. Of several methods a setting counts where runs of one method differ in it,
-    and their mean cost is printed.
+    """Print a table: a row for each combination of the settings that differ, with the mean of the
+    mIoU and its spread over seeds. With several methods a setting is shown only if runs of the same
+    method differ in it, and the mean cost is shown, too.
 
     paths: result files of train.py or eval.py, or folders of runs. run_settings: the dataclass of a
     run's settings, which knows those that do not change results.

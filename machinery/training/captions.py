@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from machinery.files import save_arrays
+from machinery.files import whole_file
 from machinery.tokenizer import CONTEXT_LENGTH
 from machinery.training.shards import BadSample, bad_line, count_bad, usable_caption
 
@@ -140,11 +140,12 @@ class Annotations:
     @classmethod
     def of_lists(cls, found):
         """From (list of rows, token ids) of each caption."""
-        rows, tokens = zip(*found)
+        rows = [rows for rows, _ in found]
+        tokens = [np.asarray(ids, np.uint16) for _, ids in found]
         return cls(np.cumsum([0, *map(len, rows)], dtype=np.int32),
-                   np.array([row for rows in rows for row in rows], np.int32).reshape(-1, 3),
+                   np.array([row for one in rows for row in one], np.int32).reshape(-1, 3),
                    np.cumsum([0, *map(len, tokens)]),
-                   np.concatenate([np.asarray(ids, np.uint16) for ids in tokens]))
+                   np.concatenate([np.zeros(0, np.uint16), *tokens]))         # maybe of none
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -195,8 +196,9 @@ def only_parts(offsets, values, kept):
 
 def save_annotations(source, key, annotations, bad):
     """Write the cache of a source. bad: (len(BAD),) counts of bad samples. Raises OSError."""
-    save_arrays(f"{source}.concepts.npz", key=key, bad=bad,
-                **{name: getattr(annotations, name) for name in ARRAYS})
+    arrays = {name: getattr(annotations, name) for name in ARRAYS}
+    with whole_file(f"{source}.concepts.npz") as partial, open(partial, "wb") as file:
+        np.savez(file, key=key, bad=bad, **arrays)
 
 
 def read_annotations(source, key):

@@ -173,7 +173,7 @@ class CachedFeatures:
 
     def of(self, rows):
         """Features of some rows (n,): dict of float16 tensors (n, ...) on the device."""
-        if self.values.device == self.device:
+        if self.values.device.type == self.device.type:        # "cuda" may have no number
             found = self.values.index_select(0, rows.to(self.device))
         else:
             found = torch.empty(len(rows), self.values.shape[1], dtype=torch.float16,

@@ -66,7 +66,6 @@ class State:
         self.skipped = check_value(self.header.get("skipped", 0), int, number, "skipped")
         left_out = self.header.get("left_out", [0] * len(BAD))
         self.left_out = list(check_value(left_out, tuple[int, ...], number, "left_out"))
-        self.left_out += [0] * (len(self.left_out) == len(BAD) - 1)     # before "no mask"
         self.is_finished = self.step == steps
         if self.step > steps or len(self.left_out) != len(BAD):
             raise ValueError(f"it is at step {self.step} of {steps}, with {len(self.left_out)} "

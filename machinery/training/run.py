@@ -189,10 +189,10 @@ class Run:
             self.method.seen_tokens = seen if before is None else seen | before.to(seen.device)
 
     def refuse_too_many_bad(self, pairs):
-        """Raise ValueError if too many pairs could not be read. pairs: good ones so far."""
+        """Raise ValueError if too many pairs could not be used. pairs: good ones so far."""
         bad = sum(self.left_out)
         if bad > max(self.settings.max_bad * (pairs + bad), 10):
-            raise ValueError(f"{bad} of the first {pairs + bad} pairs could not be read "
+            raise ValueError(f"{bad} of the first {pairs + bad} pairs could not be used "
                              f"({bad_line(self.left_out)}); at most {self.settings.max_bad:.0%} "
                              "may be bad, see the setting run.max_bad")
 

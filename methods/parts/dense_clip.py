@@ -134,9 +134,9 @@ class DenseToy(nn.Module):
     """The toy world's: hand-made patch tokens with artefacts, then a residual block that begins as
     the identity.
 
-    The artefacts are a fixed random vector at each position, about as long as a token; they fade
-    in the mean over a region. So this CLIP knows what a region shows and says it of single patches
-    badly, as large CLIPs do beside DINO. trunk: ToyTrunk.
+    The artefacts are a fixed random vector at each position, 1.2 times as long as a token; they
+    fade in the mean over a region. So this CLIP knows what a region shows and says it of single
+    patches badly, as large CLIPs do beside DINO. trunk: ToyTrunk.
     """
     TRAINED = ("block.",)
     SHARPNESS = 100.0

@@ -52,16 +52,13 @@ class ScratchText(TextEncoder):
         super().__init__(None, settings.width, settings.heads, settings.layers)
 
     def forward(self, tokens):
-        T = tokens.shape[1]
-        x = self.tower.token_embedding(tokens) + self.tower.positional_embedding[:T]
-        x = self.tower.transformer(x, attn_mask=self.tower.attn_mask[:T, :T])
-        hidden_states = self.tower.ln_final(x)
+        # The embeddings of all tokens, so that padding has its states, too
+        hidden_states, _ = self.states(tokens, self.tower.token_embedding(tokens))
         return hidden_states, self.sentence(hidden_states, tokens)
 
-    @staticmethod
-    def sentence(x, tokens):
-        end = tokens.argmax(dim=-1)                 # the end token has the highest id
-        return x[torch.arange(len(tokens), device=tokens.device), end]
+    @classmethod
+    def sentence(cls, x, tokens):
+        return x[torch.arange(len(x), device=x.device), cls.ends(tokens)]
 
 
 # --------------------------------------------------------------------------------------------------
