@@ -146,6 +146,12 @@ ROWS = {
     "pairs-500": Row("500 pairs", [trained_on(500)], (0,)),
     "target": Row("`--local-target argmax`, the release's", [trained("toy --local-target argmax")],
                   (0,)),
+    "target-caption": Row("the same, classes by `caption`",
+                          [scored("{target} --class-embedding caption")], (0,)),
+    "query": Row("`--pool-query caption`, the paper's", [trained("toy --pool-query caption")]),
+    "pixels": Row("pixels normalised as CLIP's, as in the release", [trained(
+        "toy --set model.backbone.mean=[0.48145466,0.4578275,0.40821073] "
+        "--set model.backbone.std=[0.26862954,0.26130258,0.27577711]")]),
     "bank": Row("`--bank`: the names of the 12 things, no ground", [
         "-c \"from machinery import toy; open('{out}.txt', 'w').write('\\n'.join(toy.THINGS))\"",
         trained("toy --bank {out}.txt")], (0,)),
@@ -178,7 +184,7 @@ TABLES = {
              "sseg-query", "sseg"],
     "lambda": ["lit", "lambda-0.01", "simzss", "lambda-0.2", "lambda-1"],
     "pairs": ["pairs-32", "pairs-125", "pairs-500", "simzss"],
-    "switches": ["simzss", "target", "bank"],
+    "switches": ["simzss", "target", "target-caption", "query", "pixels", "bank"],
     "test-time": ["simzss", "propagate-0.8", "propagate-0.9", "propagate-0.95", "image-weight",
                   "image-weight-1", "blend", "scales-0.5", "scales", "refine", "propagate-blend",
                   "propagate-image-weight", "propagate-scales-0.5", "propagate-scales",
@@ -288,18 +294,22 @@ def table(title, rows, seeds):
 
 def masks_of(name):
     """What the model of a row, seed 0, predicts for the scenes SHOWN, (H, W) each."""
-    model = load_model(folder(name, 0))
+    if name == "dense-clip":
+        model = load_model(f"clip:{folder('lit', 0)}", protocol={"templates": "plain"})
+    else:
+        model = load_model(folder(name, 0))
     embeddings = embed(model, TOY_CLASSES)
     settings = window_settings(model.protocol)
     return [segment_image(model, ToyScenes()[i][1], embeddings, **settings)[0] for i in SHOWN]
 
 
-def draw_methods(names):
-    """A row for each scene SHOWN: photo, truth, and the prediction of each row of that name."""
+def draw_methods(titles):
+    """A row for each scene SHOWN: photo, truth, and what each row predicts. titles: {row: title}.
+    """
     classes = [name for [name] in TOY_CLASSES]
     scenes = [ToyScenes()[i] for i in SHOWN]
     masks = {"truth": [truth for _, _, truth in scenes]}
-    masks |= {ROWS[name].title: masks_of(name) for name in names}
+    masks |= {title: masks_of(name) for name, title in titles.items()}
     rows = []
     for i, (_, image, _) in enumerate(scenes):
         panels = {"photo": image, **{title: paint(image, np.asarray(column[i]), classes, 1)
@@ -317,9 +327,11 @@ def draw_pictures():
         files = [folder(row, seed) / "result.json" for row in TABLES[name] if row != "lit"
                  for seed in THREE]
         plot(setting, f"docs/{name}.png", [file for file in files if file.exists()])
-    methods = ["simzss", "ovsegmentor-1", "pixelclip", "sseg-local"]
-    draw_methods(methods).save("docs/methods.png")
+    draw_methods({"simzss": "SimZSS", "ovsegmentor-1": "OVSegmentor", "pixelclip": "PixelCLIP",
+                  "sseg-local": "S-Seg, local"}).save("docs/methods.png")
+    draw_methods({"dense-clip": "dense CLIP", "pixelclip": "PixelCLIP"}).save("docs/pixelclip.png")
     shutil.copy(folder("ovsegmentor-1", 0) / "groups.png", "docs/ovsegmentor.png")
+    shutil.copy(folder("sseg-local", 0) / "masks.png", "docs/sseg.png")
 
 
 def main(argv=None):

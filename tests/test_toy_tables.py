@@ -82,7 +82,7 @@ def test_a_piece_and_a_dry_run(rows, capsys, tmp_path):
 def test_a_picture_of_methods(checkpoint, monkeypatch):
     """Photo, truth and a column of each model, for each scene SHOWN, with a legend."""
     monkeypatch.setattr(toy_tables, "folder", lambda name, seed: checkpoint)
-    width, height = toy_tables.draw_methods(["simzss", "sseg"]).size
+    width, height = toy_tables.draw_methods({"simzss": "one", "sseg": "two"}).size
     assert width > 4 * 192 and height > len(toy_tables.SHOWN) * 192
 
 
