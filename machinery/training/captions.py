@@ -139,13 +139,14 @@ class Annotations:
 
     @classmethod
     def of_lists(cls, found):
-        """From (list of rows, token ids) of each caption."""
+        """From (list of rows, token ids) of each caption, maybe of none."""
+        found = list(found)
         rows = [rows for rows, _ in found]
         tokens = [np.asarray(ids, np.uint16) for _, ids in found]
         return cls(np.cumsum([0, *map(len, rows)], dtype=np.int32),
                    np.array([row for one in rows for row in one], np.int32).reshape(-1, 3),
                    np.cumsum([0, *map(len, tokens)]),
-                   np.concatenate([np.zeros(0, np.uint16), *tokens]))         # maybe of none
+                   np.concatenate([np.zeros(0, np.uint16), *tokens]))
 
     def __len__(self):
         return len(self.offsets) - 1
