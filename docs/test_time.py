@@ -24,9 +24,9 @@ import segment
 from machinery.scoring.pictures import add_title, grid
 from machinery.settings import given
 
-PICTURE = ["", "--propagate 0.8", "--propagate 0.95", "--image-weight 0.5", "--scales 1 1.5",
-           "--refine-steps 10", "--blend triangle", "--propagate 0.8 --refine-steps 10"]
-COSTS = ["", "--propagate 0.8", "--image-weight 0.5", "--blend triangle", "--scales 0.5 1",
+PICTURE = ["", "--propagate 0.9", "--propagate 0.95", "--image-weight 0.5", "--scales 1 1.5",
+           "--refine-steps 10", "--blend triangle", "--propagate 0.9 --refine-steps 10"]
+COSTS = ["", "--propagate 0.9", "--image-weight 0.5", "--blend triangle", "--scales 0.5 1",
          "--scales 1 1.5", "--refine-steps 10"]
 SIZES = [(640, 480), (4000, 3000)]                  # (width, height) of the photo
 OFF = {"propagate": 0.0, "blend": "mean"}           # segment.py has them on by itself

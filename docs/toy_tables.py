@@ -39,7 +39,6 @@ from segment import segment_image, window_settings
 
 RUNS = Path("runs/tables")
 THREE = (0, 1, 2)
-TWO = (0, 1)
 SHOWN = (5, 14, 46)                                 # scored scenes that have several things
 
 
@@ -132,29 +131,28 @@ ROWS = {
     "ovsegmentor-2-oracle": Row("oracle of the groups, stages 1 and 2",
                                 [grouped("{ovsegmentor-2}")]),
     "ovsegmentor-random": Row("blocks start at random, at the full rate",
-                              [trained(f"ovsegmentor-1-toy {FULL_RATE}")], TWO),
+                              [trained(f"ovsegmentor-1-toy {FULL_RATE}")]),
     "ovsegmentor-entity": Row("without entity completion",
-                              [trained("ovsegmentor-1-toy --entity-weight 0")], TWO),
+                              [trained("ovsegmentor-1-toy --entity-weight 0")]),
     "ovsegmentor-five": Row("five classes of a scene can score, as in the release",
                             [scored("{ovsegmentor-1} --set protocol.keep_classes=5")]),
 
-    "lambda-0.01": Row("0.01", [trained("toy --lambda 0.01")], TWO),
-    "lambda-0.2": Row("0.2", [trained("toy --lambda 0.2")], TWO),
-    "lambda-1": Row("1", [trained("toy --lambda 1")], TWO),
-    "pairs-32": Row("32 pairs", [trained_on(32)], (0,)),
-    "pairs-125": Row("125 pairs", [trained_on(125)], (0,)),
-    "pairs-500": Row("500 pairs", [trained_on(500)], (0,)),
-    "target": Row("`--local-target argmax`, the release's", [trained("toy --local-target argmax")],
-                  (0,)),
+    "lambda-0.01": Row("0.01", [trained("toy --lambda 0.01")]),
+    "lambda-0.2": Row("0.2", [trained("toy --lambda 0.2")]),
+    "lambda-1": Row("1", [trained("toy --lambda 1")]),
+    "pairs-32": Row("32 pairs", [trained_on(32)]),
+    "pairs-125": Row("125 pairs", [trained_on(125)]),
+    "pairs-500": Row("500 pairs", [trained_on(500)]),
+    "target": Row("`--local-target argmax`, the release's", [trained("toy --local-target argmax")]),
     "target-caption": Row("the same, classes by `caption`",
-                          [scored("{target} --class-embedding caption")], (0,)),
+                          [scored("{target} --class-embedding caption")]),
     "query": Row("`--pool-query caption`, the paper's", [trained("toy --pool-query caption")]),
     "pixels": Row("pixels normalised as CLIP's, as in the release", [trained(
         "toy --set model.backbone.mean=[0.48145466,0.4578275,0.40821073] "
         "--set model.backbone.std=[0.26862954,0.26130258,0.27577711]")]),
     "bank": Row("`--bank`: the names of the 12 things, no ground", [
         "-c \"from machinery import toy; open('{out}.txt', 'w').write('\\n'.join(toy.THINGS))\"",
-        trained("toy --bank {out}.txt")], (0,)),
+        trained("toy --bank {out}.txt")]),
     "propagate-0.8": switched("--propagate 0.8"),
     "propagate-0.9": switched("--propagate 0.9"),
     "propagate-0.95": switched("--propagate 0.95"),
@@ -164,11 +162,11 @@ ROWS = {
     "scales-0.5": switched("--scales 0.5 1"),
     "scales": switched("--scales 1 1.5"),
     "refine": switched("--refine-steps 10"),
-    "propagate-blend": switched("--propagate 0.8 --blend triangle"),
-    "propagate-image-weight": switched("--propagate 0.8 --image-weight 0.5"),
-    "propagate-scales-0.5": switched("--propagate 0.8 --scales 0.5 1"),
-    "propagate-scales": switched("--propagate 0.8 --scales 1 1.5"),
-    "propagate-refine": switched("--propagate 0.8 --refine-steps 10"),
+    "propagate-blend": switched("--propagate 0.9 --blend triangle"),
+    "propagate-image-weight": switched("--propagate 0.9 --image-weight 0.5"),
+    "propagate-scales-0.5": switched("--propagate 0.9 --scales 0.5 1"),
+    "propagate-scales": switched("--propagate 0.9 --scales 1 1.5"),
+    "propagate-refine": switched("--propagate 0.9 --refine-steps 10"),
     "pixels-64": Row("64 pixels at test time", [of_size(64)]),
     "pixels-192": Row("192 pixels at test time", [of_size(192)]),
     "pixels-256": Row("256 pixels at test time", [of_size(256)]),
@@ -339,7 +337,7 @@ def main(argv=None):
     add = parser.add_argument
     add("tables", nargs="*", help=f"of {', '.join(TABLES)} (default: all)")
     add("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"only these: {', '.join(ROWS)}")
-    add("--seeds", nargs="+", type=int, help="(default: two or three, one for a large effect)")
+    add("--seeds", nargs="+", type=int, help="(default: three; one for S-Seg's other forms)")
     add("--jobs", type=int, default=1, help="commands at a time, one core each (default: 1)")
     add("--dry-run", action="store_true", help="print the commands, run none")
     add("--pictures", action="store_true", help="draw the pictures of docs/ from what is there")

@@ -325,7 +325,7 @@ def test_the_files_agree(checkpoint, photo, tmp_path, capsys):
         assert found["share"] == pytest.approx((mask == i).mean(), abs=1e-6)
         assert -1 <= found["score"] <= 1
     protocol = as_mapping(load_model(checkpoint).protocol)
-    changed = {**protocol, "stride": 16, "blend": "triangle", "propagate": 0.8}
+    changed = {**protocol, "stride": 16, "blend": "triangle", "propagate": 0.9}
     assert result["protocol"] == json.loads(json.dumps(changed)) and result["precision"] == "bf16"
     assert result["method"] == "simzss" and result["settings"]["backbone"]["name"] == "toy"
     assert result["checkpoint"] == str(checkpoint) and len(result["checkpoint_sha256"]) == 64
@@ -479,7 +479,7 @@ def test_python_gives_the_mask_of_the_command(checkpoint, photo, tmp_path, setti
     assert names == ["background"] * ("background" in settings) + words
     settings.pop("batch", None)
     assert (segment.segment(photo, NAMES, checkpoint, "cpu", **settings).mask == written).all()
-    model = load_model(checkpoint, protocol={"blend": "triangle", "propagate": 0.8})
+    model = load_model(checkpoint, protocol={"blend": "triangle", "propagate": 0.9})
     assert (Segmenter(words, model, **settings)(photo).mask == written).all()
 
 
@@ -645,7 +645,7 @@ def test_the_fields_own_protocol(tmp_path, model):
     run(tmp_path, tmp_path, photo, "--classes", "cow, sky")
     protocol = json.loads((tmp_path / "photo.json").read_text())["protocol"]
     expected = {"templates": "imagenet80", "class_embedding": "caption", "short_side": 448,
-                "window": 448, "stride": 224, "scales": [1], "refine_steps": 0, "propagate": 0.8,
+                "window": 448, "stride": 224, "scales": [1], "refine_steps": 0, "propagate": 0.9,
                 "image_weight": 0, "blend": "triangle", "background": None}
     assert protocol == expected
 

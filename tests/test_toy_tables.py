@@ -101,7 +101,7 @@ def test_costs_of_switches(checkpoint, tmp_path, monkeypatch, capsys):
     assert len(rows) == 2 * len(test_time.COSTS)
     assert rows[0] == "| 320 x 240 | as it is | 2.00 | 320.00 |"
     off, propagated, weighted = used[0], used[3], used[6]
-    assert propagated == {**off, "propagate": 0.8} and weighted == {**off, "image_weight": 0.5}
+    assert propagated == {**off, "propagate": 0.9} and weighted == {**off, "image_weight": 0.5}
     assert off["propagate"] == 0 and off["blend"] == "mean"
 
 
