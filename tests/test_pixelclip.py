@@ -611,7 +611,7 @@ def test_dense_clip_needs_no_training(photos, weights, tmp_path, capsys):
     protocol = {"short_side": 96, "window": 64, "stride": 32, "input": "native",
                 "last_block": "neighbours"}
     assert protocol.items() <= vars(model.protocol).items()
-    again, _ = segment.segment_image(model, image, classes, 64, 32, 96, propagate=0.8,
+    again, _ = segment.segment_image(model, image, classes, 64, 32, 96, propagate=0.9,
                                      blend="triangle")
     assert (again.numpy() == mask).mean() > 0.999
 
