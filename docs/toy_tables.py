@@ -150,6 +150,8 @@ ROWS = {
     "pixels": Row("pixels normalised as CLIP's, as in the release", [trained(
         "toy --set model.backbone.mean=[0.48145466,0.4578275,0.40821073] "
         "--set model.backbone.std=[0.26862954,0.26130258,0.27577711]")]),
+    "cache": Row("`--cache-features`: whole scenes, no crops",
+                 [trained("toy --cache-features {out}-cache")]),
     "bank": Row("`--bank`: the names of the 12 things, no ground", [
         "-c \"from machinery import toy; open('{out}.txt', 'w').write('\\n'.join(toy.THINGS))\"",
         trained("toy --bank {out}.txt")]),
@@ -182,7 +184,7 @@ TABLES = {
              "sseg-query", "sseg"],
     "lambda": ["lit", "lambda-0.01", "simzss", "lambda-0.2", "lambda-1"],
     "pairs": ["pairs-32", "pairs-125", "pairs-500", "simzss"],
-    "switches": ["simzss", "target", "target-caption", "query", "pixels", "bank"],
+    "switches": ["simzss", "target", "target-caption", "query", "pixels", "cache", "bank"],
     "test-time": ["simzss", "propagate-0.8", "propagate-0.9", "propagate-0.95", "image-weight",
                   "image-weight-1", "blend", "scales-0.5", "scales", "refine", "propagate-blend",
                   "propagate-image-weight", "propagate-scales-0.5", "propagate-scales",
