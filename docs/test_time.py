@@ -29,7 +29,7 @@ PICTURE = ["", "--propagate 0.9", "--propagate 0.95", "--image-weight 0.5", "--s
 COSTS = ["", "--propagate 0.9", "--image-weight 0.5", "--blend triangle", "--scales 0.5 1",
          "--scales 1 1.5", "--refine-steps 10"]
 SIZES = [(640, 480), (4000, 3000)]                  # (width, height) of the photo
-OFF = {"propagate": 0.0, "blend": "mean"}           # segment.py has them on by itself
+OFF = ["--propagate", "0", "--blend", "mean"]       # segment.py has them on by itself
 
 
 def draw(photo, classes, checkpoint, picture, columns=3, height=256):
@@ -38,7 +38,7 @@ def draw(photo, classes, checkpoint, picture, columns=3, height=256):
     with tempfile.TemporaryDirectory() as folder:
         for switch in PICTURE:
             segment.main([photo, "--classes", classes, "--checkpoint", checkpoint, "--output",
-                          folder, "--propagate", "0", "--blend", "mean", *shlex.split(switch)])
+                          folder, *OFF, *shlex.split(switch)])
             with Image.open(Path(folder) / f"{Path(photo).stem}_overlay.png") as overlay:
                 size = (round(height * overlay.width / overlay.height), height)
                 panels.append(add_title(overlay.resize(size), switch or "as it is"))
@@ -56,10 +56,9 @@ def costs(photo, classes, checkpoint):
     for size in SIZES:
         resized = photo.resize(size, Image.BICUBIC)
         for switch in COSTS:
-            args = segment.parse_args(["-", "--classes", classes, *shlex.split(switch)])
+            args = segment.parse_args(["-", "--classes", classes, *OFF, *shlex.split(switch)])
             model.protocol = own                    # without the switch before
-            segmenter = segment.Segmenter(classes, model,
-                                          **{**OFF, **given(args).get("protocol", {})})
+            segmenter = segment.Segmenter(classes, model, **given(args)["protocol"])
             runs = [apart(segmenter, resized) for _ in range(3)]
             seconds, memory = (median(values) for values in zip(*runs))
             print(f"| {size[0]} x {size[1]} | {switch or 'as it is'} | {seconds:.2f} "

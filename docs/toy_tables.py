@@ -70,11 +70,6 @@ def trained_on(pairs):
     return trained(f"toy --pairs {pairs} --steps 500")
 
 
-def sseg_variant(title, switches, rate="--base-rate 0.006"):
-    command = f"sseg-toy {switches} --set model.batch_norm=true {rate}"
-    return Row(title, [trained(command.rstrip())], (0,))
-
-
 def of_size(pixels):
     return scored(f"{{simzss}} --short-side {pixels} --window {pixels} --stride {pixels // 2}")
 
@@ -87,6 +82,8 @@ def switched(switches):
     return Row(f"`{switches}`", [scored(f"{{simzss}} {switches}")])
 
 
+NORM = "--set model.batch_norm=true"                # of S-Seg's variant, and half the recipe's rate
+HALF_RATE = "--base-rate 0.006"
 FULL_RATE = "--set model.blocks_start=random --set model.blocks_rate=1"
 ROWS = {
     "simzss": Row("SimZSS", [trained("toy")]),
@@ -104,8 +101,8 @@ ROWS = {
     "ovsegmentor-2": Row("OVSegmentor, stages 1 and 2",
                          [trained("ovsegmentor-2-toy --init {ovsegmentor-1}")]),
     "sseg": Row("S-Seg", [trained("sseg-toy")]),
-    "sseg-local": Row("S-Seg, `local`, not the paper's", [
-        trained("sseg-toy --feature local --set model.batch_norm=true --base-rate 0.006")]),
+    "sseg-local": Row("S-Seg, `local`, not the paper's",
+                      [trained(f"sseg-toy --feature local {NORM} {HALF_RATE}")]),
     "sseg-plus": Row("S-Seg+, from the labels of the row above", [
         "-m machinery.toy {out}/scenes --count 150",
         "segment.py {out}/scenes/images --classes {out}/scenes/classes.txt --output {out}/labels "
@@ -115,14 +112,16 @@ ROWS = {
                 "--set protocol.short_side=128 --set protocol.window=128 "
                 "--set protocol.stride=64"),
         scored("{out}")]),
-    "sseg-full-rate": sseg_variant("local, teacher's map, BatchNorm, the recipe's rate",
-                                   "--feature local", rate=""),
-    "sseg-student": sseg_variant("local, student's map, BatchNorm",
-                                 "--feature local --set model.local_map=student"),
-    "sseg-no-norm": Row("local, teacher's map, no BatchNorm",
-                        [trained("sseg-toy --feature local --base-rate 0.006")], (0,)),
-    "sseg-pool": sseg_variant("pool, BatchNorm", "--feature pool"),
-    "sseg-query": sseg_variant("query, the paper's, BatchNorm", "--feature query"),
+    "sseg-full-rate": Row("the recipe's rate",
+                          [trained(f"sseg-toy --feature local {NORM}")], (0,)),
+    "sseg-no-norm": Row("no BatchNorm",
+                        [trained(f"sseg-toy --feature local {HALF_RATE}")], (0,)),
+    "sseg-student": Row("a map that learns, of the student", [trained(
+        f"sseg-toy --feature local --set model.local_map=student {NORM} {HALF_RATE}")], (0,)),
+    "sseg-pool": Row("the mask grid's cells, which have seen the whole image",
+                     [trained(f"sseg-toy --feature pool {NORM} {HALF_RATE}")], (0,)),
+    "sseg-query": Row("the query, the paper's",
+                      [trained(f"sseg-toy --feature query {NORM} {HALF_RATE}")], (0,)),
     "sseg-oracle": Row("oracle of its masks", [oracle("{sseg}")]),
     "sseg-local-oracle": Row("oracle of the masks of `local`", [oracle("{sseg-local}")]),
 
@@ -140,9 +139,9 @@ ROWS = {
     "lambda-0.01": Row("0.01", [trained("toy --lambda 0.01")]),
     "lambda-0.2": Row("0.2", [trained("toy --lambda 0.2")]),
     "lambda-1": Row("1", [trained("toy --lambda 1")]),
-    "pairs-32": Row("32 pairs", [trained_on(32)]),
-    "pairs-125": Row("125 pairs", [trained_on(125)]),
-    "pairs-500": Row("500 pairs", [trained_on(500)]),
+    "pairs-32": Row("32", [trained_on(32)]),
+    "pairs-125": Row("125", [trained_on(125)]),
+    "pairs-500": Row("500", [trained_on(500)]),
     "target": Row("`--local-target argmax`, the release's", [trained("toy --local-target argmax")]),
     "target-caption": Row("the same, classes by `caption`",
                           [scored("{target} --class-embedding caption")]),
@@ -169,26 +168,27 @@ ROWS = {
     "propagate-scales-0.5": switched("--propagate 0.9 --scales 0.5 1"),
     "propagate-scales": switched("--propagate 0.9 --scales 1 1.5"),
     "propagate-refine": switched("--propagate 0.9 --refine-steps 10"),
-    "pixels-64": Row("64 pixels at test time", [of_size(64)]),
-    "pixels-192": Row("192 pixels at test time", [of_size(192)]),
-    "pixels-256": Row("256 pixels at test time", [of_size(256)]),
+    "pixels-64": Row("64", [of_size(64)]),
+    "pixels-192": Row("192", [of_size(192)]),
+    "pixels-256": Row("256", [of_size(256)]),
 }
 TABLES = {
     "methods": ["simzss", "simzss-caption", "simzss-prompts", "simzss-prompts-concept", "lit",
                 "dense-clip", "pixelclip", "ovsegmentor-1", "ovsegmentor-2", "sseg",
-                "sseg-local", "sseg-plus", "sseg-oracle", "sseg-local-oracle"],
+                "sseg-local", "sseg-plus"],
     "ovsegmentor": ["ovsegmentor-1", "ovsegmentor-1-oracle", "ovsegmentor-2",
                     "ovsegmentor-2-oracle", "ovsegmentor-five", "ovsegmentor-random",
                     "ovsegmentor-entity"],
     "sseg": ["sseg-local", "sseg-full-rate", "sseg-no-norm", "sseg-student", "sseg-pool",
-             "sseg-query", "sseg"],
+             "sseg-query", "sseg", "sseg-oracle", "sseg-local-oracle"],
     "lambda": ["lit", "lambda-0.01", "simzss", "lambda-0.2", "lambda-1"],
     "pairs": ["pairs-32", "pairs-125", "pairs-500", "simzss"],
     "switches": ["simzss", "target", "target-caption", "query", "pixels", "cache", "bank"],
     "test-time": ["simzss", "propagate-0.8", "propagate-0.9", "propagate-0.95", "image-weight",
                   "image-weight-1", "blend", "scales-0.5", "scales", "refine", "propagate-blend",
                   "propagate-image-weight", "propagate-scales-0.5", "propagate-scales",
-                  "propagate-refine", "pixels-64", "pixels-192", "pixels-256"],
+                  "propagate-refine"],
+    "sizes": ["simzss", "pixels-64", "pixels-192", "pixels-256"],
 }
 
 

@@ -262,8 +262,7 @@ def given(args):
     for text in getattr(args, "set", ()):
         place, equals, value = text.partition("=")
         if not equals or "." not in place:
-            raise ValueError(f"--set {text}: expected TABLE.NAME=VALUE; see the example in "
-                             "--help")
+            raise ValueError(f"--set {text}: expected TABLE.NAME=VALUE; see the example in --help")
         try:
             value = tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:             # a plain word

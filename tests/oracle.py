@@ -25,8 +25,7 @@ from machinery.errors import one_line_errors
 from machinery.images import to_pixels
 from machinery.networks.checkpoint import load_model
 from machinery.scoring.benchmarks import BENCHMARKS, IGNORE, open_dataset
-from machinery.scoring.pictures import (add_title, class_colours, grid, legend,
-                                        paint)
+from machinery.scoring.pictures import add_title, class_colours, grid, legend, paint
 from machinery.scoring.protocol import embed
 from machinery.settings import read, read_recipe
 from methods.parts.clustering import kmeans

@@ -854,9 +854,11 @@ def test_command_errors(tmp_path, monkeypatch, fails, arguments, message):
     fails(main, arguments, message)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_parser_on_a_gpu_that_is_not_there(tmp_path, fails):
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(),
+                    reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_parser_on_a_gpu_that_is_not_there(device, tmp_path, fails):
     """Asked for a GPU that spaCy cannot use, the command says so in one line and does not go on."""
     (tmp_path / "c.tsv").write_text("1.jpg\ta dog\n")
-    fails(main, [tmp_path / "c.tsv", "--device", "cuda"], "GPU")
+    fails(main, [tmp_path / "c.tsv", "--device", device], "GPU")
     assert not (tmp_path / "c.tsv.concepts.npz").exists()

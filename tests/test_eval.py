@@ -521,6 +521,13 @@ def test_wrong_image_folders_are_named(labelled, checkpoint, fails, monkeypatch,
                       checkpoint, *arguments], *words)
 
 
+def test_drawn_scenes_have_no_files_to_check(capsys):
+    """--check of the toy world is refused: it would look at nothing and say that all is well."""
+    with pytest.raises(SystemExit):
+        eval.main(["--dataset", "toy", "--check"])
+    assert "--dataset toy is drawn" in capsys.readouterr().err
+
+
 def test_what_masks_alone_have_is_refused_for_classification(labelled, capsys):
     """Options that mean nothing without masks are refused, not ignored."""
     for option in (["--check"], ["--background", "none"], ["--without", "a"]):

@@ -248,6 +248,18 @@ def test_a_model_that_is_trained_further_embeds_anew(checkpoint, tmp_path):
     assert len(list((tmp_path / "embeddings").iterdir())) == 1
 
 
+def test_class_embeddings_of_another_precision_are_kept_apart(checkpoint, tmp_path):
+    """A GPU embeds a little differently in tf32; so do a published file's tensors in a network of
+    another name."""
+    model = opened(checkpoint, tmp_path)
+    for change in (lambda: None, lambda: set_precision(model, "tf32"),
+                   lambda: setattr(model.settings.backbone, "name", "another")):
+        change()
+        embed(model, [["cow"], ["grass"]])
+    set_precision(model, "fp32")
+    assert len(list((tmp_path / "embeddings").iterdir())) == 3
+
+
 @pytest.mark.parametrize("classes, settings, seed", [
     ([["grass"], ["cow", "cattle"]], {}, 0), ([["cow"], ["cattle"], ["grass"]], {}, 0),
     ([["cow", "cattle"], ["grass"]], {"templates": "simple7"}, 0),

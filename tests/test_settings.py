@@ -155,7 +155,7 @@ def test_any_setting_can_be_set_by_its_name(text, value):
 @pytest.mark.parametrize("text", ["mass=5", "car.mass"])
 def test_a_setting_is_set_by_table_name_and_value(text):
     """--set without a table, a name or a value is refused in one line."""
-    with pytest.raises(ValueError, match="expected TABLE.NAME=VALUE; see the example"):
+    with pytest.raises(ValueError, match="expected TABLE.NAME=VALUE; see the example in --help"):
         command_line(f"--set {text}")
 
 

@@ -1,4 +1,5 @@
 """The scripts that print the tables of the pages (docs/toy_tables.py, docs/test_time.py)."""
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -106,7 +107,9 @@ def test_costs_of_switches(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_a_photo_is_segmented_apart(checkpoint):
-    """Seconds and GiB of the child."""
+    """Seconds and GiB of the child; one that dies, as for want of memory, is not waited for."""
     segmenter = segment.Segmenter("cow, sea", str(checkpoint))
     seconds, memory = test_time.apart(segmenter, Image.new("RGB", (64, 48)))
     assert 0 < seconds < 60 and 0.05 < memory < 50
+    with pytest.raises(ValueError):
+        test_time.apart(lambda photo: os._exit(9), None)
